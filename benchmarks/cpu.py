@@ -1,0 +1,186 @@
+"""Speed of one forward pass on a CPU against stock diffusers: `make bench`.
+
+Every contender lives in a process of its own (several ONNX Runtime sessions in one process slow each other down) and
+all take turns, so that a change of the machine's speed meets them alike. All hold the same random weights.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+# Sizes as stock diffusers can express them: fixed positions, a null class, its own frequencies.
+STOCK = {"timestep_freq_shift": 1.0, "timestep_freq_dim": 256}
+TOY = {"pos_embed": "sincos", "class_dropout_prob": 0.1}
+# Name: (model, fields, batch). Two rows of S/2 are one picture with guidance.
+WORKLOADS = {"toy, batch 16": ("toy", TOY, 16), "S/2, batch 2 (1 picture, guided)": ("DiT-S/2", {}, 2)}
+
+BASELINE = "diffusers fp32 eager"
+Forward = Callable[..., Any]
+Inputs = dict[str, torch.Tensor]
+
+
+def make_model(name: str, fields: dict[str, Any]) -> Any:
+    """Our model with random weights; a fresh one would predict zero."""
+    from dit_hub import DiTConfig, DiTTransformer
+
+    torch.manual_seed(0)
+    model = DiTTransformer(DiTConfig.from_name(name, **{**STOCK, **fields})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def diffusers_eager(model: Any) -> Forward:
+    from diffusers import DiTTransformer2DModel
+
+    from dit_hub.conversion import diffusers_config, to_diffusers
+
+    stock = DiTTransformer2DModel(**diffusers_config(model.config)).eval()
+    stock.load_state_dict(to_diffusers(model.state_dict(), model.config.num_hidden_layers), strict=True)
+    return lambda hidden_states, timestep, class_labels: (
+        stock(hidden_states, timestep=timestep, class_labels=class_labels).sample
+    )
+
+
+def ours_eager(model: Any) -> Forward:
+    return lambda **inputs: model(**inputs).sample
+
+
+def ours_precomputed(model: Any) -> Forward:
+    """As in the pipeline's loop, where the modulations of all steps are computed ahead."""
+    conditions: dict[int, torch.Tensor] = {}
+
+    def forward(hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        if not conditions:
+            conditions[0] = model.condition(timestep, class_labels)
+        return model(hidden_states, condition=conditions[0]).sample
+
+    return forward
+
+
+def ours_compiled(model: Any) -> Forward:
+    compiled = torch.compile(model)
+    return lambda **inputs: compiled(**inputs).sample
+
+
+def ours_compiled_bf16(model: Any) -> Forward:
+    return ours_compiled(model.to(torch.bfloat16))
+
+
+def onnx_runtime(model: Any) -> Forward:
+    from diffusers import DDIMScheduler
+
+    from dit_hub import DiTPipeline, ORTDiTTransformer
+    from dit_hub.export import export_onnx
+
+    folder = Path(tempfile.mkdtemp()) / "onnx"
+    export_onnx(DiTPipeline(model, DDIMScheduler()), folder)
+    session = ORTDiTTransformer.from_pretrained(folder / "transformer")
+    return lambda **inputs: session(**inputs).sample
+
+
+CONTENDERS: dict[str, Callable[[Any], Forward]] = {
+    BASELINE: diffusers_eager,
+    "dit-hub fp32 eager": ours_eager,
+    "dit-hub fp32 eager, modulations ahead": ours_precomputed,
+    "dit-hub fp32 compiled": ours_compiled,
+    "dit-hub bf16 compiled": ours_compiled_bf16,
+    "dit-hub ONNX Runtime fp32": onnx_runtime,
+}
+
+
+def contend(contender: str, workload: str, pipe: Connection) -> None:
+    """The process of one contender: its output first, then the seconds of as many passes as it is asked for."""
+    name, fields, batch = WORKLOADS[workload]
+    model = make_model(name, fields)
+    forward = CONTENDERS[contender](model)
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    inputs: Inputs = {
+        "hidden_states": torch.randn(batch, config.in_channels, *config.sample_height_width, generator=generator),
+        "timestep": torch.full((batch,), 321),
+        "class_labels": torch.randint(0, config.num_classes, (batch,), generator=generator),
+    }
+    with torch.inference_mode():
+        for _ in range(5):
+            output = forward(**inputs)
+        pipe.send(output.float().numpy())
+        while passes := pipe.recv():
+            start = time.perf_counter()
+            for _ in range(passes):
+                forward(**inputs)
+            pipe.send((time.perf_counter() - start) / passes)
+
+
+def measure(workload: str, rounds: int, console: Console) -> Table:
+    """Let all contenders take turns and put the outcome in a table."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for contender in CONTENDERS:
+        with console.status(f"{workload}: preparing {contender}"):
+            here, there = context.Pipe()
+            context.Process(target=contend, args=(contender, workload, there), daemon=True).start()
+            outputs[contender] = torch.from_numpy(here.recv())
+            pipes[contender] = here
+    passes = 30 if workload.startswith("toy") else 3
+    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+    for done in range(rounds):
+        with console.status(f"{workload}: round {done + 1} of {rounds}"):
+            for contender, pipe in pipes.items():
+                time.sleep(0.05)  # lets the threads of the one before stop waiting for work
+                pipe.send(passes)
+                seconds[contender].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(0)
+
+    table = Table("contender", title=workload, title_justify="left")
+    for column in ("median ms", "min ms", f"times {BASELINE}", "relative error"):
+        table.add_column(column, justify="right")
+    baseline = outputs[BASELINE]
+    for contender, times in seconds.items():
+        ratio = statistics.median(b / s for b, s in zip(seconds[BASELINE], times, strict=True))
+        error = (outputs[contender] - baseline).norm() / baseline.norm()
+        cells = (f"{statistics.median(times) * 1e3:.2f}", f"{min(times) * 1e3:.2f}", f"{ratio:.2f}", f"{error:.1e}")
+        table.add_row(contender, *cells)
+    return table
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default 15)")
+    rounds = parser.parse_args().rounds
+    console = Console(width=110)
+    import diffusers
+    import onnxruntime
+
+    console.print(
+        f"{processor()}, {torch.get_num_threads()} threads; {platform.system()}, Python {platform.python_version()}"
+    )
+    console.print(
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, onnxruntime {onnxruntime.__version__}"
+    )
+    for workload in WORKLOADS:
+        console.print(measure(workload, rounds, console))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""ONNX Runtime as a runtime of `DiTPipeline`: the denoiser and the VAE decoder, each one session.
+
+Names and folders follow optimum (`ORT…`, `<component>/model.onnx` beside its config.json), whose ONNX part cannot be
+installed beside transformers 5.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor
+
+from dit_hub.configuration_dit import DiTConfig
+from dit_hub.extras import require
+from dit_hub.modeling_dit import DiTTransformerOutput
+from dit_hub.runtime import RuntimeOptions, current_options
+
+MODEL_FILE = "model.onnx"
+EXTERNAL_DATA_FILE = "model.onnx.data"
+
+
+class _ORTComponent:
+    """An ONNX Runtime session over `model.onnx` in a component folder, with the config.json beside it."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path, config: Any, options: RuntimeOptions):
+        onnxruntime = require("onnxruntime", "onnx")
+        session_options = onnxruntime.SessionOptions()
+        if options.num_threads is not None:
+            session_options.intra_op_num_threads = options.num_threads
+        providers = list(options.providers or ["CPUExecutionProvider"])
+        available = onnxruntime.get_available_providers()
+        if unknown := [name for name in providers if name not in available]:
+            raise ValueError(f"ONNX Runtime has no provider {unknown[0]!r} here; available: {', '.join(available)}.")
+        path = folder / MODEL_FILE
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {MODEL_FILE}.")
+        try:
+            self.session = onnxruntime.InferenceSession(path, session_options, providers=providers)
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise ValueError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
+        self.folder = folder
+        self.config = config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Copy the model files to another folder."""
+        target = Path(save_directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (MODEL_FILE, EXTERNAL_DATA_FILE, "config.json"):
+            if (self.folder / name).is_file() and not (target / name).exists():
+                shutil.copyfile(self.folder / name, target / name)
+
+    def _run(self, **inputs: Tensor) -> Tensor:
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
+        return torch.from_numpy(self.session.run(None, arrays)[0])
+
+
+class ORTDiTTransformer(_ORTComponent):
+    """The denoiser on ONNX Runtime; as `DiTTransformer`, a component of a `DiTPipeline`."""
+
+    config: DiTConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        options: RuntimeOptions | None = None,
+        **kwargs: Any,
+    ) -> "ORTDiTTransformer":
+        """Load an exported denoiser.
+
+        Args:
+            folder: the component's folder, with model.onnx and config.json.
+            options: providers and threads; None means those given to `DiTPipeline.from_pretrained`, else the defaults.
+            kwargs: ignored; diffusers passes its loading options to every component.
+
+        Raises:
+            ValueError: a missing or damaged file, or a provider that is not available.
+            ImportError: onnxruntime is not installed.
+        """
+        return cls(Path(folder), DiTConfig.from_pretrained(folder), options or current_options())
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """As `DiTTransformer.forward`: (N, C, H, W) latents -> `sample` (N, C or 2C, H, W)."""
+        inputs = {
+            "hidden_states": hidden_states.float(),
+            "timestep": torch.as_tensor(timestep, dtype=torch.float32).expand(hidden_states.shape[0]),
+        }
+        if class_labels is not None:
+            inputs["class_labels"] = class_labels.long()
+        sample = self._run(**inputs).to(hidden_states)
+        return DiTTransformerOutput(sample=sample) if return_dict else (sample,)
+
+
+class ORTVAEDecoder(_ORTComponent):
+    """The decoder of an `AutoencoderKL` on ONNX Runtime, as the `vae` of a `DiTPipeline`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        options: RuntimeOptions | None = None,
+        **kwargs: Any,
+    ) -> "ORTVAEDecoder":
+        """Load an exported decoder; arguments and errors as for `ORTDiTTransformer.from_pretrained`."""
+        config = FrozenDict(AutoencoderKL.load_config(folder))
+        return cls(Path(folder), config, options or current_options())
+
+    def decode(self, latents: Tensor, return_dict: bool = True) -> Any:
+        """(N, C, H, W) latents, already divided by the scaling factor -> `sample` (N, 3, 8H, 8W) in -1..1."""
+        sample = self._run(latents=latents.float()).to(latents)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)

@@ -1,0 +1,241 @@
+"""The command line: each command a thin call of a public function."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="dit-hub",
+    help="Diffusion Transformers: sample, train and export them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+export_app = typer.Typer(help="Export a model to another runtime.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(export_app, name="export")
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Model = Annotated[str, typer.Argument(help="A Hub id, a folder, or dit-toy-shapes, which comes with the package.")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    labels: Annotated[list[str] | None, typer.Argument(help="Class names or ids; all classes if none.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
+    per_label: Annotated[int, typer.Option(help="Pictures of each label; of an unconditional model, in all.")] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same pictures.")] = 0,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddpm, ddim, dpm++, unipc, euler, …; default: the model's.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads; default: one per core.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps, for models in PyTorch.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Picture to write: a grid of all samples.")] = Path("grid.png"),
+    trajectory: Annotated[Path | None, typer.Option(help="Also write a picture of the denoising.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Sample pictures of classes into one grid."""
+    for path in filter(None, (out, trajectory)):
+        _check_picture_path(path, overwrite)
+    _quiet_libraries()
+    import torch
+
+    from .pipeline_dit import DiTPipeline
+    from .schedulers import switch_scheduler
+    from .visualize import Trajectory, image_grid
+
+    pipeline = DiTPipeline.from_pretrained(model, num_threads=threads).to(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if scheduler is not None:
+        pipeline.scheduler = switch_scheduler(pipeline.scheduler, scheduler)
+    num_classes = pipeline.transformer.config.num_classes
+    wanted = [int(label) if label.isdigit() else label for label in labels or []]
+    ids = pipeline.get_label_ids(wanted or range(num_classes)) if num_classes or wanted else None
+    frames = Trajectory()
+    images = pipeline(
+        ids,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        num_images_per_label=per_label,
+        generator=torch.Generator().manual_seed(seed),
+        callback_on_step_end=frames if trajectory else None,
+    ).images
+    names = [pipeline.id2label.get(index, str(index)) for index in ids or [] for _ in range(per_label)]
+    captions = [name.split(",")[0] for name in names] or None
+    columns = per_label if per_label > 1 else _columns(len(images))
+    image_grid(images, columns, captions).save(out)
+    print(f"{len(images)} pictures in {out}")
+    if trajectory:
+        frames.picture(pipeline).save(trajectory)
+        print(f"The denoising in {trajectory}")
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="A size (DiT-XL/2), a Hub id, or a folder.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the picture in pixels, for sizes given by name.")] = 256,
+    all_sizes: Annotated[bool, typer.Option("--all", help="All published sizes beside the paper's figures.")] = False,
+) -> None:
+    """Parameters and multiply-accumulates of a model, or of all published sizes."""
+    if (model is None) != all_sizes:
+        raise ValueError("Give a model, or --all for all published sizes.")
+    _quiet_libraries()
+    from rich.console import Console
+
+    from .configuration_dit import PUBLISHED_MODELS, DiTConfig
+    from .evaluation.flops import measure
+
+    if all_sizes:
+        _print_all_sizes(image_size)
+        return
+    assert model is not None
+    named = model.casefold() in {name.casefold() for name in (*PUBLISHED_MODELS, "toy")}
+    if named or (model.startswith("DiT-") and not Path(model).exists()):
+        config = DiTConfig.from_name(model, image_size=image_size)
+    else:
+        from .pipeline_dit import DiTPipeline
+
+        config = DiTPipeline.from_pretrained(model).transformer.config
+    size = measure(config)
+    table = _table(model, "", "")
+    for name in DiTConfig.__annotations__:
+        table.add_row(name, str(getattr(config, name)))
+    table.add_section()
+    table.add_row("parameters", f"{size.parameters:,}")
+    table.add_row("multiply-accumulates", f"{size.gmacs:.4g} G for one picture")
+    Console().print(table)
+
+
+@app.command(
+    epilog="Settings are fields of the recipe: epochs=60, ema_decay=0.999, learning_rate=1e-3, seed=1, …",
+)
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe: toy, toy-shapes.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the trained pipeline.")] = Path("outputs/toy"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model and save it as a pipeline folder."""
+    from .files import check_free
+
+    check_free(out, overwrite)
+    _quiet_libraries()
+    from .training.recipe import get_recipe
+
+    changes = dict(_split_setting(setting) for setting in settings or [])
+    chosen = get_recipe(recipe).with_settings(changes)
+    from .training.console import train_and_save
+
+    command = " ".join(["dit-hub train", recipe, *(settings or [])])
+    train_and_save(chosen, out, command, overwrite)
+
+
+@export_app.command("onnx")
+def export_onnx_command(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write; it runs in the same pipeline.")],
+    opset: Annotated[int, typer.Option(help="Version of the ONNX operators: 23 is fastest, 20 most portable.")] = 23,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export to ONNX, checked against PyTorch, for ONNX Runtime."""
+    from .files import check_free
+
+    check_free(out, overwrite)
+    _quiet_libraries()
+    from rich.console import Console
+
+    from dit_hub.export import export_onnx
+
+    console = Console()
+    with console.status("Exporting and checking…"):
+        report = export_onnx(model, out, opset=opset, overwrite=overwrite)
+    table = _table(f"ONNX opset {opset} against PyTorch", "component", "relative error", "largest difference")
+    for name, parity in report.items():
+        table.add_row(name, f"{parity.relative_error:.1e}", f"{parity.max_abs_error:.1e}")
+    console.print(table)
+    print(f"Exported to {out}")
+
+
+def main() -> None:
+    """Run the command line. What the user can mend is one sentence and exit status 2."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _split_setting(setting: str) -> tuple[str, str]:
+    key, equals, value = setting.partition("=")
+    if not equals:
+        raise ValueError(f"{setting!r} is no setting; write key=value.")
+    return key, value
+
+
+def _check_picture_path(path: Path, overwrite: bool) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path} has no ending of a picture, such as .png.")
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
+
+
+def _columns(count: int) -> int:
+    return next(columns for columns in range(1, count + 1) if columns * columns >= count)
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and advice of the libraries would drown what the command has to say."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+
+
+def _table(title: str, *columns: str):
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _print_all_sizes(image_size: int) -> None:
+    from rich.console import Console
+
+    from .configuration_dit import DiTConfig
+    from .evaluation.flops import PUBLISHED, PUBLISHED_CONDITIONINGS, measure
+
+    names = [(name, name, {}, figures) for name, figures in PUBLISHED.items()]
+    for conditioning, figures in PUBLISHED_CONDITIONINGS.items():
+        names.append((f"DiT-XL/2 {conditioning}", "DiT-XL/2", {"conditioning": conditioning}, figures))
+    columns = ("parameters (M)", "paper", "G multiply-acc.", "paper", "FID-50K, paper")
+    table = _table(
+        f"Published models at {image_size}x{image_size}; the paper's figures are for 256x256", "model", *columns
+    )
+    for label, name, fields, (millions, gmacs, fid) in names:
+        if label == "DiT-XL/2 in_context":
+            table.add_section()
+        size = measure(DiTConfig.from_name(name, image_size=image_size, **fields))
+        cells = (f"{size.parameters / 1e6:.1f}", str(millions), f"{size.gmacs:.2f}", f"{gmacs:.2f}", f"{fid:.2f}")
+        table.add_row(label, *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

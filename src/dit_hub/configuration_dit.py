@@ -1,0 +1,191 @@
+"""DiTConfig: what distinguishes one Diffusion Transformer from another, and the published sizes by name."""
+
+import difflib
+from typing import Any, Literal, get_args
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+
+# Paper, Table 1: (layers, hidden size, heads). Every size exists with patches of 8, 4 and 2.
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PUBLISHED_HEADS = {width: heads for _, width, heads in _SIZES.values()}
+PUBLISHED_MODELS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (8, 4, 2))
+
+# The embedded toy: 16x16 RGB pictures of 4 colours x 4 shapes, 323,696 parameters.
+TOY: dict[str, Any] = dict(
+    sample_size=16,
+    patch_size=4,
+    in_channels=3,
+    hidden_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_classes=16,
+    class_dropout_prob=0.0,
+    learn_sigma=False,
+    pos_embed="learned",
+    timestep_freq_dim=64,
+)
+
+# Factor between pixels and the latents of Stable Diffusion's VAE, which all published models use.
+_VAE_SCALE_FACTOR = 8
+
+# Keys that transformers itself may write into config.json beside the fields below.
+_LIBRARY_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "auto_map", "quantization_config", "model_type"}
+
+
+def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> str:
+    """The known names most like `name`, as words for an error message."""
+    by_folded = {known_name.casefold(): known_name for known_name in known}
+    matches = difflib.get_close_matches(name.casefold(), list(by_folded), n=count, cutoff=0.4)
+    return ", ".join(by_folded[match] for match in matches) or ", ".join(known[:count])
+
+
+@strict
+class DiTConfig(PreTrainedConfig):
+    """Configuration of a `DiTTransformer`. The defaults are DiT-XL/2 at 256x256 as published (Peebles & Xie 2023).
+
+    Args:
+        sample_size: height and width of the input in latent pixels; one int where they are equal.
+        patch_size: side of a square patch, in latent pixels.
+        in_channels: channels of the input.
+        hidden_size: width of the token vectors; a multiple of `num_attention_heads`.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: attention heads per block.
+        mlp_ratio: width of a block's MLP, as a multiple of `hidden_size`.
+        num_classes: number of classes; 0 makes the model unconditional.
+        class_dropout_prob: share of the labels replaced by the null class in training. Above 0 the label table has one
+            row more, the null class `num_classes`, and the model can be guided.
+        learn_sigma: predict the variance too: twice the output channels, noise first.
+        conditioning: how timestep and class enter the blocks (paper, Section 3.2): "adaln_zero", "adaln",
+            "cross_attention" or "in_context".
+        pos_embed: "sincos" (fixed, any input size) or "learned" (the training size only).
+        timestep_freq_dim: width of the sinusoidal timestep embedding.
+        timestep_freq_shift: frequencies are exp(-ln(10000) k / (half - shift)): 0 in the official code, 1 in diffusers.
+        norm_eps: epsilon of every LayerNorm.
+        guidance_channels: how many leading channels classifier-free guidance touches: 3 in the official code.
+
+    Raises:
+        ValueError: an unknown field, or values that do not fit together.
+    """
+
+    model_type = "diffusion_transformer"
+
+    sample_size: int | list[int] | tuple[int, ...] = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    mlp_ratio: float | int = 4.0
+    num_classes: int = 1000
+    class_dropout_prob: float | int = 0.1
+    learn_sigma: bool = True
+    conditioning: str = "adaln_zero"
+    pos_embed: str = "sincos"
+    timestep_freq_dim: int = 256
+    timestep_freq_shift: float | int = 0.0
+    norm_eps: float = 1e-6
+    guidance_channels: int = 3
+
+    def __post_init__(self, **kwargs: Any):
+        # transformers keeps unknown keys as attributes; a typo must not pass as a setting.
+        unknown = [key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_")]
+        if unknown:
+            fields = list(DiTConfig.__annotations__)
+            raise ValueError(
+                f"DiTConfig has no field {unknown[0]!r}. The nearest names: {nearest(unknown[0], fields)}."
+            )
+        if not isinstance(self.sample_size, int):  # JSON knows no tuples
+            height_width = tuple(self.sample_size)
+            self.sample_size = height_width[0] if height_width == height_width[:1] * 2 else height_width
+        super().__post_init__(**kwargs)
+        self._check_ranges()
+        self._check_choices()
+        self._check_shapes()
+
+    def _check_ranges(self) -> None:
+        names = ("patch_size", "in_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
+        for name in (*names, "guidance_channels"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (unconditional) or more, not {self.num_classes}.")
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob must lie between 0 and 1, not {self.class_dropout_prob}.")
+        if self.timestep_freq_dim < 4 or self.timestep_freq_dim % 2:
+            raise ValueError(f"timestep_freq_dim must be an even number of 4 or more, not {self.timestep_freq_dim}.")
+
+    def _check_shapes(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}."
+            )
+        if self.pos_embed == "sincos" and self.hidden_size % 4:
+            raise ValueError(f'hidden_size {self.hidden_size} must be divisible by 4 for pos_embed="sincos".')
+        if not isinstance(self.sample_size, int) and len(self.sample_size) != 2:
+            raise ValueError(f"sample_size must be one int or (height, width), not {self.sample_size}.")
+        for side in self.sample_height_width:
+            if side <= 0 or side % self.patch_size:
+                raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}.")
+
+    def _check_choices(self) -> None:
+        if self.conditioning not in get_args(Conditioning):
+            raise ValueError(
+                f"conditioning must be one of {', '.join(get_args(Conditioning))}, not {self.conditioning!r}."
+            )
+        if self.pos_embed not in ("sincos", "learned"):
+            raise ValueError(f'pos_embed must be "sincos" or "learned", not {self.pos_embed!r}.')
+
+    @property
+    def sample_height_width(self) -> tuple[int, int]:
+        """Height and width of the input in latent pixels."""
+        if isinstance(self.sample_size, int):
+            return self.sample_size, self.sample_size
+        return self.sample_size[0], self.sample_size[1]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: the noise, then the variance where it is learned."""
+        return self.in_channels * 2 if self.learn_sigma else self.in_channels
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for "no class", or None where the model was not trained with one."""
+        return self.num_classes if self.num_classes > 0 and self.class_dropout_prob > 0 else None
+
+    @classmethod
+    def from_name(cls, name: str, image_size: int = 256, **overrides: Any) -> "DiTConfig":
+        """The configuration of a published model ("DiT-XL/2") or of the "toy".
+
+        Args:
+            name: one of `PUBLISHED_MODELS`, or "toy"; upper and lower case are equal.
+            image_size: side of the picture in pixels, for the published models (8 times the latent's).
+            overrides: any field of `DiTConfig`.
+
+        Raises:
+            ValueError: an unknown name, or an image size that is not divisible by 8 and the patch.
+        """
+        if name.casefold() == "toy":
+            return cls(**{**TOY, **overrides})
+        by_folded = {known.casefold(): known for known in PUBLISHED_MODELS}
+        if name.casefold() not in by_folded:
+            known = (*PUBLISHED_MODELS, "toy")
+            raise ValueError(f"There is no DiT size named {name!r}. The nearest names: {nearest(name, known)}.")
+        size, patch = by_folded[name.casefold()].removeprefix("DiT-").split("/")
+        if image_size <= 0 or image_size % (_VAE_SCALE_FACTOR * int(patch)):
+            raise ValueError(f"image_size {image_size} is not divisible by {_VAE_SCALE_FACTOR * int(patch)}, "
+                             f"as {by_folded[name.casefold()]} needs.")  # fmt: skip
+        layers, width, heads = _SIZES[size]
+        published: dict[str, Any] = dict(
+            sample_size=image_size // _VAE_SCALE_FACTOR,
+            patch_size=int(patch),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+        )
+        return cls(**{**published, **overrides})
+
+
+AutoConfig.register(DiTConfig.model_type, DiTConfig, exist_ok=True)

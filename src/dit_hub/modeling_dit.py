@@ -1,0 +1,438 @@
+"""DiTTransformer: Peebles & Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
+
+    latents --patchify--> tokens + positions --N blocks--> final layer --unpatchify--> noise (and variance)
+    timestep, label --condition--> modulations of every block
+
+Parameter names are those of the official checkpoints, which therefore load as they are. Where the weights are half
+precision, matrix products and attention run in it; the sinusoid, the modulations, the gates and the residual sum stay
+in float32, since the residual stream of deep DiTs overflows float16.
+
+Letters in shape comments: N batch, C channels, H and W latent height and width, T tokens, D hidden size, L blocks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import ModelOutput
+
+from .configuration_dit import DiTConfig
+from .layers import (
+    Float32LayerNorm,
+    Float32Linear,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    initialised_by,
+    sincos_positions,
+)
+
+
+@dataclass
+class DiTTransformerOutput(ModelOutput):
+    """What `DiTTransformer` returns.
+
+    Args:
+        sample: (N, C or 2C, H, W), the prediction: noise or velocity, then the variance where it is learned.
+        attentions: for each block asked for, (N, heads, T, T) attention weights.
+    """
+
+    sample: Tensor | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def _modulation_layer(config: DiTConfig, rows: int) -> nn.Sequential:
+    """(N, D) condition -> (N, rows * D) modulations, zero at the start of training (paper, Section 3.2)."""
+    linear = initialised_by("zeros", Float32Linear(config.hidden_size, rows * config.hidden_size))
+    return nn.Sequential(nn.SiLU(), linear)
+
+
+def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift, with (N, T, D) x and (N, 1, D) shift and scale."""
+    return torch.addcmul(shift, hidden_states, 1 + scale)
+
+
+# --- Blocks ----------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T) v on (N, heads, T, head size), written out: the attention that also returns its weights."""
+    weights = torch.softmax(query @ key.transpose(-1, -2) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class DiTAttention(nn.Module):
+    """Multi-head self-attention with one projection for query, key and value."""
+
+    is_causal = False
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        # (N, T, D) -> (N, T, 3D) -> (N, 3 heads, T, head size): one transposition for all three
+        qkv = self.qkv(hidden_states.to(self.qkv.weight.dtype)).unflatten(2, (3 * self.num_heads, -1))
+        query, key, value = qkv.transpose(1, 2).split(self.num_heads, dim=1)
+        return self.attend(query, key, value, output_attentions)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        implementation = self.config._attn_implementation or "eager"
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if output_attentions:  # only this one knows its weights
+            attention = eager_attention_forward
+        output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.proj(output.flatten(2)), weights
+
+
+class DiTCrossAttention(DiTAttention):
+    """Attention from the tokens to the sequence of condition vectors."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        del self.qkv
+        self.q = nn.Linear(config.hidden_size, config.hidden_size)
+        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        dtype = self.q.weight.dtype
+        query = self.q(hidden_states.to(dtype)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        kv = self.kv(condition.to(dtype)).unflatten(2, (2 * self.num_heads, -1))
+        key, value = kv.transpose(1, 2).split(self.num_heads, dim=1)
+        return self.attend(query, key, value, output_attentions=False)[0]
+
+
+class DiTMLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        width = int(config.hidden_size * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.hidden_size, width)
+        self.fc2 = nn.Linear(width, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states.to(self.fc1.weight.dtype)), approximate="tanh"))
+
+
+class DiTBlock(GradientCheckpointingLayer):
+    """The block of adaLN-Zero, or of adaLN, which has no gates (paper, Figure 3)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.rows = modulation_rows(config)
+        self.norm1 = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
+        self.attn = DiTAttention(config)
+        self.norm2 = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
+        self.mlp = DiTMLP(config)
+        self.adaLN_modulation = _modulation_layer(config, self.rows)
+
+    def forward(
+        self, hidden_states: Tensor, modulations: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        # (N, 6, D) -> six of (N, 1, D): shift, scale, gate of the attention, then of the MLP. Without gates, four.
+        chunks = modulations.split(1, dim=1)
+        attn_chunks, mlp_chunks = chunks[: self.rows // 2], chunks[self.rows // 2 :]
+
+        output, weights = self.attn(modulate(self.norm1(hidden_states), *attn_chunks[:2]), output_attentions)
+        hidden_states = add_gated(hidden_states, output, *attn_chunks[2:])
+        output = self.mlp(modulate(self.norm2(hidden_states), *mlp_chunks[:2]))
+        return add_gated(hidden_states, output, *mlp_chunks[2:]), weights
+
+
+class DiTTokenBlock(GradientCheckpointingLayer):
+    """The block of the in-context and the cross-attention conditioning: a plain ViT block (paper, Figure 3).
+
+    In-context models carry the condition as tokens of the sequence. Cross-attention models attend to it after the
+    self-attention.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.norm1 = Float32LayerNorm(config.hidden_size, config.norm_eps)
+        self.attn = DiTAttention(config)
+        if config.conditioning == "cross_attention":
+            self.norm_cross = Float32LayerNorm(config.hidden_size, config.norm_eps)
+            self.cross_attn = DiTCrossAttention(config)
+        self.norm2 = Float32LayerNorm(config.hidden_size, config.norm_eps)
+        self.mlp = DiTMLP(config)
+
+    def forward(
+        self, hidden_states: Tensor, condition: Tensor | None, output_attentions: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        output, weights = self.attn(self.norm1(hidden_states), output_attentions)
+        hidden_states = hidden_states + output
+        if condition is not None:
+            hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), condition)
+        return hidden_states + self.mlp(self.norm2(hidden_states)), weights
+
+
+def add_gated(hidden_states: Tensor, output: Tensor, gate: Tensor | None = None) -> Tensor:
+    """hidden_states + gate * output in float32, the dtype of the residual stream."""
+    return hidden_states + output if gate is None else torch.addcmul(hidden_states, gate, output.float())
+
+
+def modulation_rows(config: DiTConfig) -> int:
+    """Modulation vectors per block: shift, scale and gate twice; adaLN has no gates, the other two no modulation."""
+    return {"adaln_zero": 6, "adaln": 4}.get(config.conditioning, 0)
+
+
+def condition_length(config: DiTConfig) -> int:
+    """K: how many vectors `DiTTransformer.condition` returns for each sample."""
+    if rows := modulation_rows(config):
+        return config.num_hidden_layers * rows + 2
+    return 2 if config.num_classes else 1
+
+
+class FinalLayer(nn.Module):
+    """(N, T, D) -> (N, T, patch * patch * output channels)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.adaptive = modulation_rows(config) > 0
+        self.norm_final = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=not self.adaptive)
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+        initialised_by("zeros", self.linear)
+        if self.adaptive:
+            self.adaLN_modulation = _modulation_layer(config, 2)
+
+    def forward(self, hidden_states: Tensor, modulations: Tensor) -> Tensor:
+        hidden_states = self.norm_final(hidden_states)
+        if self.adaptive:  # (N, 2, D): shift, scale
+            hidden_states = modulate(hidden_states, *modulations.split(1, dim=1))
+        return self.linear(hidden_states.to(self.linear.weight.dtype))
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+
+class DiTTransformer(PreTrainedModel):
+    """The Diffusion Transformer. `model(hidden_states, timestep, class_labels).sample` is its prediction.
+
+    Args:
+        config: the architecture.
+
+    A fresh model predicts exactly zero: the final layer starts at zero, as do the gates of adaLN-Zero.
+    """
+
+    config_class = DiTConfig
+    config: DiTConfig
+    main_input_name = "hidden_states"
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock", "DiTTokenBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        height, width = (side // config.patch_size for side in config.sample_height_width)
+        self.x_embedder = PatchEmbed(config)
+        if config.pos_embed == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, height * width, config.hidden_size))
+        else:
+            table = sincos_positions(height, width, config.hidden_size)
+            self.register_buffer("pos_embed", table, persistent=False)
+        self.t_embedder = TimestepEmbedder(config)
+        if config.num_classes:
+            self.y_embedder = LabelEmbedder(config)
+        block = DiTBlock if modulation_rows(config) else DiTTokenBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
+        self.final_layer = FinalLayer(config)
+        self.post_init()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float | None = None,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
+        output_attentions: Sequence[int] = (),
+        return_dict: bool = True,
+    ) -> Any:
+        """Predict the noise (or velocity) of noisy latents.
+
+        Args:
+            hidden_states: (N, C, H, W), any float dtype.
+            timestep: (N,) or a scalar, integer or float, in the units of the training schedule (0 to 999 officially).
+            class_labels: (N,) integers; `config.null_class` stands for no class. None for unconditional models.
+            condition: (N, K, D), what `condition` returns; given instead of timestep and labels.
+            output_attentions: indices of the blocks whose attention weights to return; these blocks attend eagerly.
+            return_dict: return a `DiTTransformerOutput` rather than a tuple.
+
+        Returns:
+            `sample` of shape (N, C or 2C, H, W) in the dtype of `hidden_states`, and `attentions` where asked for.
+
+        Raises:
+            ValueError: a height or width that the patches do not tile or the learned positions do not cover, or
+                labels missing or given without need.
+        """
+        if condition is None:
+            timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
+            condition = self.condition(timestep, class_labels)
+        tokens = self.embed(hidden_states)
+        tokens, attentions = self.transform(tokens, condition, output_attentions)
+        sample = self.unpatchify(tokens, *hidden_states.shape[-2:]).to(hidden_states.dtype)
+        if not return_dict:
+            return (sample, attentions) if attentions else (sample,)
+        return DiTTransformerOutput(sample=sample, attentions=attentions or None)
+
+    def condition(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Everything the blocks need to know of timestep and class, so that a sampler can compute it once.
+
+        Args:
+            timestep: (N,), integer or float.
+            class_labels: (N,) integers, or None for unconditional models.
+
+        Returns:
+            (N, K, D) in float32. adaLN-Zero: K = 6L + 2 modulations, per block shift, scale and gate of the attention,
+            then of the MLP, and last the final layer's shift and scale. adaLN: K = 4L + 2, without the gates.
+            In-context and cross-attention: the timestep's token and, where the model has classes, the label's.
+        """
+        if (class_labels is None) == bool(self.config.num_classes):
+            needs = f"labels of {self.config.num_classes} classes" if self.config.num_classes else "no class_labels"
+            raise ValueError(f"This model takes {needs}; class_labels is {class_labels}.")
+        embeddings = [self.t_embedder(timestep)]  # each (N, D)
+        if class_labels is not None:
+            embeddings.append(self.y_embedder(class_labels))
+        if not modulation_rows(self.config):
+            return torch.stack(embeddings, dim=1)
+        condition = sum(embeddings)
+        layers = (*self.blocks, self.final_layer)
+        # Vectors get a dimension of their own: the backward of chunk on the last one is wrong on Apple's MPS.
+        modulations = [cast(nn.Module, layer.adaLN_modulation)(condition) for layer in layers]
+        return torch.cat(modulations, dim=1).unflatten(1, (-1, self.config.hidden_size))
+
+    def embed(self, hidden_states: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, T, D) tokens with positions, float32."""
+        height, width = hidden_states.shape[-2:]
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"An input of {height}x{width} is not divisible by the patch size {patch}.")
+        return self.x_embedder(hidden_states).float() + self.positions(height // patch, width // patch)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """(1, T, D) float32 positions of a grid of tokens; sin-cos ones exist for every size."""
+        trained = tuple(side // self.config.patch_size for side in self.config.sample_height_width)
+        if (height, width) == trained:
+            return self.pos_embed.float()
+        if self.config.pos_embed == "learned":
+            raise ValueError(f"The learned positions cover {trained[0]}x{trained[1]} patches, not {height}x{width}.")
+        return sincos_positions(height, width, self.config.hidden_size, self.pos_embed.device)
+
+    def transform(
+        self, tokens: Tensor, condition: Tensor, output_attentions: Sequence[int] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(N, T, D) tokens -> (N, T, patch * patch * output channels), and the attention weights asked for."""
+        if self.config.conditioning == "in_context":
+            tokens = torch.cat([tokens, condition], dim=1)
+        attentions = []
+        for index, block in enumerate(self.blocks):
+            tokens, weights = block(tokens, self.block_condition(index, condition), index in output_attentions)
+            if weights is not None and index in output_attentions:
+                attentions.append(weights)
+        if self.config.conditioning == "in_context":
+            tokens = tokens[:, : -condition.shape[1]]
+        return self.final_layer(tokens, condition[:, -2:]), tuple(attentions)
+
+    def block_condition(self, index: int, condition: Tensor) -> Tensor | None:
+        """The part of the (N, K, D) condition that the block `index` takes: its modulations, or the tokens."""
+        if self.config.conditioning == "in_context":
+            return None
+        rows = modulation_rows(self.config)
+        return condition[:, index * rows : (index + 1) * rows] if rows else condition
+
+    def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
+        """(N, T, patch * patch * channels) -> (N, channels, height, width)."""
+        patch = self.config.patch_size
+        grid = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (height // patch, width // patch))
+        # (N, h, w, p, q, c) -> (N, c, h, p, w, q)
+        return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        kind = getattr(module, "dit_init", "xavier")
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            if kind == "zeros":
+                init.zeros_(module.weight)
+            elif kind == "normal":
+                init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Conv2d):  # as the linear map it is: one row per output channel
+                fan_in, fan_out = module.weight[0].numel(), module.weight.shape[0]
+                bound = math.sqrt(6 / (fan_in + fan_out))
+                init.uniform_(module.weight, -bound, bound)
+            else:
+                init.xavier_uniform_(module.weight)
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                init.zeros_(bias)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif module is self and self.config.pos_embed == "learned":
+            init.normal_(self.pos_embed, std=0.02)
+        elif module is self:  # not in checkpoints, and memory without content after loading on the meta device
+            init.copy_(self.pos_embed, self._position_table())
+
+    def _position_table(self) -> Tensor:
+        height, width = (side // self.config.patch_size for side in self.config.sample_height_width)
+        return sincos_positions(height, width, self.config.hidden_size)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DiTTransformer":
+        """`.to(dtype)` casts the weights, not the sin-cos table: it stays float32."""
+        super()._apply(fn, recurse)
+        table = self.pos_embed
+        if self.config.pos_embed == "sincos" and table.dtype != torch.float32:
+            self.pos_embed = self._position_table().to(table.device)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.x_embedder
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, but weights must fit: a missing or foreign one is an error.
+
+        Raises:
+            ValueError: weights that are missing, unexpected or of another shape than the config says.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = cast(Any, super()).from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        for problem in ("missing_keys", "unexpected_keys"):
+            if names := sorted(info[problem]):
+                listed = ", ".join(names[:10])
+                what = problem.removesuffix("_keys")
+                raise ValueError(f"{pretrained_model_name_or_path}: {len(names)} weights are {what}: {listed}.")
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`, always in the native layout."""
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+
+
+AutoModel.register(DiTConfig, DiTTransformer, exist_ok=True)

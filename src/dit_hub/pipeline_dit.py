@@ -1,0 +1,338 @@
+"""DiTPipeline: labels -> noise -> denoise -> decode, with diffusers' schedulers and any runtime's denoiser."""
+
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .configuration_dit import DiTConfig, nearest
+from .modeling_dit import condition_length
+from .runtime import RuntimeOptions, use_options
+from .schedulers import prediction_for, set_timesteps, without_foreign_variance
+
+Labels = int | str | Sequence[int | str] | Tensor | None
+
+# The models that come with the package, found by name without a network.
+EMBEDDED_MODELS = {"dit-toy-shapes": Path(__file__).parent / "assets" / "dit-toy-shapes"}
+
+# Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
+# class fit; where not all steps fit, as many as do are computed together, then the next ones.
+MODULATION_BYTES = 512 * 2**20
+
+
+def guide(prediction: Tensor, guidance_scale: float, channels: int) -> Tensor:
+    """Classifier-free guidance (paper, Section 3.1): uncond + scale * (cond - uncond) on the leading `channels`.
+
+    Args:
+        prediction: (2N, C, H, W), the conditional half first.
+        guidance_scale: 1 means no guidance.
+        channels: how many leading channels to guide; the others stay the conditional half's. Officially 3.
+
+    Returns:
+        (N, C, H, W).
+    """
+    cond, uncond = prediction.unflatten(0, (2, -1)).unbind(0)
+    guided = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([guided, cond[:, channels:]], dim=1)
+
+
+class DiTPipeline(DiffusionPipeline):
+    """Class-conditional (or unconditional) image generation with a Diffusion Transformer.
+
+    Args:
+        transformer: the denoiser: a `DiTTransformer` or any runtime's equivalent, with `.config`, `.dtype`, `.device`
+            and `transformer(hidden_states, timestep, class_labels).sample`.
+        scheduler: any diffusers scheduler of the DDPM, Karras or flow-matching families.
+        vae: decodes latents to pictures; None for models of pixels.
+        id2label: names of the classes by id; several names of one class are separated by commas.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, transformer: Any, scheduler: Any, vae: Any = None, id2label: dict | None = None):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(id2label={int(key): name for key, name in id2label.items()} if id2label else None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        providers: Sequence[str] | None = None,
+        num_threads: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a pipeline from the Hub, from a folder, or one of `EMBEDDED_MODELS` by name.
+
+        Args:
+            pretrained_model_name_or_path: a Hub id, a folder, or "dit-toy-shapes".
+            providers, num_threads: see `RuntimeOptions`; for components that run on ONNX Runtime.
+            kwargs: as for `diffusers.DiffusionPipeline.from_pretrained`. A single `dtype` leaves the VAE in float32,
+                where half precision loses detail; `dtype={"default": ..., "vae": ...}` says otherwise.
+
+        Raises:
+            ValueError, OSError: no such folder or repository, or files that are missing or damaged.
+        """
+        path = pretrained_model_name_or_path
+        if not os.path.isdir(path):
+            path = EMBEDDED_MODELS.get(str(path), path)
+            if not os.path.isdir(path) and str(path).count("/") != 1:  # a Hub id is "organisation/name"
+                raise ValueError(f"There is no folder and no embedded model {str(path)!r}; "
+                                 f"embedded: {', '.join(EMBEDDED_MODELS)}.")  # fmt: skip
+        if isinstance(dtype := kwargs.get("dtype"), torch.dtype):
+            kwargs["dtype"] = {"default": dtype, "vae": torch.float32}
+        if os.path.isdir(path) and not (Path(path) / cls.config_name).is_file():
+            raise ValueError(f"{path} is no pipeline folder: it has no {cls.config_name}.")
+        with use_options(RuntimeOptions(providers, num_threads)):
+            return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
+        """As diffusers' `download`, which would leave out ONNX files."""
+        return super().download(pretrained_model_name, **{"use_onnx": True, **kwargs})
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes by id; empty where they have none."""
+        return {int(key): name for key, name in (self.config.get("id2label") or {}).items()}
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent pixel: 8 for Stable Diffusion's VAE, 1 for models of pixels."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+
+    def get_label_ids(self, labels: Labels) -> list[int]:
+        """Class ids of labels given by id or by name; a lone one counts as a list of one.
+
+        Raises:
+            ValueError: an id out of range, or an unknown or ambiguous name; the message lists the nearest names.
+        """
+        if isinstance(labels, Tensor):
+            labels = labels.flatten().tolist()
+        if labels is None or isinstance(labels, (int, str)):
+            labels = [] if labels is None else [labels]
+        by_name: dict[str, list[int]] = {}
+        for index, names in self.id2label.items():
+            for name in {names, *names.split(",")}:
+                by_name.setdefault(name.strip().casefold(), []).append(index)
+        return [self._label_id(label, by_name) for label in labels]
+
+    def _label_id(self, label: int | str, by_name: dict[str, list[int]]) -> int:
+        config: DiTConfig = self.transformer.config
+        if isinstance(label, str):
+            ids = by_name.get(label.strip().casefold(), [])
+            if len(ids) > 1:
+                raise ValueError(f"The label {label!r} names the classes {ids}; give the id of the one you mean.")
+            if ids:
+                return ids[0]
+            if not by_name:
+                raise ValueError(f"This model's classes have no names, so {label!r} is unknown; give ids.")
+            raise ValueError(f"There is no class named {label!r}. The nearest names: {nearest(label, list(by_name))}.")
+        if not 0 <= label < config.num_classes:
+            raise ValueError(f"The label {label} is out of range: the classes are 0 to {config.num_classes - 1}.")
+        return int(label)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int = 50,
+        num_images_per_label: int = 1,
+        guidance_channels: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        timesteps: Sequence[int] | Literal["official"] | None = None,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+    ) -> Any:
+        """Generate pictures.
+
+        Args:
+            class_labels: class ids or names; one, a list, or an integer tensor. None for unconditional models.
+            guidance_scale: strength of classifier-free guidance; None means 4.0 where the model has a null class, else
+                1.0, which is no guidance.
+            num_inference_steps: denoising steps.
+            num_images_per_label: pictures of each label, one after the other.
+            guidance_channels: how many leading channels guidance touches; None means the model's own (officially 3).
+            guidance_interval: guide only where timestep / training timesteps lies within these two, both included
+                (Kynkäänniemi et al. 2024); the other steps cost one pass, not two.
+            timesteps: the timesteps to visit, from noise to data; "official" means `official_timesteps`. None leaves
+                them to the scheduler.
+            eta: the DDIM paper's eta, for schedulers that take it.
+            generator: source of all noise; a list holds one for each picture.
+            latents: (N, C, height, width) initial noise of unit variance, instead of drawing it.
+            height, width: of the picture, in pixels; None means the training size.
+            output_type: "pil", "np" (N, H, W, C in 0..1), "pt" (N, C, H, W in 0..1) or "latent" (undecoded).
+            return_dict: return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": latents}) after each step; the
+                latents of a returned dict replace the current ones.
+
+        Returns:
+            An `ImagePipelineOutput` whose `images` are as `output_type` says.
+
+        Raises:
+            ValueError: arguments that the model or the scheduler cannot serve.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}.")
+        labels = self._expand_labels(class_labels, num_images_per_label, latents)
+        guidance_scale = self._resolve_guidance(guidance_scale, guidance_interval)
+        channels = self.transformer.config.guidance_channels if guidance_channels is None else guidance_channels
+        self.scheduler = without_foreign_variance(self.scheduler)
+        set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device)
+        sample: Any = self._initial_latents(latents, len(labels), height, width, generator)
+        step_kwargs = self._step_kwargs(generator, eta)
+
+        guided = [guidance_scale != 1 and self._within(t, guidance_interval) for t in self.scheduler.timesteps]
+        predict = self._denoiser(labels, guided)
+        scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
+        with self.progress_bar(total=len(guided)) as progress:  # pyright: ignore[reportCallIssue]
+            for i, t in enumerate(self.scheduler.timesteps):
+                model_input = scale_input(sample, t)
+                if guided[i]:
+                    prediction = predict(i, torch.cat([model_input, model_input]))
+                    prediction = guide(prediction, guidance_scale, channels)
+                else:
+                    prediction = predict(i, model_input)
+                prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
+                sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
+                progress.update()
+
+        images: Any = sample if output_type == "latent" else self.decode(sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt"] = "pil") -> Any:
+        """(N, C, H, W) latents, or pixels in -1..1 without a VAE -> pictures, as `__call__` returns them."""
+        if self.vae is not None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            latents = latents / self.vae.config.scaling_factor + shift
+            latents = self.vae.decode(latents.to(self.vae.dtype)).sample
+        images = (latents.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.cpu().permute(0, 2, 3, 1).numpy()
+        return arrays if output_type == "np" else self.numpy_to_pil(arrays)
+
+    # --- Preparation -------------------------------------------------------------------------------------------------
+
+    def _expand_labels(self, class_labels: Labels, per_label: int, latents: Tensor | None) -> list[int | None]:
+        if per_label < 1:
+            raise ValueError(f"num_images_per_label must be 1 or more, not {per_label}.")
+        if self.transformer.config.num_classes:
+            labels = self.get_label_ids(class_labels)
+            if not labels:
+                raise ValueError(f"Give at least one label of the {self.transformer.config.num_classes} classes.")
+            return [label for label in labels for _ in range(per_label)]
+        if class_labels is not None:
+            raise ValueError(f"This model is unconditional and takes no class_labels, but got {class_labels!r}.")
+        return [None] * (per_label if latents is None else len(latents))
+
+    def _resolve_guidance(self, guidance_scale: float | None, interval: tuple[float, float]) -> float:
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance_interval must be two rising numbers between 0 and 1, not {interval}.")
+        has_null_class = self.transformer.config.null_class is not None
+        if guidance_scale is None:
+            return 4.0 if has_null_class else 1.0
+        if guidance_scale != 1 and not has_null_class:
+            raise ValueError(
+                f"guidance_scale {guidance_scale} needs a null class, which this model was trained without."
+            )
+        return float(guidance_scale)
+
+    def _initial_latents(
+        self,
+        latents: Tensor | None,
+        count: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Tensor:
+        config: DiTConfig = self.transformer.config
+        factor, (default_height, default_width) = self.vae_scale_factor, config.sample_height_width
+        height, width = height or default_height * factor, width or default_width * factor
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % (factor * config.patch_size):
+                raise ValueError(
+                    f"{name} {side} is not divisible by {factor * config.patch_size}, as this model needs."
+                )
+        shape = (count, config.in_channels, height // factor, width // factor)
+        if config.pos_embed == "learned" and shape[2:] != config.sample_height_width:
+            raise ValueError(f"This model has learned positions and draws {default_width * factor}x"
+                             f"{default_height * factor} pictures only, not {width}x{height}.")  # fmt: skip
+        if latents is None:
+            # float32 whatever the weights are: the solver's sums stay exact.
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have the shape {shape}, not {tuple(latents.shape)}.")
+        return latents.to(self._execution_device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {key: value for key, value in {"generator": generator, "eta": eta}.items() if key in accepted}
+
+    def _within(self, timestep: Tensor, interval: tuple[float, float]) -> bool:
+        return interval[0] <= float(timestep) / self.scheduler.config.num_train_timesteps <= interval[1]
+
+    # --- Denoising ---------------------------------------------------------------------------------------------------
+
+    def _denoiser(self, labels: list[int | None], guided: list[bool]) -> Callable[[int, Tensor], Tensor]:
+        """A function (step, model input) -> prediction, of N rows, or 2N rows in guided steps (conditional first)."""
+        device, config = self._execution_device, self.transformer.config
+        timesteps = self.scheduler.timesteps
+        conditional = None if labels[0] is None else torch.tensor(labels, device=device)
+        both = None
+        if conditional is not None:
+            both = torch.cat([conditional, torch.full_like(conditional, config.null_class or 0)])
+
+        # Other runtimes take timestep and labels; so do offloaded models, whose weights move when forward is called.
+        if not hasattr(self.transformer, "condition") or hasattr(self.transformer, "_hf_hook"):
+
+            def predict(step: int, model_input: Tensor) -> Tensor:
+                timestep = timesteps[step].expand(len(model_input))
+                return self.transformer(model_input, timestep, both if guided[step] else conditional).sample
+
+            return predict
+
+        classes, rows = None, torch.zeros(2 * len(labels), dtype=torch.long, device=device)
+        if both is not None and conditional is not None:
+            classes, rows = torch.unique(both if any(guided) else conditional, return_inverse=True)
+        held: dict[int, Tensor] = {}
+
+        def predict_hoisted(step: int, model_input: Tensor) -> Tensor:
+            if step not in held:
+                held.clear()
+                held.update(self._conditions(step, classes))
+            condition = held[step][rows[: len(model_input)]]
+            return self.transformer(model_input, condition=condition).sample
+
+        return predict_hoisted
+
+    def _conditions(self, first: int, classes: Tensor | None) -> dict[int, Tensor]:
+        """(classes, K, D) conditions by step, from `first` on for as many steps as `MODULATION_BYTES` hold.
+
+        They depend on timestep and class alone, so each pair is computed once, in float32, ahead of the loop.
+        """
+        config: DiTConfig = self.transformer.config
+        pairs_per_step = 1 if classes is None else len(classes)
+        bytes_per_step = pairs_per_step * condition_length(config) * config.hidden_size * 4
+        timesteps = self.scheduler.timesteps[first : first + max(1, MODULATION_BYTES // bytes_per_step)]
+        labels = None if classes is None else classes.repeat(len(timesteps))
+        conditions = self.transformer.condition(timesteps.repeat_interleave(pairs_per_step), labels)
+        return dict(enumerate(conditions.unflatten(0, (len(timesteps), -1)).unbind(0), start=first))

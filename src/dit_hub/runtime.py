@@ -1,0 +1,48 @@
+"""How to run: options on their way from `DiTPipeline.from_pretrained` to the components of other runtimes.
+
+diffusers loads the components and hands them no options of ours, so these travel beside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """Options of an ONNX Runtime session.
+
+    Args:
+        providers: execution providers, the preferred first; None means the CPU.
+        num_threads: threads within an operator; None means one per core.
+
+    Raises:
+        ValueError: fewer than one thread.
+    """
+
+    providers: Sequence[str] | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads must be 1 or more, not {self.num_threads}.")
+
+
+_DEFAULTS = RuntimeOptions()
+_current: ContextVar[RuntimeOptions] = ContextVar("dit_hub_runtime_options", default=_DEFAULTS)
+
+
+def current_options() -> RuntimeOptions:
+    """The options of the pipeline that is being loaded."""
+    return _current.get()
+
+
+@contextmanager
+def use_options(options: RuntimeOptions) -> Iterator[None]:
+    """Components loaded within the block run with `options`."""
+    token = _current.set(options)
+    try:
+        yield
+    finally:
+        _current.reset(token)

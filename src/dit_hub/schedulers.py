@@ -1,0 +1,115 @@
+"""What DiT needs to know of diffusers' schedulers: their short names, the official timesteps, the learned variance."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import diffusers
+import torch
+from torch import Tensor
+
+# Short names for the command line. Every scheduler of diffusers that steps from noise to data works in the pipeline.
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "flow-euler": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+def switch_scheduler(scheduler: Any, name: str) -> Any:
+    """A scheduler of another kind for the same noise levels.
+
+    Args:
+        scheduler: the one whose configuration to take over.
+        name: a short name of `SCHEDULERS`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
+    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
+
+
+def official_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) -> list[int]:
+    """The timesteps of the official respacing, from noise to data: `num_inference_steps` of `num_train_timesteps`.
+
+    The stride (T - 1) / (S - 1) is accumulated in floating point and rounded half to even, as the official
+    `space_timesteps` does; diffusers' "linspace" differs from it for 278 of the step counts from 1 to 1000.
+    """
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps must lie between 1 and {num_train_timesteps}, not {num_inference_steps}."
+        )
+    stride = (num_train_timesteps - 1) / max(num_inference_steps - 1, 1)
+    position, timesteps = 0.0, []
+    for _ in range(num_inference_steps):
+        timesteps.append(round(position))
+        position += stride
+    return timesteps[::-1]
+
+
+def set_timesteps(
+    scheduler: Any,
+    num_inference_steps: int,
+    timesteps: Sequence[int] | Literal["official"] | None,
+    device: torch.device | str,
+) -> None:
+    """Prepare a scheduler for a run; see `DiTPipeline.__call__` for the arguments.
+
+    Raises:
+        ValueError: fewer than one step, or timesteps given to a scheduler that takes none.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be 1 or more, not {num_inference_steps}.")
+    if timesteps is None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"{type(scheduler).__name__} takes no list of timesteps; DDPMScheduler does, and for DDIM "
+            'DPMSolverMultistepScheduler(solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero").'
+        )
+    if isinstance(timesteps, str):
+        if timesteps != "official":
+            raise ValueError(f'timesteps must be a list of numbers or "official", not {timesteps!r}.')
+        timesteps = official_timesteps(num_inference_steps, scheduler.config.num_train_timesteps)
+    scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+
+
+def _configured_for_learned_variance(scheduler: Any) -> bool:
+    return str(scheduler.config.get("variance_type")).startswith("learned")
+
+
+def without_foreign_variance(scheduler: Any) -> Any:
+    """The scheduler itself, or one that leaves the variance alone.
+
+    DPM solvers made from a DDPM's config inherit its learned variance, and then keep 3 channels of the prediction
+    whatever it has. Only DDPM itself can use it.
+    """
+    if _configured_for_learned_variance(scheduler) and not isinstance(scheduler, diffusers.DDPMScheduler):
+        return type(scheduler).from_config(scheduler.config, variance_type=None)
+    return scheduler
+
+
+def prediction_for(scheduler: Any, prediction: Tensor, channels: int) -> Tensor:
+    """(N, C or 2C, H, W) -> what the scheduler steps with: the learned variance too where it uses one.
+
+    Raises:
+        ValueError: the scheduler wants a learned variance and the prediction has none.
+    """
+    if not _configured_for_learned_variance(scheduler):
+        return prediction[:, :channels]
+    if prediction.shape[1] == channels:
+        raise ValueError(
+            "The scheduler wants a learned variance, which this model does not predict; official sampling of such "
+            'models uses variance_type="fixed_large".'
+        )
+    return prediction

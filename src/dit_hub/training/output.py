@@ -1,0 +1,58 @@
+"""What a training run leaves: the pipeline folder, its training.json, pictures and card."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..files import new_folder
+from ..visualize import Trajectory, image_grid, loss_curve
+from .loop import TrainingResult
+from .recipe import RECIPES
+
+# Mean loss by epoch that the published series reports for its toy.
+PUBLISHED_TOY_LOSSES = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
+
+
+def published_losses(result: TrainingResult) -> dict[int, float]:
+    """The published losses by epoch, where the recipe is the published one."""
+    return PUBLISHED_TOY_LOSSES if result.recipe == RECIPES["toy"] else {}
+
+
+def save_result(result: TrainingResult, output_dir: str | os.PathLike, command: str, overwrite: bool = False) -> None:
+    """Write everything to a new folder, whole or not at all.
+
+    Args:
+        result: the trained model.
+        output_dir: a pipeline folder, ready for `DiTPipeline.from_pretrained`.
+        command: how the run was started, for the card.
+        overwrite: replace a folder that is there.
+    """
+    from dit_hub.model_cards import render_card
+
+    with new_folder(output_dir, overwrite) as folder:
+        result.pipeline.save_pretrained(folder)
+        training = {
+            "name": Path(output_dir).name,
+            "command": command,
+            "recipe": asdict(result.recipe),
+            "epoch_losses": [round(loss, 6) for loss in result.epoch_losses],
+        }
+        (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+        _draw(result, folder)
+        render_card(folder).save(folder / "README.md")
+
+
+def _draw(result: TrainingResult, folder: Path) -> None:
+    pipeline, trajectory = result.pipeline, Trajectory()
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        list(pipeline.id2label),
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=trajectory,
+    ).images
+    image_grid(images, 4, list(pipeline.id2label.values())).save(folder / "samples.png")
+    trajectory.picture(pipeline).save(folder / "trajectory.png")
+    loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result))

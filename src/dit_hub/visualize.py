@@ -1,0 +1,96 @@
+"""Pictures of results: labelled grids, denoising trajectories, loss curves."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .extras import require
+
+_MARGIN, _CAPTION, _PAPER, _INK = 4, 14, (255, 255, 255), (40, 40, 40)
+
+
+def image_grid(
+    images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None, min_side: int = 96
+) -> Image.Image:
+    """One picture of many.
+
+    Args:
+        images: pictures of equal size.
+        columns: pictures in a row.
+        captions: a line of text under each picture.
+        min_side: small pictures are enlarged by a whole factor to at least this width, pixels kept sharp.
+
+    Raises:
+        ValueError: no pictures.
+    """
+    if not images:
+        raise ValueError("A grid needs at least one picture.")
+    factor = max(1, -(-min_side // images[0].width))
+    width, height = images[0].width * factor, images[0].height * factor
+    cell_width, cell_height = width + _MARGIN, height + _MARGIN + (_CAPTION if captions else 0)
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), _PAPER)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
+    for index, image in enumerate(images):
+        left, top = _MARGIN + index % columns * cell_width, _MARGIN + index // columns * cell_height
+        grid.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        if captions:
+            centre = (left + width / 2, top + height + _CAPTION / 2)
+            draw.text(centre, captions[index], fill=_INK, font=font, anchor="mm")
+    return grid
+
+
+class Trajectory:
+    """Collects the pictures of a denoising run: pass it to the pipeline as `callback_on_step_end`.
+
+    Args:
+        frames: how many moments to keep, evenly spread from the first step to the last.
+    """
+
+    def __init__(self, frames: int = 8):
+        self.frames = frames
+        self.latents: list[tuple[int, Tensor]] = []
+
+    def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.latents.append((int(timestep), tensors["latents"].detach().clone()))
+        return {}
+
+    def picture(self, pipeline: Any, max_rows: int = 4) -> Image.Image:
+        """A row for each of up to `max_rows` pictures, from noise to result; captions name the timesteps."""
+        chosen = [self.latents[index] for index in _spread(len(self.latents), self.frames)]
+        rows = _spread(len(chosen[0][1]), max_rows)
+        columns = [pipeline.decode(latents[rows]) for _, latents in chosen]
+        images = [column[row] for row in range(len(rows)) for column in columns]
+        captions = [f"t = {timestep}" for timestep, _ in chosen] * len(rows)
+        return image_grid(images, columns=len(chosen), captions=captions)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Up to `count` indices below `length`, evenly spread, the first and the last among them."""
+    count = min(length, count)
+    return [round(i * (length - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+def loss_curve(
+    epoch_losses: Sequence[float], path: str | os.PathLike, reference: dict[int, float] | None = None
+) -> None:
+    """Draw the loss of each epoch to a file, and another run's losses by epoch as points beside it."""
+    pyplot = require("matplotlib.pyplot", "train")
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    axes.plot(range(1, len(epoch_losses) + 1), epoch_losses, label="this run")
+    if reference:
+        axes.plot(list(reference), list(reference.values()), "o", label="published")
+        axes.legend()
+    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def difference(first: Tensor, second: Tensor) -> int:
+    """Largest difference of two batches of pictures in 0..1, in steps of 1/255."""
+    return int((torch.round(first * 255) - torch.round(second * 255)).abs().max())

@@ -1,0 +1,130 @@
+"""Fixtures shared by the tests: the official code's numbers, and small models with random weights."""
+
+import os
+
+# Read when the libraries are imported. Nothing in the tests needs the Hub itself.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_hub import DiTConfig, DiTTransformer
+
+# The models are so small that more threads only get into each other's way.
+torch.set_num_threads(1)
+
+GOLDEN_FOLDER = Path(__file__).parent / "golden"
+
+# What the official code calls the fields of `DiTConfig`.
+OFFICIAL_NAMES = {"input_size": "sample_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
+
+TINY = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_classes": 10,
+    "timestep_freq_dim": 32,
+}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A model of the official code with random weights, and what that code computed with it.
+
+    `expected` holds inputs and outputs, named after the test they belong to: "forward.x", "ddpm.out".
+    `config` holds the fields of `DiTConfig`, `weights` the official state dict.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    expected: dict[str, Tensor]
+
+    def model(self, **overrides: Any) -> DiTTransformer:
+        """Our model with the official weights; `overrides` are fields of the config."""
+        model = DiTTransformer(DiTConfig(**{**self.config, **overrides})).eval()
+        model.load_state_dict({name: weight for name, weight in self.weights.items() if name != "pos_embed"})
+        return model
+
+    def inputs(self, test: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps and labels of a test."""
+        return self.expected[f"{test}.x"], self.expected[f"{test}.t"], self.expected[f"{test}.y"]
+
+
+def load_golden(name: str) -> Golden:
+    folder = GOLDEN_FOLDER / name
+    arguments = json.loads((folder / "official_args.json").read_text())
+    return Golden(
+        folder=folder,
+        config={OFFICIAL_NAMES.get(key) or key: value for key, value in arguments.items()},
+        weights=torch.load(folder / "released.pt", weights_only=True),
+        expected=load_file(folder / "expected.safetensors"),
+    )
+
+
+@pytest.fixture(scope="session", params=["dit_a", "dit_b"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Each official model in turn: `dit_a` learns the variance of 4 channels, `dit_b` has 3 channels and none."""
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden_a() -> Golden:
+    """The official model that learns its variance."""
+    return load_golden("dit_a")
+
+
+@pytest.fixture
+def make_model() -> Callable[..., DiTTransformer]:
+    """A function (seed, fields of the config) -> small model with random weights, in evaluation mode."""
+
+    def make(seed: int = 0, **fields: Any) -> DiTTransformer:
+        model = DiTTransformer(DiTConfig(**{**TINY, **fields})).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():  # a fresh model predicts zero, which would hide mistakes
+            for parameter in model.parameters():
+                parameter.normal_(std=0.1, generator=generator)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_vae() -> Callable[..., Any]:
+    """A function (fields of the config) -> small random VAE: 4 latent channels, 2 pixels per latent pixel."""
+
+    def make(**fields: Any) -> Any:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        small: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "block_out_channels": (8, 16),
+            "norm_num_groups": 4,
+            "latent_channels": 4,
+            "sample_size": 16,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return AutoencoderKL(**{**small, **fields}).eval()
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,126 @@
+"""The command line, run as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dit_hub.evaluation.flops import PUBLISHED
+
+TOY = "dit-toy-shapes"
+
+
+def dit_hub(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dit_hub.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def assert_refused(run: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert run.returncode == 2, run.stdout + run.stderr
+    lines = run.stderr.strip().splitlines()
+    assert len(lines) == 1, run.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_names_the_commands_without_loading_torch(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom dit_hub.cli import main\nsys.argv = ['dit-hub', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'diffusers'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for command in ("generate", "info", "train", "export"):
+        assert command in run.stdout
+
+
+def test_generate_writes_a_grid_and_the_same_seed_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        run = dit_hub("generate", TOY, "red-circle", "blue-cross", "--steps", 4, "--out", name, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        assert "2 pictures" in run.stdout
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    other = dit_hub(
+        "generate", TOY, "red-circle", "blue-cross", "--steps", 4, "--seed", 1, "--out", "c.png", cwd=tmp_path
+    )
+    assert other.returncode == 0
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_export_then_generate_runs_on_onnx_runtime(tmp_path: Path) -> None:
+    run = dit_hub("export", "onnx", TOY, "onnx", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "transformer" in run.stdout
+    arguments = ("red-circle", "3", "--steps", 4, "--scheduler", "ddim", "--threads", 1)
+    for model, name in ((TOY, "torch.png"), ("onnx", "ort.png")):
+        run = dit_hub("generate", model, *arguments, "--out", name, "--trajectory", f"trajectory-{name}", cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    pictures = [Image.open(tmp_path / name).convert("RGB") for name in ("torch.png", "ort.png")]
+    differences = [abs(a - b) for a, b in zip(pictures[0].tobytes(), pictures[1].tobytes(), strict=True)]
+    assert max(differences) <= 1
+    assert Image.open(tmp_path / "trajectory-ort.png").width > 400
+    assert_refused(dit_hub("export", "onnx", TOY, "onnx", cwd=tmp_path), "onnx is not empty", "--overwrite")
+
+
+def test_info_prints_the_published_sizes_beside_the_papers(tmp_path: Path) -> None:
+    run = dit_hub("info", "--all", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for name in PUBLISHED:
+        assert name in run.stdout
+    assert "118.62" in run.stdout
+    assert "323,696" in dit_hub("info", "toy", cwd=tmp_path).stdout
+
+
+def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_path: Path) -> None:
+    settings = ("images_per_class=8", "epochs=2", "batch_size=64", "ema_decay=0.9")
+    run = dit_hub("train", "toy", *settings, "--out", "run/toy", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "steps/s" in run.stdout
+    assert "Mean loss" in run.stdout
+    for name in ("README.md", "training.json", "samples.png", "loss.png", "trajectory.png", "model_index.json"):
+        assert (tmp_path / "run" / "toy" / name).is_file()
+    assert "images_per_class=8" in (tmp_path / "run" / "toy" / "README.md").read_text()
+    again = dit_hub("generate", "run/toy", "red-circle", "--steps", 2, "--out", "x.png", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "no-such-model"), ("no-such-model", TOY)),
+        (("generate", TOY, "red-cirle"), ("red-cirle", "red-circle")),
+        (("generate", TOY, "16"), ("16", "0 to 15")),
+        (("generate", TOY, "--steps", "0"), ("num_inference_steps", "0")),
+        (("generate", TOY, "--guidance", "2"), ("null class",)),
+        (("generate", TOY, "--scheduler", "dim"), ("dim", "ddim")),
+        (("generate", TOY, "--threads", "0"), ("threads",)),
+        (("generate", TOY, "--out", "grid.docx"), ("grid.docx",)),
+        (("generate", TOY, "--out", "no/folder/grid.png"), ("no/folder",)),
+        (("info", "DiT-XL3"), ("DiT-XL3", "DiT-XL/2")),
+        (("info",), ("--all",)),
+        (("info", "DiT-XL/8", "--image-size", "200"), ("200", "64")),
+        (("train", "toyy"), ("toyy", "toy")),
+        (("train", "toy", "epoch=3"), ("epoch", "epochs")),
+        (("train", "toy", "epochs=many"), ("epochs", "many")),
+        (("train", "toy", "epochs"), ("key=value",)),
+        (("train", "toy", "batch_size=5000"), ("5000", "3200")),
+        (("export", "onnx", TOY, "out", "--opset", "26"), ("opset", "26")),
+        (("export", "onnx", ".", "out"), ("model_index.json",)),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    assert_refused(dit_hub(*arguments, cwd=tmp_path), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_picture_is_kept_unless_told(tmp_path: Path) -> None:
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    assert_refused(dit_hub("generate", TOY, "0", "--steps", 1, cwd=tmp_path), "grid.png", "--overwrite")
+    assert (tmp_path / "grid.png").read_bytes() == b"mine"
+    assert dit_hub("generate", TOY, "0", "--steps", 1, "--overwrite", cwd=tmp_path).returncode == 0
+    assert Image.open(tmp_path / "grid.png").size
