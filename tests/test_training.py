@@ -1,11 +1,14 @@
 """The shapes, the recipe, the loop and what a run leaves."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_hub import DiTPipeline
@@ -29,7 +32,7 @@ def test_the_shapes_are_16_classes_of_16x16_rgb_and_the_same_for_the_same_seed()
     assert torch.bincount(labels).tolist() == [200] * 16
     assert torch.equal(pictures, shapes()[0])
     assert not torch.equal(pictures, shapes(seed=1)[0])
-    assert len(torch.unique(pictures.flatten(1), dim=0)) == 3200
+    assert len(torch.unique(pictures.flatten(1), dim=0)) > 2500  # position and size vary
     assert ID2LABEL[0] == "red-circle"
     assert len(set(ID2LABEL.values())) == 16
 
@@ -92,10 +95,16 @@ def test_another_seed_is_another_run() -> None:
     assert train(SHORT).epoch_losses != train(Recipe(images_per_class=16, epochs=3, batch_size=64, seed=1)).epoch_losses
 
 
-def test_half_precision_trains() -> None:
-    result = train(Recipe(images_per_class=16, epochs=2, batch_size=64, mixed_precision="bf16"))
-    assert result.epoch_losses[-1] < result.epoch_losses[0]
-    assert {weight.dtype for weight in weights(result)} == {torch.float32}
+def test_half_precision_trains_and_keeps_the_weights_in_float32(tmp_path: Path) -> None:
+    # In a process of its own: accelerate fixes the precision of a process once.
+    settings = ["images_per_class=16", "epochs=3", "batch_size=64", "mixed_precision=bf16"]
+    command = [sys.executable, "-m", "dit_hub.cli", "train", "toy", *settings, "--out", str(tmp_path / "toy")]
+    subprocess.run(command, check=True, capture_output=True)
+    losses = json.loads((tmp_path / "toy" / "training.json").read_text())["epoch_losses"]
+    assert losses[-1] < losses[0]
+    assert losses != [round(loss, 6) for loss in train(SHORT).epoch_losses]
+    weights = load_file(tmp_path / "toy" / "transformer" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
 def test_a_run_leaves_a_pipeline_folder_whose_card_can_be_rendered_again(tmp_path: Path) -> None:

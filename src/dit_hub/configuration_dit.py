@@ -1,11 +1,14 @@
 """DiTConfig: what distinguishes one Diffusion Transformer from another, and the published sizes by name."""
 
 import difflib
-from typing import Any, Literal, get_args
+import functools
+from typing import Any, Literal, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+ConfigClass = TypeVar("ConfigClass", bound=type)
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 
 # Paper, Table 1: (layers, hidden size, heads). Every size exists with patches of 8, 4 and 2.
@@ -32,7 +35,15 @@ TOY: dict[str, Any] = dict(
 _VAE_SCALE_FACTOR = 8
 
 # Keys that transformers itself may write into config.json beside the fields below.
-_LIBRARY_KEYS = {"name_or_path", "torch_dtype", "attn_implementation", "auto_map", "quantization_config", "model_type"}
+_LIBRARY_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "model_type",
+    "name_or_path",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+}
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> str:
@@ -42,6 +53,22 @@ def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> st
     return ", ".join(by_folded[match] for match in matches) or ", ".join(known[:count])
 
 
+def _plain_errors(config_class: ConfigClass) -> ConfigClass:
+    """Let the strict dataclass raise ValueError in one sentence for a value of a wrong type."""
+    strict_init = config_class.__init__
+
+    @functools.wraps(strict_init)
+    def init(self: Any, *args: Any, **fields: Any) -> None:
+        try:
+            strict_init(self, *args, **fields)
+        except StrictDataclassError as error:
+            raise ValueError(f"{config_class.__name__}: {error.__cause__ or error}.") from None
+
+    config_class.__init__ = init
+    return config_class
+
+
+@_plain_errors
 @strict
 class DiTConfig(PreTrainedConfig):
     """Configuration of a `DiTTransformer`. The defaults are DiT-XL/2 at 256x256 as published (Peebles & Xie 2023).
@@ -99,7 +126,9 @@ class DiTConfig(PreTrainedConfig):
             )
         if not isinstance(self.sample_size, int):  # JSON knows no tuples
             height_width = tuple(self.sample_size)
-            self.sample_size = height_width[0] if height_width == height_width[:1] * 2 else height_width
+            self.sample_size = (
+                height_width[0] if height_width and height_width == height_width[:1] * 2 else height_width
+            )
         super().__post_init__(**kwargs)
         self._check_ranges()
         self._check_choices()
@@ -114,6 +143,11 @@ class DiTConfig(PreTrainedConfig):
             raise ValueError(f"num_classes must be 0 (unconditional) or more, not {self.num_classes}.")
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must lie between 0 and 1, not {self.class_dropout_prob}.")
+        if not 0 <= self.timestep_freq_shift < self.timestep_freq_dim // 2:
+            raise ValueError(f"timestep_freq_shift must be 0 or more and below half of timestep_freq_dim "
+                             f"{self.timestep_freq_dim}, not {self.timestep_freq_shift}.")  # fmt: skip
+        if self.norm_eps <= 0:
+            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}.")
         if self.timestep_freq_dim < 4 or self.timestep_freq_dim % 2:
             raise ValueError(f"timestep_freq_dim must be an even number of 4 or more, not {self.timestep_freq_dim}.")
 

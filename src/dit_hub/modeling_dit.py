@@ -13,10 +13,12 @@ Letters in shape comments: N batch, C channels, H and W latent height and width,
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -291,7 +293,12 @@ class DiTTransformer(PreTrainedModel):
             ValueError: a height or width that the patches do not tile or the learned positions do not cover, or
                 labels missing or given without need.
         """
+        if outside := [index for index in output_attentions if not 0 <= index < len(self.blocks)]:
+            last = len(self.blocks) - 1
+            raise ValueError(f"output_attentions names block {outside[0]}, but the blocks are 0 to {last}.")
         if condition is None:
+            if timestep is None:
+                raise ValueError("Give a timestep, or the condition that was computed from one.")
             timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
             condition = self.condition(timestep, class_labels)
         tokens = self.embed(hidden_states)
@@ -419,15 +426,28 @@ class DiTTransformer(PreTrainedModel):
         Raises:
             ValueError: weights that are missing, unexpected or of another shape than the config says.
         """
+        path = pretrained_model_name_or_path
+        folder = Path(str(path), kwargs.get("subfolder") or "")
+        if folder.is_dir() and kwargs.get("config") is None and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json.")  # transformers would take the defaults
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = cast(Any, super()).from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        for problem in ("missing_keys", "unexpected_keys"):
-            if names := sorted(info[problem]):
+        may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
+        options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, info = cast(Any, super()).from_pretrained(path, *args, **options)
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {folder} are damaged: {error}.") from error
+        if info["mismatched_keys"] and not may_mismatch:
+            name, found, wanted = min(info["mismatched_keys"])
+            count = len(info["mismatched_keys"])
+            raise ValueError(
+                f"{path}: {count} weights have another shape than the config says: "
+                f"{name} is {list(found)} and should be {list(wanted)}{', …' if count > 1 else ''}."
+            )
+        for problem in ("missing", "unexpected"):
+            if names := sorted(info[f"{problem}_keys"]):
                 listed = ", ".join(names[:10])
-                what = problem.removesuffix("_keys")
-                raise ValueError(f"{pretrained_model_name_or_path}: {len(names)} weights are {what}: {listed}.")
+                raise ValueError(f"{path}: {len(names)} weights are {problem}: {listed}{', …' if names[10:] else ''}.")
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

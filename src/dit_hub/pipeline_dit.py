@@ -4,19 +4,18 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .configuration_dit import DiTConfig, nearest
+from .configuration_dit import DiTConfig
+from .labels import Labels, label_ids
 from .modeling_dit import condition_length
 from .runtime import RuntimeOptions, use_options
 from .schedulers import prediction_for, set_timesteps, without_foreign_variance
-
-Labels = int | str | Sequence[int | str] | Tensor | None
 
 # The models that come with the package, found by name without a network.
 EMBEDDED_MODELS = {"dit-toy-shapes": Path(__file__).parent / "assets" / "dit-toy-shapes"}
@@ -89,10 +88,20 @@ class DiTPipeline(DiffusionPipeline):
                                  f"embedded: {', '.join(EMBEDDED_MODELS)}.")  # fmt: skip
         if isinstance(dtype := kwargs.get("dtype"), torch.dtype):
             kwargs["dtype"] = {"default": dtype, "vae": torch.float32}
-        if os.path.isdir(path) and not (Path(path) / cls.config_name).is_file():
-            raise ValueError(f"{path} is no pipeline folder: it has no {cls.config_name}.")
+        if os.path.isdir(path):
+            cls._check_folder(Path(path), kwargs)
         with use_options(RuntimeOptions(providers, num_threads)):
             return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def _check_folder(cls, folder: Path, given: dict[str, Any]) -> None:
+        """Say what is missing; diffusers would look for a missing component's files in the folder itself."""
+        if not (folder / cls.config_name).is_file():
+            raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
+        for name, entry in cast(dict[str, Any], cls.load_config(folder)).items():
+            names_a_class = isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
+            if names_a_class and not name.startswith("_") and name not in given and not (folder / name).is_dir():
+                raise ValueError(f"{folder} has no folder {name}, which its {cls.config_name} names.")
 
     @classmethod
     def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
@@ -115,30 +124,7 @@ class DiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: an id out of range, or an unknown or ambiguous name; the message lists the nearest names.
         """
-        if isinstance(labels, Tensor):
-            labels = labels.flatten().tolist()
-        if labels is None or isinstance(labels, (int, str)):
-            labels = [] if labels is None else [labels]
-        by_name: dict[str, list[int]] = {}
-        for index, names in self.id2label.items():
-            for name in {names, *names.split(",")}:
-                by_name.setdefault(name.strip().casefold(), []).append(index)
-        return [self._label_id(label, by_name) for label in labels]
-
-    def _label_id(self, label: int | str, by_name: dict[str, list[int]]) -> int:
-        config: DiTConfig = self.transformer.config
-        if isinstance(label, str):
-            ids = by_name.get(label.strip().casefold(), [])
-            if len(ids) > 1:
-                raise ValueError(f"The label {label!r} names the classes {ids}; give the id of the one you mean.")
-            if ids:
-                return ids[0]
-            if not by_name:
-                raise ValueError(f"This model's classes have no names, so {label!r} is unknown; give ids.")
-            raise ValueError(f"There is no class named {label!r}. The nearest names: {nearest(label, list(by_name))}.")
-        if not 0 <= label < config.num_classes:
-            raise ValueError(f"The label {label} is out of range: the classes are 0 to {config.num_classes - 1}.")
-        return int(label)
+        return label_ids(labels, self.id2label, self.transformer.config.num_classes)
 
     @torch.no_grad()
     def __call__(
@@ -266,12 +252,15 @@ class DiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         config: DiTConfig = self.transformer.config
         factor, (default_height, default_width) = self.vae_scale_factor, config.sample_height_width
-        height, width = height or default_height * factor, width or default_width * factor
+        height = default_height * factor if height is None else height
+        width = default_width * factor if width is None else width
         for name, side in (("height", height), ("width", width)):
             if side <= 0 or side % (factor * config.patch_size):
                 raise ValueError(
                     f"{name} {side} is not divisible by {factor * config.patch_size}, as this model needs."
                 )
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"There are {len(generator)} generators for {count} pictures; give one, or one for each.")
         shape = (count, config.in_channels, height // factor, width // factor)
         if config.pos_embed == "learned" and shape[2:] != config.sample_height_width:
             raise ValueError(f"This model has learned positions and draws {default_width * factor}x"

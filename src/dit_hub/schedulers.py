@@ -84,17 +84,23 @@ def set_timesteps(
     scheduler.set_timesteps(timesteps=list(timesteps), device=device)
 
 
-def _configured_for_learned_variance(scheduler: Any) -> bool:
-    return str(scheduler.config.get("variance_type")).startswith("learned")
+def uses_learned_variance(scheduler: Any) -> bool:
+    """Whether the scheduler takes the variance from the prediction: a DDPM set to, and no other.
+
+    The others keep a DDPM's `variance_type` in their config when they are made from it.
+    """
+    takes_variance = isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler))
+    return takes_variance and str(scheduler.config.get("variance_type")).startswith("learned")
 
 
 def without_foreign_variance(scheduler: Any) -> Any:
     """The scheduler itself, or one that leaves the variance alone.
 
-    DPM solvers made from a DDPM's config inherit its learned variance, and then keep 3 channels of the prediction
-    whatever it has. Only DDPM itself can use it.
+    DPM solvers made from a DDPM's config act on its learned variance: they keep 3 channels of any prediction.
     """
-    if _configured_for_learned_variance(scheduler) and not isinstance(scheduler, diffusers.DDPMScheduler):
+    inherited = str(scheduler.config.get("variance_type")).startswith("learned")
+    acts_on_it = "variance_type" in inspect.signature(type(scheduler)).parameters
+    if inherited and acts_on_it and not uses_learned_variance(scheduler):
         return type(scheduler).from_config(scheduler.config, variance_type=None)
     return scheduler
 
@@ -105,7 +111,7 @@ def prediction_for(scheduler: Any, prediction: Tensor, channels: int) -> Tensor:
     Raises:
         ValueError: the scheduler wants a learned variance and the prediction has none.
     """
-    if not _configured_for_learned_variance(scheduler):
+    if not uses_learned_variance(scheduler):
         return prediction[:, :channels]
     if prediction.shape[1] == channels:
         raise ValueError(

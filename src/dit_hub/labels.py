@@ -1,0 +1,52 @@
+"""Classes by id or by name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .configuration_dit import nearest
+
+Labels = int | str | Sequence[int | str] | Tensor | None
+
+
+def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> list[int]:
+    """Class ids of labels given by id or by name; a lone one counts as a list of one.
+
+    Args:
+        labels: ids below `num_classes`, or names in upper or lower case.
+        id2label: names by id; several names of one class are separated by commas.
+        num_classes: number of classes.
+
+    Raises:
+        ValueError: an id out of range, or an unknown or ambiguous name; the message lists the nearest names.
+    """
+    if isinstance(labels, Tensor):
+        labels = labels.flatten().tolist()
+    if labels is None or isinstance(labels, (int, float, str)):
+        labels = [] if labels is None else [labels]
+    by_name: dict[str, list[int]] = {}
+    for index, names in id2label.items():
+        for name in {names, *names.split(",")}:
+            by_name.setdefault(name.strip().casefold(), []).append(index)
+    return [_by_name(label, by_name) if isinstance(label, str) else _checked(label, num_classes) for label in labels]
+
+
+def _by_name(label: str, by_name: dict[str, list[int]]) -> int:
+    ids = by_name.get(label.strip().casefold(), [])
+    if len(ids) == 1:
+        return ids[0]
+    if ids:
+        raise ValueError(f"The label {label!r} names the classes {ids}; give the id of the one you mean.")
+    if not by_name:
+        raise ValueError(f"This model's classes have no names, so {label!r} is unknown; give ids.")
+    raise ValueError(f"There is no class named {label!r}. The nearest names: {nearest(label, list(by_name))}.")
+
+
+def _checked(label: Any, num_classes: int) -> int:
+    if not isinstance(label, (int, np.integer)):
+        raise ValueError(f"A label is a name or a whole number, not {label!r}.")
+    if not 0 <= label < num_classes:
+        raise ValueError(f"The label {label} is out of range: the classes are 0 to {num_classes - 1}.")
+    return int(label)

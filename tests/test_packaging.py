@@ -1,0 +1,63 @@
+"""The wheel: complete, and importable without the repository."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Built from a copy of the tracked files, so that leftovers of this checkout neither help nor get in the way.
+    source = tmp_path_factory.mktemp("source")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith("tests/"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    subprocess.run(command, capture_output=True, check=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_module_and_the_embedded_model(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    folders = {"src/dit_hub": "dit_hub", "conversion": "dit_hub/conversion"}
+    folders |= {"export": "dit_hub/export", "model_cards": "dit_hub/model_cards"}
+    for folder, package in folders.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
+    for name in ("py.typed", "model_cards/card.md.j2", "assets/dit-toy-shapes/transformer/model.safetensors"):
+        assert f"dit_hub/{name}" in names
+
+
+def test_every_module_of_the_installed_wheel_imports_and_the_toy_draws(wheel: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    script = (
+        "import importlib, pathlib, dit_hub\n"
+        "root = pathlib.Path(dit_hub.__file__).parent\n"
+        f"assert root == pathlib.Path({str(installed / 'dit_hub')!r}), root\n"
+        "for path in root.rglob('*.py'):\n"
+        "    parts = path.relative_to(root.parent).with_suffix('').parts\n"
+        "    importlib.import_module('.'.join(part for part in parts if part != '__init__'))\n"
+        "pipe = dit_hub.DiTPipeline.from_pretrained('dit-toy-shapes')\n"
+        "print(pipe('red-circle', num_inference_steps=1).images[0].size)\n"
+    )
+    # PYTHONPATH comes before the editable install.
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed), "PATH": "", "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().endswith("(16, 16)")
