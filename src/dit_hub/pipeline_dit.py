@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from .configuration_dit import DiTConfig
@@ -23,6 +24,11 @@ EMBEDDED_MODELS = {"dit-toy-shapes": Path(__file__).parent / "assets" / "dit-toy
 # Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
 # class fit; where not all steps fit, as many as do are computed together, then the next ones.
 MODULATION_BYTES = 512 * 2**20
+
+
+def _names_a_class(name: str, entry: Any) -> bool:
+    """Whether an entry of model_index.json is a component: [library, class]."""
+    return not name.startswith("_") and isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
 
 
 def guide(prediction: Tensor, guidance_scale: float, channels: int) -> Tensor:
@@ -99,14 +105,20 @@ class DiTPipeline(DiffusionPipeline):
         if not (folder / cls.config_name).is_file():
             raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
         for name, entry in cast(dict[str, Any], cls.load_config(folder)).items():
-            names_a_class = isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
-            if names_a_class and not name.startswith("_") and name not in given and not (folder / name).is_dir():
+            if _names_a_class(name, entry) and name not in given and not (folder / name).is_dir():
                 raise ValueError(f"{folder} has no folder {name}, which its {cls.config_name} names.")
 
     @classmethod
     def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
-        """As diffusers' `download`, which would leave out ONNX files."""
-        return super().download(pretrained_model_name, **{"use_onnx": True, **kwargs})
+        """As diffusers' `download`, but with the files of other runtimes, fetched as whole folders."""
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        hub_options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        index = cast(dict[str, Any], cls.load_config(pretrained_model_name, **hub_options))
+        components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
+        if not any(entry[0] == "dit_hub" and entry[1] != "DiTTransformer" for entry in components.values()):
+            return super().download(pretrained_model_name, **kwargs)
+        wanted = [cls.config_name, *(f"{name}/*" for name in components)]
+        return snapshot_download(pretrained_model_name, allow_patterns=wanted, **hub_options)
 
     @property
     def id2label(self) -> dict[int, str]:
