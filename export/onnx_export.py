@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dit_hub.extras import require
 from dit_hub.files import check_free, new_folder
+from dit_hub.modeling_dit import DiTAttention
 from dit_hub.pipeline_dit import DiTPipeline
 
 from .ort import MODEL_FILE, ORTDiTTransformer, ORTVAEDecoder
@@ -167,7 +168,7 @@ def _export_graph(
     onnx = require("onnx", "onnx")
     folder.mkdir(exist_ok=True)
     batch = torch.export.Dim("batch", max=max_batch) if max_batch else torch.export.Dim.DYNAMIC
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), _attention_operator() if opset >= 23 else contextlib.nullcontext():
         program = torch.onnx.export(
             module.eval(),
             kwargs=inputs,
@@ -182,6 +183,29 @@ def _export_graph(
     size = sum(parameter.nbytes for parameter in module.state_dict().values())
     program.save(folder / MODEL_FILE, external_data=size > _LARGEST_PROTOBUF)
     onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)  # full: with strict shape inference
+
+
+@contextlib.contextmanager
+def _attention_operator() -> Iterator[None]:
+    """Export attention as one operator of opset 23 that takes tokens and splits the heads itself.
+
+    Left to the exporter, four transpositions, reshapes and a split surround it: 15 % of the toy's time.
+    """
+
+    def attend(
+        self: DiTAttention, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
+    ) -> tuple[Tensor, None]:
+        count = self.num_heads
+        operator = torch.onnx.ops.attention
+        output = operator(query, key, value, q_num_heads=count, kv_num_heads=count, scale=self.scaling)[0]
+        return self.proj(output), None
+
+    original = DiTAttention.attend
+    DiTAttention.attend = attend
+    try:
+        yield
+    finally:
+        DiTAttention.attend = original
 
 
 def _strip_metadata(model: Any) -> None:
@@ -200,7 +224,7 @@ def _strip_metadata(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Hold back what the exporter prints for its developers."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

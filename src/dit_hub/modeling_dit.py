@@ -58,8 +58,8 @@ def _modulation_layer(config: DiTConfig, rows: int) -> nn.Sequential:
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift, with (N, T, D) x and (N, 1, D) shift and scale."""
-    return torch.addcmul(shift, hidden_states, 1 + scale)
+    """x * scale + shift, with (N, T, D) x and (N, 1, D) shift and scale; the paper's scale is this one less 1."""
+    return torch.addcmul(shift, hidden_states, scale)
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------
@@ -93,18 +93,20 @@ class DiTAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        # (N, T, D) -> (N, T, 3D) -> (N, 3 heads, T, head size): one transposition for all three
-        qkv = self.qkv(hidden_states.to(self.qkv.weight.dtype)).unflatten(2, (3 * self.num_heads, -1))
-        query, key, value = qkv.transpose(1, 2).split(self.num_heads, dim=1)
+        qkv = self.qkv(hidden_states.to(self.qkv.weight.dtype))  # (N, T, 3D)
+        query, key, value = qkv.split(qkv.shape[2] // 3, dim=2)
         return self.attend(query, key, value, output_attentions)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool
+        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        """(N, T, D) query, key and value -> (N, T, D), and the (N, heads, T, T) weights where asked for."""
         implementation = self.config._attn_implementation or "eager"
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if output_attentions:  # only this one knows its weights
             attention = eager_attention_forward
+        # (N, T, D) -> (N, heads, T, head size)
+        query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
         return self.proj(output.flatten(2)), weights
 
@@ -120,10 +122,8 @@ class DiTCrossAttention(DiTAttention):
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
         dtype = self.q.weight.dtype
-        query = self.q(hidden_states.to(dtype)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        kv = self.kv(condition.to(dtype)).unflatten(2, (2 * self.num_heads, -1))
-        key, value = kv.transpose(1, 2).split(self.num_heads, dim=1)
-        return self.attend(query, key, value, output_attentions=False)[0]
+        key, value = self.kv(condition.to(dtype)).split(hidden_states.shape[2], dim=2)
+        return self.attend(self.q(hidden_states.to(dtype)), key, value)[0]
 
 
 class DiTMLP(nn.Module):
@@ -152,16 +152,14 @@ class DiTBlock(GradientCheckpointingLayer):
         self.adaLN_modulation = _modulation_layer(config, self.rows)
 
     def forward(
-        self, hidden_states: Tensor, modulations: Tensor, output_attentions: bool = False
+        self, hidden_states: Tensor, modulations: tuple[Tensor, ...], output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        # (N, 6, D) -> six of (N, 1, D): shift, scale, gate of the attention, then of the MLP. Without gates, four.
-        chunks = modulations.split(1, dim=1)
-        attn_chunks, mlp_chunks = chunks[: self.rows // 2], chunks[self.rows // 2 :]
-
-        output, weights = self.attn(modulate(self.norm1(hidden_states), *attn_chunks[:2]), output_attentions)
-        hidden_states = add_gated(hidden_states, output, *attn_chunks[2:])
-        output = self.mlp(modulate(self.norm2(hidden_states), *mlp_chunks[:2]))
-        return add_gated(hidden_states, output, *mlp_chunks[2:]), weights
+        # Each (N, 1, D): shift, scale and gate of the attention, then of the MLP. adaLN has no gates.
+        of_attn, of_mlp = modulations[: self.rows // 2], modulations[self.rows // 2 :]
+        output, weights = self.attn(modulate(self.norm1(hidden_states), *of_attn[:2]), output_attentions)
+        hidden_states = add_gated(hidden_states, output, *of_attn[2:])
+        output = self.mlp(modulate(self.norm2(hidden_states), *of_mlp[:2]))
+        return add_gated(hidden_states, output, *of_mlp[2:]), weights
 
 
 class DiTTokenBlock(GradientCheckpointingLayer):
@@ -220,10 +218,10 @@ class FinalLayer(nn.Module):
         if self.adaptive:
             self.adaLN_modulation = _modulation_layer(config, 2)
 
-    def forward(self, hidden_states: Tensor, modulations: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, shift_and_scale: tuple[Tensor, ...]) -> Tensor:
         hidden_states = self.norm_final(hidden_states)
-        if self.adaptive:  # (N, 2, D): shift, scale
-            hidden_states = modulate(hidden_states, *modulations.split(1, dim=1))
+        if self.adaptive:
+            hidden_states = modulate(hidden_states, *shift_and_scale)
         return self.linear(hidden_states.to(self.linear.weight.dtype))
 
 
@@ -316,8 +314,8 @@ class DiTTransformer(PreTrainedModel):
             class_labels: (N,) integers, or None for unconditional models.
 
         Returns:
-            (N, K, D) in float32. adaLN-Zero: K = 6L + 2 modulations, per block shift, scale and gate of the attention,
-            then of the MLP, and last the final layer's shift and scale. adaLN: K = 4L + 2, without the gates.
+            (N, K, D) in float32. adaLN-Zero: K = 6L + 2 modulations, per block shift, 1 + scale and gate of the
+            attention, then of the MLP, and last the final layer's shift and 1 + scale. adaLN: K = 4L + 2, no gates.
             In-context and cross-attention: the timestep's token and, where the model has classes, the label's.
         """
         if (class_labels is None) == bool(self.config.num_classes):
@@ -332,7 +330,10 @@ class DiTTransformer(PreTrainedModel):
         layers = (*self.blocks, self.final_layer)
         # Vectors get a dimension of their own: the backward of chunk on the last one is wrong on Apple's MPS.
         modulations = [cast(nn.Module, layer.adaLN_modulation)(condition) for layer in layers]
-        return torch.cat(modulations, dim=1).unflatten(1, (-1, self.config.hidden_size))
+        stacked = torch.cat(modulations, dim=1).unflatten(1, (-1, self.config.hidden_size))
+        # 1 + scale once here rather than in every block: the second of each shift, scale(, gate) is a scale.
+        is_scale = torch.arange(stacked.shape[1], device=stacked.device) % (modulation_rows(self.config) // 2) == 1
+        return stacked + is_scale[:, None]
 
     def embed(self, hidden_states: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, D) tokens with positions, float32."""
@@ -355,23 +356,20 @@ class DiTTransformer(PreTrainedModel):
         self, tokens: Tensor, condition: Tensor, output_attentions: Sequence[int] = ()
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(N, T, D) tokens -> (N, T, patch * patch * output channels), and the attention weights asked for."""
-        if self.config.conditioning == "in_context":
+        in_context = self.config.conditioning == "in_context"
+        if in_context:
             tokens = torch.cat([tokens, condition], dim=1)
+        rows = modulation_rows(self.config)
+        modulations = condition.split(1, dim=1) if rows else ()  # K of (N, 1, D)
         attentions = []
         for index, block in enumerate(self.blocks):
-            tokens, weights = block(tokens, self.block_condition(index, condition), index in output_attentions)
+            of_block = modulations[index * rows : (index + 1) * rows] if rows else None if in_context else condition
+            tokens, weights = block(tokens, of_block, index in output_attentions)
             if weights is not None and index in output_attentions:
                 attentions.append(weights)
-        if self.config.conditioning == "in_context":
+        if in_context:
             tokens = tokens[:, : -condition.shape[1]]
-        return self.final_layer(tokens, condition[:, -2:]), tuple(attentions)
-
-    def block_condition(self, index: int, condition: Tensor) -> Tensor | None:
-        """The part of the (N, K, D) condition that the block `index` takes: its modulations, or the tokens."""
-        if self.config.conditioning == "in_context":
-            return None
-        rows = modulation_rows(self.config)
-        return condition[:, index * rows : (index + 1) * rows] if rows else condition
+        return self.final_layer(tokens, modulations[-2:]), tuple(attentions)
 
     def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """(N, T, patch * patch * channels) -> (N, channels, height, width)."""
