@@ -8,6 +8,7 @@ import torch
 
 from dit_hub import DiTPipeline
 from dit_hub.export import export_onnx
+from dit_hub.extras import quiet_libraries
 from dit_hub.visualize import Trajectory, difference, image_grid
 
 OUTPUTS = Path(__file__).parent.parent / "outputs"
@@ -31,6 +32,7 @@ def sample(pipeline: DiTPipeline, trajectory: Trajectory | None = None) -> tuple
 
 
 def main() -> None:
+    quiet_libraries()
     OUTPUTS.mkdir(exist_ok=True)
     toy = DiTPipeline.from_pretrained("dit-toy-shapes")
     trajectory = Trajectory()

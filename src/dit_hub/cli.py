@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .extras import quiet_libraries
+
 app = typer.Typer(
     name="dit-hub",
     help="Diffusion Transformers: sample, train and export them.",
@@ -41,13 +43,20 @@ def generate(
     """Sample pictures of classes into one grid."""
     for path in filter(None, (out, trajectory)):
         _check_picture_path(path, overwrite)
-    _quiet_libraries()
+    quiet_libraries()
     import torch
 
     from .pipeline_dit import DiTPipeline
     from .schedulers import switch_scheduler
     from .visualize import Trajectory, image_grid
 
+    try:
+        torch.empty(0, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+    ):  # a name that torch does not know; one it lacks
+        raise ValueError(f"There is no device {device!r} here.") from None
     pipeline = DiTPipeline.from_pretrained(model, num_threads=threads).to(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -84,7 +93,7 @@ def info(
     """Parameters and multiply-accumulates of a model, or of all published sizes."""
     if (model is None) != all_sizes:
         raise ValueError("Give a model, or --all for all published sizes.")
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from .configuration_dit import PUBLISHED_MODELS, DiTConfig
@@ -124,7 +133,7 @@ def train(
     from .files import check_free
 
     check_free(out, overwrite)
-    _quiet_libraries()
+    quiet_libraries()
     from .training.recipe import get_recipe
 
     changes = dict(_split_setting(setting) for setting in settings or [])
@@ -146,7 +155,7 @@ def export_onnx_command(
     from .files import check_free
 
     check_free(out, overwrite)
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from dit_hub.export import export_onnx
@@ -190,20 +199,6 @@ def _check_picture_path(path: Path, overwrite: bool) -> None:
 
 def _columns(count: int) -> int:
     return next(columns for columns in range(1, count + 1) if columns * columns >= count)
-
-
-def _quiet_libraries() -> None:
-    """Loading bars and advice of the libraries would drown what the command has to say."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.disable_progress_bar()
 
 
 def _table(title: str, *columns: str):

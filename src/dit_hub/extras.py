@@ -1,6 +1,7 @@
-"""Optional packages: imported where they are used, and named with their extra where they are missing."""
+"""Other packages: the optional ones, which are imported where they are used, and what all of them print."""
 
 import importlib
+import os
 from typing import Any
 
 
@@ -20,3 +21,11 @@ def require(module: str, extra: str) -> Any:
         if error.name != module.split(".")[0]:
             raise
         raise ImportError(f'This needs {module}, which is not installed: pip install "dit-hub[{extra}]".') from None
+
+
+def quiet_libraries() -> None:
+    """Silence loading bars and advice of transformers and diffusers, for programs that have their own to say."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for library in ("transformers", "diffusers"):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()

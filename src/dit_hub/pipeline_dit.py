@@ -1,6 +1,7 @@
 """DiTPipeline: labels -> noise -> denoise -> decode, with diffusers' schedulers and any runtime's denoiser."""
 
 import inspect
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,13 @@ from typing import Any, Literal, cast
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor
 
 from .configuration_dit import DiTConfig
@@ -29,6 +36,21 @@ MODULATION_BYTES = 512 * 2**20
 def _names_a_class(name: str, entry: Any) -> bool:
     """Whether an entry of model_index.json is a component: [library, class]."""
     return not name.startswith("_") and isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
+
+
+def _fetch(repository: str, name: str, hub_options: dict[str, Any]) -> str:
+    """The cached path of a repository's file; what the Hub refuses becomes one sentence."""
+    try:
+        return hf_hub_download(repository, name, **hub_options)
+    except RepositoryNotFoundError as error:
+        problem, cause = "there is no such repository, or the token does not open it", error
+    except RevisionNotFoundError as error:
+        problem, cause = f"it has no revision {hub_options.get('revision')}", error
+    except LocalEntryNotFoundError as error:  # before its parent, EntryNotFoundError
+        problem, cause = "the Hub cannot be reached, and it is not in the cache", error
+    except EntryNotFoundError as error:
+        problem, cause = f"it has no {name}", error
+    raise OSError(f"Cannot load {repository} from the Hub: {problem}.") from cause
 
 
 def guide(prediction: Tensor, guidance_scale: float, channels: int) -> Tensor:
@@ -113,7 +135,7 @@ class DiTPipeline(DiffusionPipeline):
         """As diffusers' `download`, but with the files of other runtimes, fetched as whole folders."""
         names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
         hub_options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        index = cast(dict[str, Any], cls.load_config(pretrained_model_name, **hub_options))
+        index = json.loads(Path(_fetch(pretrained_model_name, cls.config_name, hub_options)).read_text())
         components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
         if not any(entry[0] == "dit_hub" and entry[1] != "DiTTransformer" for entry in components.values()):
             return super().download(pretrained_model_name, **kwargs)
