@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .extras import quiet_libraries
+from .extras import quiet_libraries, require
 
 app = typer.Typer(
     name="dit-hub",
@@ -78,7 +78,7 @@ def generate(
     captions = [name.split(",")[0] for name in names] or None
     columns = per_label if per_label > 1 else _columns(len(images))
     image_grid(images, columns, captions).save(out)
-    print(f"{len(images)} pictures in {out}")
+    print(f"{len(images)} {'picture' if len(images) == 1 else 'pictures'} in {out}")
     if trajectory:
         frames.picture(pipeline).save(trajectory)
         print(f"The denoising in {trajectory}")
@@ -135,6 +135,9 @@ def train(
     check_free(out, overwrite)
     quiet_libraries()
     from .training.recipe import get_recipe
+
+    for module in ("accelerate", "jinja2", "matplotlib"):  # all, before the work: two of them are needed at its end
+        require(module, "train")
 
     changes = dict(_split_setting(setting) for setting in settings or [])
     chosen = get_recipe(recipe).with_settings(changes)
