@@ -1,6 +1,7 @@
 """Export to ONNX: a pipeline folder that runs on ONNX Runtime, checked against PyTorch before it appears."""
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -118,7 +119,7 @@ def export_onnx(
 
 
 def _export_denoiser(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
-    transformer = pipeline.transformer.float().cpu().eval()
+    transformer = _in_float32(pipeline.transformer)
     config = transformer.config
     config.save_pretrained(folder)
 
@@ -141,7 +142,7 @@ def _export_denoiser(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
 
 
 def _export_decoder(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
-    vae = pipeline.vae.float().cpu().eval()
+    vae = _in_float32(pipeline.vae)
     vae.save_config(folder)
     height_width = pipeline.transformer.config.sample_height_width
 
@@ -154,6 +155,13 @@ def _export_decoder(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
     runtime = ORTVAEDecoder.from_pretrained(folder)
     batches = [latents(batch) for batch in _PARITY_BATCHES]
     return _compare(folder, [(vae.decode(batch).sample, runtime.decode(batch).sample) for batch in batches])
+
+
+def _in_float32(module: Any) -> Any:
+    """The module itself where it is float32, on the CPU and in evaluation mode; else a copy that is."""
+    if module.dtype == torch.float32 and module.device.type == "cpu" and not module.training:
+        return module
+    return copy.deepcopy(module).float().cpu().eval()
 
 
 def _export_graph(

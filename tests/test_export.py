@@ -94,6 +94,14 @@ def test_the_file_names_no_local_path_and_is_the_same_each_time(make_pipeline: M
         assert trace not in files[0]
 
 
+def test_the_exported_pipeline_stays_as_it_was(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline().to(torch.bfloat16)
+    pipeline.transformer.train()
+    export_onnx(pipeline, tmp_path / "onnx")
+    assert pipeline.transformer.dtype == torch.bfloat16
+    assert pipeline.transformer.training
+
+
 def test_an_export_past_its_bound_fails_and_leaves_nothing(
     make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
