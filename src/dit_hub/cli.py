@@ -222,7 +222,7 @@ def _print_all_sizes(image_size: int) -> None:
     names = [(name, name, {}, figures) for name, figures in PUBLISHED.items()]
     for conditioning, figures in PUBLISHED_CONDITIONINGS.items():
         names.append((f"DiT-XL/2 {conditioning}", "DiT-XL/2", {"conditioning": conditioning}, figures))
-    columns = ("parameters (M)", "paper", "G multiply-acc.", "paper", "FID-50K, paper")
+    columns = ("params (M)", "paper", "GMACs", "paper", "FID (paper)")
     table = _table(
         f"Published models at {image_size}x{image_size}; the paper's figures are for 256x256", "model", *columns
     )

@@ -114,8 +114,9 @@ class DiTPipeline(DiffusionPipeline):
             if not os.path.isdir(path) and str(path).count("/") != 1:  # a Hub id is "organisation/name"
                 raise ValueError(f"There is no folder and no embedded model {str(path)!r}; "
                                  f"embedded: {', '.join(EMBEDDED_MODELS)}.")  # fmt: skip
-        if isinstance(dtype := kwargs.get("dtype"), torch.dtype):
-            kwargs["dtype"] = {"default": dtype, "vae": torch.float32}
+        for name in ("dtype", "torch_dtype"):  # the older name still works in diffusers
+            if isinstance(dtype := kwargs.get(name), torch.dtype):
+                kwargs[name] = {"default": dtype, "vae": torch.float32}
         if os.path.isdir(path):
             cls._check_folder(Path(path), kwargs)
         with use_options(RuntimeOptions(providers, num_threads)):
