@@ -104,6 +104,63 @@ def test_guiding_the_fourth_channel_is_not_the_official_code(golden_a: Golden) -
     assert largest_difference(guided, golden_a.expected["cfg.out"][:2]) > 1000 * GUIDED_ATOL
 
 
+# --- The other conditionings, which exist as a figure only -----------------------------------------------------------
+
+
+def reference_forward(model: DiTTransformer, latents: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
+    """The prediction for 8x8 latents, written from Figure 3 of the paper."""
+    config, weights = model.config, model.state_dict()
+    embedded = [model.t_embedder(timestep), model.y_embedder(labels)]
+
+    def linear(name: str, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(name: str, tokens: Tensor) -> Tensor:
+        affine = (weights.get(f"{name}.weight"), weights.get(f"{name}.bias"))
+        return F.layer_norm(tokens, tokens.shape[-1:], *affine, eps=config.norm_eps)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads = [part.unflatten(2, (config.num_attention_heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        scores = heads[0] @ heads[1].transpose(2, 3) / math.sqrt(heads[0].shape[-1])
+        return (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+
+    def modulations(name: str, count: int) -> list[Tensor]:
+        chosen = linear(f"{name}.adaLN_modulation.1", F.silu(embedded[0] + embedded[1]))
+        return [part[:, None] for part in chosen.chunk(count, dim=1)]
+
+    tokens = model.embed(latents)
+    if config.conditioning == "in_context":
+        tokens = torch.cat([tokens, torch.stack(embedded, dim=1)], dim=1)
+    for block in (f"blocks.{index}" for index in range(config.num_hidden_layers)):
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = [torch.zeros(1), torch.zeros(1), torch.ones(1)] * 2
+        if config.conditioning == "adaln_zero":
+            shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulations(block, 6)
+        elif config.conditioning == "adaln":
+            shift, scale, mlp_shift, mlp_scale = modulations(block, 4)
+        query_key_value = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", tokens) * (1 + scale) + shift)
+        tokens = tokens + gate * linear(f"{block}.attn.proj", attend(*query_key_value.chunk(3, dim=2)))
+        if config.conditioning == "cross_attention":
+            query = linear(f"{block}.cross_attn.q", norm(f"{block}.norm_cross", tokens))
+            key_value = linear(f"{block}.cross_attn.kv", torch.stack(embedded, dim=1))
+            tokens = tokens + linear(f"{block}.cross_attn.proj", attend(query, *key_value.chunk(2, dim=2)))
+        wide = linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", tokens) * (1 + mlp_scale) + mlp_shift)
+        tokens = tokens + mlp_gate * linear(f"{block}.mlp.fc2", F.gelu(wide, approximate="tanh"))
+    tokens = norm("final_layer.norm_final", tokens[:, :16])  # the patches
+    if config.conditioning.startswith("adaln"):
+        shift, scale = modulations("final_layer", 2)
+        tokens = tokens * (1 + scale) + shift
+    return model.unpatchify(linear("final_layer.linear", tokens), 8, 8)
+
+
+@each_conditioning
+def test_forward_equals_the_papers_figure(make_model: MakeModel, conditioning: str) -> None:
+    model = make_model(conditioning=conditioning)
+    with torch.no_grad():
+        expected = reference_forward(model, *inputs_for(model))
+    torch.testing.assert_close(predict(model), expected, rtol=0, atol=FORWARD_ATOL)
+    assert largest_difference(predict(make_model(seed=1, conditioning=conditioning)), expected) > 1000 * FORWARD_ATOL
+
+
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +457,18 @@ def test_condition_given_equals_condition_computed(make_model: MakeModel, condit
     assert largest_difference(predict(model, latents, condition=other), expected) > 1e-4
 
 
+@pytest.mark.parametrize(("conditioning", "vectors_per_branch"), [("adaln_zero", 3), ("adaln", 2)])
+def test_condition_of_a_fresh_model_changes_nothing(
+    make_model: MakeModel, conditioning: str, vectors_per_branch: int
+) -> None:
+    model = DiTTransformer(make_model(conditioning=conditioning).config)
+    _, timestep, labels = inputs_for(model)
+    blocks, final = model.condition(timestep, labels).detach().split([4 * vectors_per_branch, 2], dim=1)
+    neutral = torch.tensor([0.0, 1.0, 0.0])  # shift, 1 + scale, gate
+    for part, expected in ((blocks, neutral[:vectors_per_branch].repeat(4)), (final, neutral[:2])):
+        torch.testing.assert_close(part, expected[None, :, None].expand_as(part), rtol=0, atol=0)
+
+
 @each_conditioning
 def test_eager_and_sdpa_attention_agree(make_model: MakeModel, conditioning: str) -> None:
     model = make_model(conditioning=conditioning)
@@ -607,6 +676,17 @@ def test_absent_config_is_an_error_that_names_the_file(saved: Path) -> None:
 def test_damaged_config_is_an_error_that_names_the_file(saved: Path) -> None:
     (saved / "config.json").write_text("{")
     assert "config.json" in loading_error(saved)
+
+
+def test_fine_tuning_on_other_classes_starts_a_new_label_table(make_model: MakeModel, saved: Path) -> None:
+    loaded = DiTTransformer.from_pretrained(saved, num_classes=200, ignore_mismatched_sizes=True)
+    assert loaded.config.num_classes == 200
+    new_table = loaded.state_dict()["y_embedder.embedding_table.weight"]
+    assert new_table.shape == (201, 32)
+    assert_normal(new_table)
+    original = make_model().state_dict()
+    kept = {name: weight for name, weight in loaded.state_dict().items() if not name.startswith("y_embedder")}
+    torch.testing.assert_close(kept, {name: original[name] for name in kept}, rtol=0, atol=0)
 
 
 def test_loaded_parameters_can_be_trained(saved: Path) -> None:

@@ -389,6 +389,16 @@ def test_learned_variance_of_a_model_without_one_is_an_error(make_model: MakeMod
         sample(pipeline_of(make_model(learn_sigma=False), official_ddpm()))
 
 
+def test_scaled_noise_solver_equals_the_unscaled_one(pipe: DiTPipeline) -> None:
+    # Euler's method on the ODE in x / alpha is DDIM, and the first-order DPM solver as well.
+    timesteps = [750, 500, 250, 0]
+    pipe.scheduler = official_ddim()
+    expected = sample(pipe, timesteps=timesteps)
+    pipe.scheduler = new_scheduler("EulerDiscreteScheduler", timestep_spacing="leading")
+    assert_close_relative(sample(pipe), expected, 1e-5)
+    assert pipe.scheduler.timesteps.tolist() == timesteps
+
+
 def test_eta_reaches_ddim(pipe: DiTPipeline) -> None:
     stochastic = sample(pipe, eta=1.0)
     assert_same(sample(pipe, eta=1.0), stochastic)
