@@ -118,6 +118,7 @@ def export_onnx(
     return report
 
 
+@torch.no_grad()
 def _export_denoiser(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
     transformer = _in_float32(pipeline.transformer)
     config = transformer.config
@@ -141,6 +142,7 @@ def _export_denoiser(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
     return _compare(folder, [(transformer(**batch).sample, runtime(**batch).sample) for batch in batches])
 
 
+@torch.no_grad()
 def _export_decoder(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
     vae = _in_float32(pipeline.vae)
     vae.save_config(folder)
@@ -244,7 +246,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-@torch.no_grad()
 def _compare(folder: Path, pairs: Sequence[tuple[Tensor, Tensor]]) -> Parity:
     relative_error, max_abs_error = 0.0, 0.0
     for expected, actual in pairs:

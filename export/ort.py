@@ -108,6 +108,9 @@ class ORTDiTTransformer(_ORTComponent):
 
         `return_dict` changes nothing: the output is a tuple whose only entry has a name.
         """
+        if tuple(hidden_states.shape[2:]) != self.config.sample_height_width:
+            height, width = self.config.sample_height_width
+            raise ValueError(f"This export takes inputs of {height}x{width}, not {list(hidden_states.shape[2:])}.")
         timesteps = _array(timestep, np.float32)
         if timesteps.size == 1:
             timesteps = np.full(len(hidden_states), timesteps, np.float32)

@@ -239,6 +239,7 @@ class DiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @torch.no_grad()
     def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt"] = "pil") -> Any:
         """(N, C, H, W) latents, or pixels in -1..1 without a VAE -> pictures, as `__call__` returns them."""
         if self.vae is not None:

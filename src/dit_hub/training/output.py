@@ -50,6 +50,7 @@ def _draw(result: TrainingResult, folder: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         list(pipeline.id2label),
+        num_inference_steps=min(50, result.recipe.num_train_timesteps),
         generator=torch.Generator().manual_seed(0),
         callback_on_step_end=trajectory,
     ).images
