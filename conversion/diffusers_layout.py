@@ -3,12 +3,34 @@
 diffusers splits query, key and value, and stores a copy of the timestep and label embedders in every block.
 """
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_hub.configuration_dit import DiTConfig
+from dit_hub.modeling_dit import DiTTransformer
+
+from .official import POS_EMBED
+from .reading import read_checkpoint
+
+# What diffusers called the class first, and calls it now.
+DIFFUSERS_CLASSES = ("Transformer2DModel", "DiTTransformer2DModel")
+
+# Repositories in this layout that hold official weights, which want official numerics.
+OFFICIAL_WEIGHTS = ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512")
+
+# Where diffusers' class computes something else than the official code, as fields of `DiTConfig`: the frequencies of
+# the timestep (12.8 % in the output of a model with random weights), and one epsilon.
+DIFFUSERS_NUMERICS = {"timestep_freq_shift": 1.0, "norm_eps": 1e-6, "mlp_norm_eps": 1e-5}
+
+# The line that makes diffusers' class compute as the official code, for a `DiTTransformer2DModel` of official weights.
+OFFICIAL_NUMERICS_PATCH = (
+    "for block in pipe.transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
+)
 
 # Ours -> diffusers'. {N} is the number of a block.
 _RENAMED = {
@@ -28,18 +50,35 @@ _COPIED = {
 }
 
 
+def is_diffusers(state_dict: dict[str, Tensor]) -> bool:
+    """Whether the names are those of diffusers' DiT."""
+    return "pos_embed.proj.weight" in state_dict
+
+
 def diffusers_config(config: DiTConfig) -> dict[str, Any]:
     """The arguments of `DiTTransformer2DModel` for a model of ours.
+
+    They cannot say `timestep_freq_shift`: diffusers' class always divides by half - 1, so that weights trained with the
+    official 0 need `OFFICIAL_NUMERICS_PATCH` after loading.
 
     Raises:
         ValueError: diffusers' class cannot express this model.
     """
-    fixed = {"conditioning": "adaln_zero", "pos_embed": "sincos", "timestep_freq_dim": 256, "mlp_ratio": 4}
+    fixed = {
+        "conditioning": "adaln_zero",
+        "pos_embed": "sincos",
+        "timestep_freq_dim": 256,
+        "mlp_ratio": 4,
+        "norm_eps": 1e-6,
+        "parameterization": "diffusion",
+    }
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise ValueError(f"diffusers' DiT has {name} {value!r} only, not {getattr(config, name)!r}.")
     if config.null_class is None or not isinstance(config.sample_size, int):
         raise ValueError("diffusers' DiT always has a null class and a square input.")
+    if config.timestep_freq_shift not in (0, 1):
+        raise ValueError(f"diffusers' DiT has timestep_freq_shift 1, not {config.timestep_freq_shift}.")
     return {
         "num_attention_heads": config.num_attention_heads,
         "attention_head_dim": config.hidden_size // config.num_attention_heads,
@@ -49,8 +88,90 @@ def diffusers_config(config: DiTConfig) -> dict[str, Any]:
         "sample_size": config.sample_size,
         "patch_size": config.patch_size,
         "num_embeds_ada_norm": config.num_classes,
-        "norm_eps": config.norm_eps,
+        "norm_eps": config.mlp_norm_eps or config.norm_eps,
     }
+
+
+def config_from_diffusers(fields: dict[str, Any], **overrides: Any) -> DiTConfig:
+    """Our configuration for the config.json of a diffusers DiT.
+
+    Args:
+        fields: its content.
+        overrides: fields of `DiTConfig`; `timestep_freq_shift` above all.
+
+    Raises:
+        ValueError: another model than a DiT.
+    """
+    name = fields.get("_class_name")
+    if name not in DIFFUSERS_CLASSES or fields.get("norm_type") != "ada_norm_zero" or not fields.get("patch_size"):
+        raise ValueError(f"The config is of a {name} of norm_type {fields.get('norm_type')!r}, which is no DiT.")
+    try:
+        in_channels = fields["in_channels"]
+        translated = {
+            "sample_size": fields["sample_size"],
+            "patch_size": fields["patch_size"],
+            "in_channels": in_channels,
+            "hidden_size": fields["num_attention_heads"] * fields["attention_head_dim"],
+            "num_hidden_layers": fields["num_layers"],
+            "num_attention_heads": fields["num_attention_heads"],
+            "num_classes": fields["num_embeds_ada_norm"],
+            "learn_sigma": (fields.get("out_channels") or in_channels) == 2 * in_channels,
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The config of the {name} is not complete: {error}.") from None
+    numerics = {**DIFFUSERS_NUMERICS, "mlp_norm_eps": fields.get("norm_eps", DIFFUSERS_NUMERICS["mlp_norm_eps"])}
+    return DiTConfig(**{**translated, **numerics, **overrides})
+
+
+def load_diffusers_folder(folder: Path, variant: str | None = None, **overrides: Any) -> DiTTransformer:
+    """Load the transformer/ folder of a diffusers pipeline as a model of ours.
+
+    Args:
+        folder: config.json and weights, .safetensors or .bin, sharded or not.
+        variant: part of the weights' file names, such as "fp16".
+        overrides: fields of `DiTConfig`.
+
+    Raises:
+        ValueError: files that are missing, damaged or not of a DiT; embedders that differ between blocks.
+    """
+    fields = read_config(folder)
+    try:
+        config = config_from_diffusers(fields, **overrides)
+        checkpoint = read_checkpoint(_weights_file(folder, variant))
+        tensors = from_diffusers(checkpoint.tensors)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    tensors.pop(POS_EMBED, None)
+    return DiTTransformer.from_state_dict(config, tensors, name=str(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A component's config.json.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json.") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged: it is not JSON.") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is damaged: it holds no fields.")
+    return fields
+
+
+def _weights_file(folder: Path, variant: str | None) -> Path:
+    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    names = [f"{stem}{ending}{index}" for ending in (".safetensors", ".bin") for index in ("", ".index.json")]
+    if variant:
+        names.insert(2, f"diffusion_pytorch_model.safetensors.index.{variant}.json")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise ValueError(f"there are no weights named {names[0]} or alike.")
+    return found
 
 
 def to_diffusers(state_dict: dict[str, Tensor], num_hidden_layers: int) -> dict[str, Tensor]:
@@ -58,35 +179,46 @@ def to_diffusers(state_dict: dict[str, Tensor], num_hidden_layers: int) -> dict[
     converted = {}
     for kind in ("weight", "bias"):
         for ours, theirs in _numbered(_RENAMED, num_hidden_layers):
-            _copy(state_dict, f"{ours}.{kind}", converted, f"{theirs}.{kind}")
+            converted[f"{theirs}.{kind}"] = state_dict[f"{ours}.{kind}"]
         for ours, parts in _numbered(_SPLIT, num_hidden_layers):
             for part, tensor in zip(parts, state_dict[f"{ours}.{kind}"].chunk(3), strict=True):
                 converted[f"{part}.{kind}"] = tensor.contiguous()
         for ours, theirs in _COPIED.items():
-            for block in range(num_hidden_layers):
-                _copy(state_dict, f"{ours}.{kind}", converted, f"{theirs}.{kind}".replace("{N}", str(block)))
+            if f"{ours}.{kind}" in state_dict:  # an embedding table has no bias
+                for block in range(num_hidden_layers):  # cloned, since safetensors writes no tensor twice
+                    converted[f"{theirs}.{kind}".replace("{N}", str(block))] = state_dict[f"{ours}.{kind}"].clone()
     return converted
 
 
-def from_diffusers(state_dict: dict[str, Tensor], num_hidden_layers: int) -> dict[str, Tensor]:
+def from_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a `DiTTransformer2DModel` -> those of a model of ours; the values stay as they are.
+
+    What is missing stays missing, and a name that is not in the table stays as it is.
 
     Raises:
         ValueError: the copies of an embedder differ between blocks.
     """
-    converted = {}
+    rest, converted = dict(state_dict), {}
+    blocks = [int(found[1]) for name in rest if (found := re.match(r"transformer_blocks\.(\d+)\.", name))]
+    num_hidden_layers = len(set(blocks))
     for kind in ("weight", "bias"):
         for ours, theirs in _numbered(_RENAMED, num_hidden_layers):
-            _copy(state_dict, f"{theirs}.{kind}", converted, f"{ours}.{kind}")
+            if f"{theirs}.{kind}" in rest:
+                converted[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
         for ours, parts in _numbered(_SPLIT, num_hidden_layers):
-            converted[f"{ours}.{kind}"] = torch.cat([state_dict[f"{part}.{kind}"] for part in parts])
+            if all(f"{part}.{kind}" in rest for part in parts):
+                converted[f"{ours}.{kind}"] = torch.cat([rest.pop(f"{part}.{kind}") for part in parts])
         for ours, theirs in _COPIED.items():
-            copies = [f"{theirs}.{kind}".replace("{N}", str(block)) for block in range(num_hidden_layers)]
-            for copy in copies:
-                if copy in state_dict and not torch.equal(state_dict[copy], state_dict[copies[0]]):
-                    raise ValueError(f"{copy} differs from {copies[0]}: the embedders of the blocks must be equal.")
-            _copy(state_dict, copies[0], converted, f"{ours}.{kind}")
-    return converted
+            names = [f"{theirs}.{kind}".replace("{N}", str(block)) for block in range(num_hidden_layers)]
+            copies = {name: rest.pop(name) for name in names if name in rest}
+            for name, copy in copies.items():
+                if not torch.equal(copy, copies.get(names[0], copy)):
+                    raise ValueError(f"{name} differs from {names[0]}: the embedders of the blocks must be equal.")
+            if len(copies) == len(names) and names:
+                converted[f"{ours}.{kind}"] = copies[names[0]]
+    if "pos_embed.pos_embed" in rest:  # older versions saved the fixed table
+        converted[POS_EMBED] = rest.pop("pos_embed.pos_embed")
+    return {**converted, **rest}
 
 
 def _numbered(table: dict[str, Any], num_hidden_layers: int) -> list[tuple[str, Any]]:
@@ -102,8 +234,3 @@ def _numbered(table: dict[str, Any], num_hidden_layers: int) -> list[tuple[str, 
         blocks = range(num_hidden_layers) if "{N}" in ours else range(1)
         rows.extend((numbered(ours, block), numbered(theirs, block)) for block in blocks)
     return rows
-
-
-def _copy(source: dict[str, Tensor], name: str, target: dict[str, Tensor], new_name: str) -> None:
-    if name in source or not name.endswith(".bias"):  # an embedding table has no bias
-        target[new_name] = source[name]

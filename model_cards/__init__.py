@@ -1,5 +1,5 @@
-"""Model cards, rendered from a pipeline folder and the facts beside it."""
+"""Model cards, rendered from a folder and the facts beside its weights."""
 
-from .card import render_card
+from .card import is_own_card, render_card
 
-__all__ = ["render_card"]
+__all__ = ["is_own_card", "render_card"]

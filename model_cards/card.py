@@ -1,69 +1,263 @@
-"""The card of a model that this package trained."""
+"""The card of a folder, from its configuration and the facts that lie in it."""
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dit_hub.evaluation.flops import measure
-from dit_hub.extras import require
-from dit_hub.pipeline_dit import DiTPipeline
+from dit_hub.configuration_dit import DiTConfig
+from dit_hub.conversion.diffusers_layout import (
+    DIFFUSERS_CLASSES,
+    OFFICIAL_NUMERICS_PATCH,
+    config_from_diffusers,
+    read_config,
+)
+from dit_hub.conversion.origin import DEFAULT_VAE, UNKNOWN_LICENSE, Origin, read_origin
+from dit_hub.flops import measure
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
-_LIMITS = (
+# In every card that this module makes, so that one that a person wrote is told apart and left alone.
+MARKER = "<!-- made by `dit-hub card`; edit the facts, not this text -->"
+
+_IMAGENET_LIMITS = (
+    "ImageNet's pictures may be used for research only. The model draws its 1000 classes and nothing else, with the "
+    "data set's biases: who and what is pictured, where, and how often. Faces, hands and text come out badly."
+)
+_TOY_LIMITS = (
     "The model knows 16x16 pictures of these classes and nothing else. It exists to try the software with: "
     "it is small enough to come with the package and to train on a laptop."
 )
 
 
-def render_card(folder: str | os.PathLike) -> ModelCard:
-    """The card of a folder that `dit-hub train` wrote, from its training.json, its config and its weights.
+def is_own_card(path: str | os.PathLike) -> bool:
+    """Whether a README.md was made by `render_card`, not by a person."""
+    return MARKER in Path(path).read_text()
+
+
+def render_card(folder: str | os.PathLike, repository: str | None = None) -> ModelCard:
+    """The card of a folder: pipeline, export or conversion.
+
+    It is made from model_index.json and the transformer's config, and, where they exist, from `origin.json` (source,
+    licence, measured error), `training.json` (recipe and losses), `report.json` (errors of an export), `samples.png`,
+    and `evaluation.json`: under "results" a list of {"metric": "FID-50K", "value": 2.27, "dataset":
+    "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256", "how": "cfg 1.5, 250 DDPM steps", "source": "…"}.
+
+    Args:
+        folder: what to describe.
+        repository: what the card's code loads; None means the folder's name.
 
     Raises:
-        ValueError: the folder holds no training.json.
-        ImportError: Jinja2 is missing.
+        ValueError: the folder holds no model that is known here, or damaged facts.
     """
-    require("jinja2", "train")
-    path = Path(folder) / "training.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no training.json, from which its card is made.")
-    training = json.loads(path.read_text())
-    pipeline = DiTPipeline.from_pretrained(folder)
-    config = pipeline.transformer.config
-    size = measure(config)
-    losses = list(enumerate(training["epoch_losses"], start=1))
-    shown = [row for row in losses if row[0] in (1, 4, 8, 16, 30) or row[0] % 100 == 0 or row[0] == len(losses)]
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="dit_hub",
-        pipeline_tag="unconditional-image-generation",
-        tags=["dit", "class-conditional", "arxiv:2212.09748"],
-    )
-    height, width = config.sample_height_width
-    facts = [
-        ("parameters", f"{size.parameters:,}"),
-        ("multiply-accumulates", f"{size.gmacs * 1e3:.2f} million for one picture and step"),
-        ("pictures", f"{width}x{height}, {config.in_channels} channels"),
-        ("classes", ", ".join(pipeline.id2label.values())),
-        ("layers, width, heads", f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}"),
-        ("licence", "Apache-2.0, weights and data"),
-    ]
+    folder = Path(folder)
+    repository = repository or folder.name
+    origin = read_origin(folder)
+    conversion = origin.conversion if origin else {}
+    training = _facts(folder, "training.json")
+    results = _facts(folder, "evaluation.json").get("results", [])
+    index = _facts(folder, "model_index.json")
+    layout = conversion.get("to") or ("diffusers" if _is_stock(index) else "dit-hub")
+    config = _config(folder, layout, conversion)
+    id2label = _id2label(index)
+    title = repository.split("/")[-1]
     return ModelCard.from_template(
-        data,
+        _metadata(title, repository, origin, training, results, config, layout),
         template_path=str(TEMPLATE),
-        title=training["name"],
-        summary=(
-            "A Diffusion Transformer (Peebles & Xie 2023) that draws shapes of one colour. "
-            "Its data set is drawn from a seed by `dit_hub.training.shapes`."
-        ),
-        picture="samples.png",
-        facts=facts,
-        repository=training["name"],
-        labels=list(pipeline.id2label.values()),
-        command=training["command"],
-        recipe=training["recipe"],
-        losses=shown,
-        limits=_LIMITS,
+        marker=MARKER,
+        title=title,
+        summary=_summary(config, training),
+        picture="samples.png" if (folder / "samples.png").is_file() else None,
+        code=_code(repository, layout, config, index),
+        caveat=_caveat(layout, conversion),
+        facts=_table(config, id2label, origin, training, layout),
+        origin=_origin_text(origin) if origin else None,
+        parity=_parity(folder, conversion),
+        results=[{"how": "", "source": "", **result} for result in results],
+        training=training if training.get("recipe") else None,
+        losses=_shown_losses(training.get("epoch_losses", [])),
+        limits=_IMAGENET_LIMITS if config.num_classes == 1000 else _TOY_LIMITS if training.get("data") else None,
     )
+
+
+def _facts(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object.")
+    return facts
+
+
+def _id2label(index: dict[str, Any]) -> dict[int, str]:
+    return {int(key): str(name) for key, name in (index.get("id2label") or {}).items()}
+
+
+def _is_stock(index: dict[str, Any]) -> bool:
+    return (index.get("transformer") or ["", ""])[1] in DIFFUSERS_CLASSES
+
+
+def _config(folder: Path, layout: str, conversion: dict[str, Any]) -> DiTConfig:
+    if layout == "official":  # such a folder has no config.json
+        return DiTConfig(**conversion["config"])
+    if not (folder / "transformer").is_dir():
+        raise ValueError(f"{folder} has no folder transformer, so there is no model to describe.")
+    fields = read_config(folder / "transformer")
+    if layout == "diffusers":
+        return config_from_diffusers(fields)
+    return DiTConfig.from_pretrained(folder / "transformer")
+
+
+def _metadata(
+    title: str,
+    repository: str,
+    origin: Origin | None,
+    training: dict[str, Any],
+    results: list[dict[str, Any]],
+    config: DiTConfig,
+    layout: str,
+) -> ModelCardData:
+    license = _license(origin, training)
+    evaluated = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=str(result.get("dataset", result["dataset_name"])),
+            dataset_name=str(result["dataset_name"]),
+            metric_type=str(result["metric"]).split("-")[0].lower(),
+            metric_name=str(result["metric"]),
+            metric_value=float(result["value"]),
+        )
+        for result in results
+    ]
+    conditional = "class-conditional" if config.num_classes else "unconditional"
+    tags = ["dit", "sit" if config.parameterization == "sit" else None, conditional]
+    base_model = origin.base_model if origin and origin.base_model != repository else None
+    return ModelCardData(
+        license=license,
+        library_name="diffusers" if layout == "diffusers" else "dit_hub",
+        pipeline_tag="unconditional-image-generation",  # the Hub has no task for classes
+        base_model=base_model,
+        datasets=["ILSVRC/imagenet-1k"] if config.num_classes == 1000 else None,
+        tags=[*filter(None, tags), "imagenet" if config.num_classes == 1000 else "diffusion", "arxiv:2212.09748"],
+        **({"model_name": title, "eval_results": evaluated} if evaluated else {}),
+    )
+
+
+def _license(origin: Origin | None, training: dict[str, Any]) -> str:
+    if origin is not None and origin.license != UNKNOWN_LICENSE:
+        return origin.license
+    return training.get("license", UNKNOWN_LICENSE)
+
+
+def _summary(config: DiTConfig, training: dict[str, Any]) -> str:
+    kind = "Scalable Interpolant Transformer (SiT, Ma et al. 2024)" if config.parameterization == "sit" else (
+        "Diffusion Transformer (DiT, Peebles & Xie 2023)"
+    )  # fmt: skip
+    if not config.num_classes:
+        subject = "unconditional"
+    elif config.num_classes == 1000:
+        subject = "for ImageNet's 1000 classes"
+    else:
+        subject = f"for {config.num_classes} classes"
+    return " ".join(filter(None, [f"A {kind}, {subject}.", training.get("data")]))
+
+
+def _code(repository: str, layout: str, config: DiTConfig, index: dict[str, Any]) -> str:
+    """Lines that work as they stand."""
+    id2label = _id2label(index)
+    names = [id2label[label].split(",")[0] for label in sorted(id2label)[:2]] or list(range(min(2, config.num_classes)))
+    labels = f"[{', '.join(json.dumps(name) for name in names)}]" if config.num_classes else ""
+    library, load, decoder = "dit_hub", f'from_pretrained("{repository}"', ""
+    if layout == "diffusers":
+        library, labels = "diffusers", str(list(range(min(2, config.num_classes))))
+    if layout == "official":
+        on_hub = repository.count("/") == 1 and not Path(repository).is_dir()
+        folder = f"https://huggingface.co/{repository}/resolve/main" if on_hub else repository
+        load = f'from_single_file("{folder}/model.pt", num_attention_heads={config.num_attention_heads}'
+    elif config.in_channels not in (1, 3) and not (index.get("vae") or [None])[0]:
+        decoder = f'vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}")\n'
+        load += ", vae=vae"
+    imports = f"from {library} import DiTPipeline"
+    if decoder:
+        imports = (
+            f"from diffusers import AutoencoderKL{', DiTPipeline' if library == 'diffusers' else chr(10) + imports}"
+        )
+    return f'{imports}\n\n{decoder}pipe = DiTPipeline.{load})\npipe({labels}).images[0].save("sample.png")'
+
+
+def _caveat(layout: str, conversion: dict[str, Any]) -> str | None:
+    if conversion.get("self_contained"):
+        return (
+            "Without dit-hub installed, diffusers' `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs "
+            "the code that lies in this repository, with the same numbers."
+        )
+    if layout != "diffusers" or conversion.get("config", {}).get("timestep_freq_shift") != 0:
+        return None
+    return (
+        "**These weights follow the official numerics, and diffusers' class computes others**: it divides the "
+        "timestep's frequencies by 127 instead of 128, which moves the output of a random model by 12.8 %. One line "
+        f"after loading mends it:\n\n```python\n{OFFICIAL_NUMERICS_PATCH}\n```"
+    )
+
+
+def _table(
+    config: DiTConfig, id2label: dict[int, str], origin: Origin | None, training: dict[str, Any], layout: str
+) -> list[tuple[str, str]]:
+    size = measure(config)
+    height, width = config.sample_height_width
+    gmacs = f"{size.gmacs:.2f} G" if size.gmacs >= 0.1 else f"{size.gmacs * 1e3:.2f} million"
+    classes = ", ".join(id2label.values()) if 0 < len(id2label) <= 100 else str(config.num_classes)
+    unknown = "unknown: ask the authors before using these weights"
+    license = _license(origin, training)
+    return [
+        ("parameters", f"{size.parameters:,}"),
+        ("multiply-accumulates", f'{gmacs} for one picture and step (papers say "Gflops")'),
+        ("input", f"{width}x{height}, {config.in_channels} channels, patches of {config.patch_size}"),
+        ("classes", classes if config.num_classes else "none"),
+        ("layers, width, heads", f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}"),
+        ("layout", layout),
+        ("licence", unknown if license == UNKNOWN_LICENSE else license),
+    ]
+
+
+def _origin_text(origin: Origin) -> str:
+    source = f"[{origin.source}]({origin.url})" if origin.url else f"`{origin.source}`"
+    sentences = [f"The weights come from {source}" + (f", its `{origin.weights}`." if origin.weights else ".")]
+    if origin.modified:
+        sentences.append("They were changed since.")
+    elif origin.conversion:
+        sentences.append(
+            f"They were converted from the {origin.conversion['from']} layout to {origin.conversion['to']}; "
+            "the values are the same."
+        )
+    if origin.license == UNKNOWN_LICENSE:
+        sentences.append("Their licence is not known here; if they stem from the official ones, it is CC-BY-NC-4.0.")
+    else:
+        sentences.append(f"They are under `{origin.license}`, which stays with them whatever they become.")
+    if origin.authors:
+        sentences.append(origin.authors)
+    if origin.license == "cc-by-nc-4.0":
+        sentences.append(
+            "[CC-BY-NC-4.0](https://creativecommons.org/licenses/by-nc/4.0/legalcode) allows no commercial use, and "
+            "comes without warranties."
+        )
+    return " ".join(sentences)
+
+
+def _parity(folder: Path, conversion: dict[str, Any]) -> list[tuple[str, float]]:
+    rows = [(str(name), float(error)) for name, error in conversion.get("parity", {}).items()]
+    exported = _facts(folder, "report.json").get("parity", {})
+    return rows + [
+        (f"{name}: ONNX Runtime against PyTorch", parity["relative_error"]) for name, parity in exported.items()
+    ]
+
+
+def _shown_losses(losses: list[float]) -> list[tuple[int, float]]:
+    numbered = list(enumerate(losses, start=1))
+    return [row for row in numbered if row[0] in (1, 4, 8, 16, 30) or row[0] % 100 == 0 or row[0] == len(losses)]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dit_hub.cli import main
-from dit_hub.evaluation.flops import PUBLISHED
+from dit_hub.flops import PUBLISHED
 
 TOY = "dit-toy-shapes"
 

@@ -230,7 +230,7 @@ def test_labels_by_name_draw_what_their_ids_draw(pipe: DiTPipeline) -> None:
 @pytest.mark.parametrize(
     ("label", "complaint"),
     [
-        ("crane", r"names the classes \[1, 3\]"),
+        ("crane", r"names the classes 1 \(crane\), 3 \(crane\)"),
         ("white sharkk", "There is no class named 'white sharkk'. The nearest names: white shark"),
         ("t", "There is no class named 't'"),
         (10, "The label 10 is out of range: the classes are 0 to 9"),
@@ -352,7 +352,6 @@ SCHEDULERS = [
     "HeunDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
 ]
 
 
@@ -373,6 +372,17 @@ def test_schedulers_made_from_a_ddpms_config_leave_its_learned_variance(pipe: Di
     expected = sample(pipe)
     pipe.scheduler = kind.from_config(config)
     assert_same(sample(pipe), expected)
+
+
+@pytest.mark.parametrize("parameterization", ["flow", "sit"])
+def test_flow_schedulers_sample_flow_models_and_no_others(make_model: MakeModel, parameterization: str) -> None:
+    model = make_model(parameterization=parameterization)
+    images = sample(pipeline_of(model, diffusers.FlowMatchEulerDiscreteScheduler()))
+    assert images.isfinite().all()
+    with pytest.raises(ValueError, match="predicts a velocity"):
+        sample(pipeline_of(model, ddim()))
+    with pytest.raises(ValueError, match="trained as a diffusion model"):
+        sample(pipeline_of(make_model(), diffusers.FlowMatchEulerDiscreteScheduler()))
 
 
 def test_only_ddpm_uses_the_learned_variance(make_model: MakeModel) -> None:

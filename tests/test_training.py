@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dit_hub import DiTPipeline
 from dit_hub.files import new_folder
+from dit_hub.hub import EMBEDDED_MODELS
 from dit_hub.model_cards import render_card
 from dit_hub.objectives import noise_prediction, uniform_timesteps
-from dit_hub.pipeline_dit import EMBEDDED_MODELS
 from dit_hub.training.loop import TrainingResult, train
 from dit_hub.training.output import save_result
 from dit_hub.training.recipe import RECIPES, Recipe, get_recipe
@@ -117,7 +117,7 @@ def test_a_run_leaves_a_pipeline_folder_whose_card_can_be_rendered_again(tmp_pat
         assert torch.equal(weight, trained[name])
     assert loaded.id2label == ID2LABEL
     assert json.loads((folder / "training.json").read_text())["recipe"]["epochs"] == 3
-    assert str(render_card(folder)) == (folder / "README.md").read_text()
+    assert str(render_card(folder, str(folder))) == (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="not empty"):
         save_result(result, folder, "again")
 
@@ -141,7 +141,7 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 2e6
     training = json.loads((folder / "training.json").read_text())
     assert Recipe(**training["recipe"]) == RECIPES["toy-shapes"]
-    assert str(render_card(folder)) == (folder / "README.md").read_text()
+    assert str(render_card(folder, "dit-toy-shapes")) == (folder / "README.md").read_text()
     pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
     assert sum(weight.numel() for weight in pipeline.transformer.parameters()) == 323_696
 
@@ -173,7 +173,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         fail_half_way()
-    assert list((tmp_path / "deep").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # the folder on the way is gone as well
     with new_folder(target) as folder:
         (folder / "whole").write_text("whole")
         assert not target.exists()

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,7 +10,7 @@ from .extras import quiet_libraries, require
 
 app = typer.Typer(
     name="dit-hub",
-    help="Diffusion Transformers: sample, train and export them.",
+    help="Diffusion Transformers: sample, train, convert, export and share them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -97,7 +97,7 @@ def info(
     from rich.console import Console
 
     from .configuration_dit import PUBLISHED_MODELS, DiTConfig
-    from .evaluation.flops import measure
+    from .flops import measure
 
     if all_sizes:
         _print_all_sizes(image_size)
@@ -136,7 +136,7 @@ def train(
     quiet_libraries()
     from .training.recipe import get_recipe
 
-    for module in ("accelerate", "jinja2", "matplotlib"):  # all, before the work: two of them are needed at its end
+    for module in ("accelerate", "matplotlib"):  # both before the work: one of them is needed at its end
         require(module, "train")
 
     changes = dict(_split_setting(setting) for setting in settings or [])
@@ -173,6 +173,114 @@ def export_onnx_command(
     print(f"Exported to {out}")
 
 
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint file, a pipeline folder (ours or diffusers'), or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="Layout: dit-hub, official or diffusers.")] = "dit-hub",
+    weights: Annotated[
+        str | None, typer.Option(help="Key of a training checkpoint: ema, model, …; default: ema where there is one.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="dit or sit; default: what the file says.")] = None,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(help="Attention heads; default: those of the published model of this width.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes, without the null class; default: as seen.")] = None,
+    sample_size: Annotated[
+        int | None, typer.Option(help="Side of the input in latent pixels; default: as seen.")
+    ] = None,
+    timestep_freq_shift: Annotated[
+        float | None, typer.Option(help="For diffusers' layout: 0 for official weights, 1 for its own.")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Decoder of latents: a folder or Hub id, or none; default: Stable Diffusion's.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the weights, where the source does not say.")] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Put the code beside the weights, for people without dit-hub.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a checkpoint of any origin to any layout, checked by a forward pass."""
+    from .files import check_free
+
+    check_free(out, overwrite)
+    quiet_libraries()
+    from rich.console import Console
+
+    from .convert import convert as run
+
+    console = Console()
+    fields = {"num_classes": num_classes, "sample_size": sample_size}
+    seen = {"weights": weights, "family": family, "num_attention_heads": num_attention_heads, **fields}
+    options: dict[str, Any] = {name: value for name, value in seen.items() if value is not None}
+    if vae is not None:
+        options["vae"] = None if vae == "none" else vae
+    with console.status("Converting and checking…"):
+        result = run(source, out, to, self_contained, license, timestep_freq_shift=timestep_freq_shift,
+                     overwrite=overwrite, **options)  # fmt: skip
+    origin, config = result.origin, result.config
+    table = _table(f"{origin.source}, {origin.layout} layout", "", "")
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size", "sample_size", "in_channels",
+                 "num_classes", "learn_sigma", "pos_embed", "parameterization", "timestep_freq_shift"):  # fmt: skip
+        table.add_row(name, str(getattr(config, name)))
+    table.add_section()
+    table.add_row("weights", origin.weights or "the whole file")
+    table.add_row("license", origin.license)
+    for what, error in result.parity.items():
+        table.add_row(what, f"{error:.1e}")
+    console.print(table)
+    if result.patch:
+        print(
+            "diffusers' class divides the timestep's frequencies by 127, these weights want 128 (12.8 % of the output "
+            f"of a random model). After loading there, run:\n{result.patch}"
+        )
+    if origin.license == "unknown":
+        print("The licence of these weights is unknown; --license names it for the card.")
+    print(f"Converted to {out} ({to} layout)")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="A pipeline folder, an export or a conversion.")],
+    repository: Annotated[str | None, typer.Option(help="What the card's code loads; default: the folder.")] = None,
+) -> None:
+    """Show the card that a push would make."""
+    quiet_libraries()
+    from dit_hub.model_cards import render_card
+
+    print(render_card(_folder(folder), repository))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A pipeline folder, an export or a conversion.")],
+    repository: Annotated[str, typer.Argument(help="ORGANISATION/NAME on the Hub; made where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Token of the Hub; default: HF_TOKEN, or the one you logged in with.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw the card's samples first, even where that takes long.")
+    ] = False,
+) -> None:
+    """Push a folder with its card to the Hub."""
+    quiet_libraries()
+    from .hub import push_folder
+    from .pipeline_dit import DiTPipeline
+
+    if (_folder(folder) / "model_index.json").is_file():
+        pipeline = DiTPipeline.from_pretrained(folder)  # also a check that it loads
+        if not pipeline.draw_samples(folder, force=draw):
+            print("No samples.png for the card: drawing it would take long, or needs a decoder; --draw draws it.")
+    url = push_folder(folder, repository, message, private, token, revision=revision)
+    print(f"Pushed to {url}")
+
+
 def main() -> None:
     """Run the command line. What the user can mend is one sentence and exit status 2."""
     try:
@@ -180,6 +288,12 @@ def main() -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"There is no folder {path}.")
+    return path
 
 
 def _split_setting(setting: str) -> tuple[str, str]:
@@ -192,7 +306,7 @@ def _split_setting(setting: str) -> tuple[str, str]:
 def _check_picture_path(path: Path, overwrite: bool) -> None:
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{path} has no ending of a picture, such as .png.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
@@ -217,7 +331,7 @@ def _print_all_sizes(image_size: int) -> None:
     from rich.console import Console
 
     from .configuration_dit import DiTConfig
-    from .evaluation.flops import PUBLISHED, PUBLISHED_CONDITIONINGS, measure
+    from .flops import PUBLISHED, PUBLISHED_CONDITIONINGS, measure
 
     names = [(name, name, {}, figures) for name, figures in PUBLISHED.items()]
     for conditioning, figures in PUBLISHED_CONDITIONINGS.items():

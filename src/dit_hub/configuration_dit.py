@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 ConfigClass = TypeVar("ConfigClass", bound=type)
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
+Parameterization = Literal["diffusion", "flow", "sit"]
 
 # Paper, Table 1: (layers, hidden size, heads). Every size exists with patches of 8, 4 and 2.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -33,6 +34,9 @@ TOY: dict[str, Any] = dict(
 
 # Factor between pixels and the latents of Stable Diffusion's VAE, which all published models use.
 _VAE_SCALE_FACTOR = 8
+
+# Flow-matching schedulers of diffusers count the time from data (0) to noise in thousandths.
+FLOW_TIMESTEPS = 1000
 
 # Keys that transformers itself may write into config.json beside the fields below.
 _LIBRARY_KEYS = {
@@ -91,7 +95,12 @@ class DiTConfig(PreTrainedConfig):
         timestep_freq_dim: width of the sinusoidal timestep embedding.
         timestep_freq_shift: frequencies are exp(-ln(10000) k / (half - shift)): 0 in the official code, 1 in diffusers.
         norm_eps: epsilon of every LayerNorm.
+        mlp_norm_eps: another epsilon for the one before the MLP, which diffusers sets apart; None means `norm_eps`.
         guidance_channels: how many leading channels classifier-free guidance touches: 3 in the official code.
+        parameterization: what the network predicts. "diffusion": what DDPM's schedulers step with, noise unless
+            theirs says otherwise, at timesteps 0 to T - 1. "flow": the velocity noise - data of the straight path, at
+            timesteps 0 (data) to 1000 (noise), for flow-matching schedulers. "sit": the same to the outside; inside,
+            the network was trained as SiT (Ma et al. 2024) on data - noise at times 0 (noise) to 1 (data).
 
     Raises:
         ValueError: an unknown field, or values that do not fit together.
@@ -114,7 +123,9 @@ class DiTConfig(PreTrainedConfig):
     timestep_freq_dim: int = 256
     timestep_freq_shift: float | int = 0.0
     norm_eps: float = 1e-6
+    mlp_norm_eps: float | None = None
     guidance_channels: int = 3
+    parameterization: str = "diffusion"
 
     def __post_init__(self, **kwargs: Any):
         # transformers keeps unknown keys as attributes; a typo must not pass as a setting.
@@ -146,8 +157,9 @@ class DiTConfig(PreTrainedConfig):
         if not 0 <= self.timestep_freq_shift < self.timestep_freq_dim // 2:
             raise ValueError(f"timestep_freq_shift must be 0 or more and below half of timestep_freq_dim "
                              f"{self.timestep_freq_dim}, not {self.timestep_freq_shift}.")  # fmt: skip
-        if self.norm_eps <= 0:
-            raise ValueError(f"norm_eps must be above 0, not {self.norm_eps}.")
+        for name in ("norm_eps", "mlp_norm_eps"):
+            if (epsilon := getattr(self, name)) is not None and epsilon <= 0:
+                raise ValueError(f"{name} must be above 0, not {epsilon}.")
         if self.timestep_freq_dim < 4 or self.timestep_freq_dim % 2:
             raise ValueError(f"timestep_freq_dim must be an even number of 4 or more, not {self.timestep_freq_dim}.")
 
@@ -165,10 +177,10 @@ class DiTConfig(PreTrainedConfig):
                 raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}.")
 
     def _check_choices(self) -> None:
-        if self.conditioning not in get_args(Conditioning):
-            raise ValueError(
-                f"conditioning must be one of {', '.join(get_args(Conditioning))}, not {self.conditioning!r}."
-            )
+        for name, choices in (("conditioning", Conditioning), ("parameterization", Parameterization)):
+            if getattr(self, name) not in get_args(choices):
+                known = ", ".join(get_args(choices))
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}.")
         if self.pos_embed not in ("sincos", "learned"):
             raise ValueError(f'pos_embed must be "sincos" or "learned", not {self.pos_embed!r}.')
 
@@ -188,6 +200,18 @@ class DiTConfig(PreTrainedConfig):
     def null_class(self) -> int | None:
         """The label that stands for "no class", or None where the model was not trained with one."""
         return self.num_classes if self.num_classes > 0 and self.class_dropout_prob > 0 else None
+
+    @property
+    def modulation_rows(self) -> int:
+        """Modulation vectors per block: shift, scale and gate twice; adaLN has no gates, the others no modulation."""
+        return {"adaln_zero": 6, "adaln": 4}.get(self.conditioning, 0)
+
+    @property
+    def condition_length(self) -> int:
+        """K: how many vectors `DiTTransformer.condition` returns for each sample."""
+        if self.modulation_rows:
+            return self.num_hidden_layers * self.modulation_rows + 2
+        return 2 if self.num_classes else 1
 
     @classmethod
     def from_name(cls, name: str, image_size: int = 256, **overrides: Any) -> "DiTConfig":

@@ -1,6 +1,7 @@
 """Classes by id or by name."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,15 @@ from torch import Tensor
 
 from .configuration_dit import nearest
 
+# One class a line, in the order of ILSVRC 2012; the names are those of its WordNet synset.
+_IMAGENET_CLASSES = Path(__file__).parent / "assets" / "imagenet_classes.txt"
+
 Labels = int | str | Sequence[int | str] | Tensor | None
+
+
+def imagenet_id2label() -> dict[int, str]:
+    """Names of ImageNet's 1000 classes by id, all synonyms of WordNet separated by commas."""
+    return dict(enumerate(_IMAGENET_CLASSES.read_text().splitlines()))
 
 
 def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> list[int]:
@@ -30,15 +39,19 @@ def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> lis
     for index, names in id2label.items():
         for name in {names, *names.split(",")}:
             by_name.setdefault(name.strip().casefold(), []).append(index)
-    return [_by_name(label, by_name) if isinstance(label, str) else _checked(label, num_classes) for label in labels]
+    return [
+        _by_name(label, by_name, id2label) if isinstance(label, str) else _checked(label, num_classes)
+        for label in labels
+    ]
 
 
-def _by_name(label: str, by_name: dict[str, list[int]]) -> int:
+def _by_name(label: str, by_name: dict[str, list[int]], id2label: dict[int, str]) -> int:
     ids = by_name.get(label.strip().casefold(), [])
     if len(ids) == 1:
         return ids[0]
     if ids:
-        raise ValueError(f"The label {label!r} names the classes {ids}; give the id of the one you mean.")
+        classes = ", ".join(f"{index} ({id2label[index]})" for index in ids)
+        raise ValueError(f"The label {label!r} names the classes {classes}; give the id of the one you mean.")
     if not by_name:
         raise ValueError(f"This model's classes have no names, so {label!r} is unknown; give ids.")
     raise ValueError(f"There is no class named {label!r}. The nearest names: {nearest(label, list(by_name))}.")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .configuration_dit import DiTConfig
+from .configuration_dit import FLOW_TIMESTEPS, DiTConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -90,12 +90,15 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
+        self.runs_backwards = config.parameterization == "sit"
         self.frequencies = (config.timestep_freq_dim, config.timestep_freq_shift)
         first = initialised_by("normal", Float32Linear(config.timestep_freq_dim, config.hidden_size))
         second = initialised_by("normal", Float32Linear(config.hidden_size, config.hidden_size))
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, timestep: Tensor) -> Tensor:
+        if self.runs_backwards:  # from 1000 (noise) .. 0 (data) to SiT's 0 .. 1
+            timestep = 1 - timestep.float() / FLOW_TIMESTEPS
         return self.mlp(sinusoid(timestep, *self.frequencies))
 
 

@@ -11,7 +11,8 @@ Letters in shape comments: N batch, C channels, H and W latent height and width,
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
 
 from .configuration_dit import DiTConfig
+from .files import check_shards
 from .layers import (
     Float32LayerNorm,
     Float32Linear,
@@ -144,10 +146,12 @@ class DiTBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.rows = modulation_rows(config)
+        self.rows = config.modulation_rows
         self.norm1 = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
         self.attn = DiTAttention(config)
-        self.norm2 = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=False)
+        self.norm2 = Float32LayerNorm(
+            config.hidden_size, config.mlp_norm_eps or config.norm_eps, elementwise_affine=False
+        )
         self.mlp = DiTMLP(config)
         self.adaLN_modulation = _modulation_layer(config, self.rows)
 
@@ -176,7 +180,7 @@ class DiTTokenBlock(GradientCheckpointingLayer):
         if config.conditioning == "cross_attention":
             self.norm_cross = Float32LayerNorm(config.hidden_size, config.norm_eps)
             self.cross_attn = DiTCrossAttention(config)
-        self.norm2 = Float32LayerNorm(config.hidden_size, config.norm_eps)
+        self.norm2 = Float32LayerNorm(config.hidden_size, config.mlp_norm_eps or config.norm_eps)
         self.mlp = DiTMLP(config)
 
     def forward(
@@ -194,24 +198,12 @@ def add_gated(hidden_states: Tensor, output: Tensor, gate: Tensor | None = None)
     return hidden_states + output if gate is None else torch.addcmul(hidden_states, gate, output.float())
 
 
-def modulation_rows(config: DiTConfig) -> int:
-    """Modulation vectors per block: shift, scale and gate twice; adaLN has no gates, the other two no modulation."""
-    return {"adaln_zero": 6, "adaln": 4}.get(config.conditioning, 0)
-
-
-def condition_length(config: DiTConfig) -> int:
-    """K: how many vectors `DiTTransformer.condition` returns for each sample."""
-    if rows := modulation_rows(config):
-        return config.num_hidden_layers * rows + 2
-    return 2 if config.num_classes else 1
-
-
 class FinalLayer(nn.Module):
     """(N, T, D) -> (N, T, patch * patch * output channels)."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.adaptive = modulation_rows(config) > 0
+        self.adaptive = config.modulation_rows > 0
         self.norm_final = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=not self.adaptive)
         self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         initialised_by("zeros", self.linear)
@@ -260,7 +252,7 @@ class DiTTransformer(PreTrainedModel):
         self.t_embedder = TimestepEmbedder(config)
         if config.num_classes:
             self.y_embedder = LabelEmbedder(config)
-        block = DiTBlock if modulation_rows(config) else DiTTokenBlock
+        block = DiTBlock if config.modulation_rows else DiTTokenBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
         self.final_layer = FinalLayer(config)
         self.post_init()
@@ -302,6 +294,8 @@ class DiTTransformer(PreTrainedModel):
         tokens = self.embed(hidden_states)
         tokens, attentions = self.transform(tokens, condition, output_attentions)
         sample = self.unpatchify(tokens, *hidden_states.shape[-2:]).to(hidden_states.dtype)
+        if self.config.parameterization == "sit":  # data - noise -> noise - data
+            sample = -sample
         if not return_dict:
             return (sample, attentions) if attentions else (sample,)
         return DiTTransformerOutput(sample=sample, attentions=attentions or None)
@@ -324,7 +318,7 @@ class DiTTransformer(PreTrainedModel):
         embeddings = [self.t_embedder(timestep)]  # each (N, D)
         if class_labels is not None:
             embeddings.append(self.y_embedder(class_labels))
-        if not modulation_rows(self.config):
+        if not self.config.modulation_rows:
             return torch.stack(embeddings, dim=1)
         condition = sum(embeddings)
         layers = (*self.blocks, self.final_layer)
@@ -332,7 +326,7 @@ class DiTTransformer(PreTrainedModel):
         modulations = [cast(nn.Module, layer.adaLN_modulation)(condition) for layer in layers]
         stacked = torch.cat(modulations, dim=1).unflatten(1, (-1, self.config.hidden_size))
         # 1 + scale once here rather than in every block: the second of each shift, scale(, gate) is a scale.
-        is_scale = torch.arange(stacked.shape[1], device=stacked.device) % (modulation_rows(self.config) // 2) == 1
+        is_scale = torch.arange(stacked.shape[1], device=stacked.device) % (self.config.modulation_rows // 2) == 1
         return stacked + is_scale[:, None]
 
     def embed(self, hidden_states: Tensor) -> Tensor:
@@ -359,7 +353,7 @@ class DiTTransformer(PreTrainedModel):
         in_context = self.config.conditioning == "in_context"
         if in_context:
             tokens = torch.cat([tokens, condition], dim=1)
-        rows = modulation_rows(self.config)
+        rows = self.config.modulation_rows
         modulations = condition.split(1, dim=1) if rows else ()  # K of (N, 1, D)
         attentions = []
         for index, block in enumerate(self.blocks):
@@ -417,6 +411,8 @@ class DiTTransformer(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.x_embedder
 
+    # --- Loading, saving, other classes -----------------------------------------------------------------------------
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`, but weights must fit: a missing or foreign one is an error.
@@ -426,8 +422,11 @@ class DiTTransformer(PreTrainedModel):
         """
         path = pretrained_model_name_or_path
         folder = Path(str(path), kwargs.get("subfolder") or "")
-        if folder.is_dir() and kwargs.get("config") is None and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} has no config.json.")  # transformers would take the defaults
+        if folder.is_dir():
+            if kwargs.get("config") is None and not (folder / "config.json").is_file():
+                raise ValueError(f"{folder} has no config.json.")  # transformers would take the defaults
+            for index in folder.glob("*.index.json"):
+                check_shards(index)
         wants_info = kwargs.pop("output_loading_info", False)
         may_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -435,22 +434,104 @@ class DiTTransformer(PreTrainedModel):
             model, info = cast(Any, super()).from_pretrained(path, *args, **options)
         except SafetensorError as error:
             raise ValueError(f"The weights in {folder} are damaged: {error}.") from error
-        if info["mismatched_keys"] and not may_mismatch:
-            name, found, wanted = min(info["mismatched_keys"])
-            count = len(info["mismatched_keys"])
-            raise ValueError(
-                f"{path}: {count} weights have another shape than the config says: "
-                f"{name} is {list(found)} and should be {list(wanted)}{', …' if count > 1 else ''}."
-            )
-        for problem in ("missing", "unexpected"):
-            if names := sorted(info[f"{problem}_keys"]):
-                listed = ", ".join(names[:10])
-                raise ValueError(f"{path}: {len(names)} weights are {problem}: {listed}{', …' if names[10:] else ''}.")
+        mismatched = {} if may_mismatch else {name: shapes for name, *shapes in info["mismatched_keys"]}
+        _require_fit(path, info["missing_keys"], info["unexpected_keys"], mismatched)
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    @classmethod
+    def from_state_dict(cls, config: DiTConfig, state_dict: dict[str, Tensor], name: str = "state dict") -> Any:
+        """A model in evaluation mode that holds these very tensors, without a copy of them.
+
+        Args:
+            config: the architecture.
+            state_dict: every parameter by its official name, and nothing else.
+            name: what to call the weights in an error.
+
+        Raises:
+            ValueError: weights that are missing, unexpected or of another shape than the config says.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: list(tensor.shape) for name, tensor in state_dict.items()}
+        shared = sorted(expected.keys() & found.keys())
+        mismatched = {key: [found[key], expected[key]] for key in shared if found[key] != expected[key]}
+        _require_fit(name, expected.keys() - found.keys(), found.keys() - expected.keys(), mismatched)
+        model.load_state_dict(state_dict, assign=True)
+        if config.pos_embed == "sincos":
+            model.pos_embed = model._position_table()
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        variant: str | None = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
         """As `PreTrainedModel.save_pretrained`, always in the native layout."""
-        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
+        # diffusers reads the signature to know that it may pass the named arguments on.
+        options = {"save_original_format": False, "max_shard_size": max_shard_size, **kwargs}
+        super().save_pretrained(save_directory, variant=variant, **options)
+
+    def resize_class_labels(
+        self, num_classes: int, mapping: Sequence[int | None] | dict[int, int] | None = None
+    ) -> "DiTTransformer":
+        """Give the model another number of classes, for fine-tuning; the null class keeps its row.
+
+        Args:
+            num_classes: the new number, above 0.
+            mapping: for each new class, the old class whose row it takes; None for a new class drawn as at the start
+                of training. A dictionary may leave new classes out. Without a mapping, classes keep their ids.
+
+        Raises:
+            ValueError: an unconditional model, or a class that does not exist.
+        """
+        old_classes, old_null = self.config.num_classes, self.config.null_class
+        if not old_classes:
+            raise ValueError("An unconditional model has no label table to resize.")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be 1 or more, not {num_classes}.")
+        if mapping is None:
+            mapping = {index: index for index in range(min(num_classes, old_classes))}
+        pairs = mapping.items() if isinstance(mapping, dict) else enumerate(mapping)
+        kept = {new: old for new, old in pairs if old is not None}
+        for index, count, which in (*((new, num_classes, "new") for new in kept),
+                                    *((old, old_classes, "old") for old in kept.values())):  # fmt: skip
+            if not 0 <= index < count:
+                raise ValueError(f"mapping names the {which} class {index}, but those are 0 to {count - 1}.")
+        old_table = self.y_embedder.embedding_table.weight
+        self.config.num_classes = num_classes
+        if old_null is not None:
+            kept[num_classes] = old_null
+        self.y_embedder = LabelEmbedder(self.config).to(old_table).train(self.training)
+        table = self.y_embedder.embedding_table.weight
+        with torch.no_grad():
+            table.normal_(std=0.02)
+            table[list(kept)] = old_table[list(kept.values())]
+        table.requires_grad_(old_table.requires_grad)
+        return self
+
+
+def _require_fit(
+    path: Any, missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, Sequence[Any]]
+) -> None:
+    """Raise ValueError, naming up to ten weights, where a checkpoint is not the model's."""
+    for problem, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
+        if names:
+            verb = "weight is" if len(names) == 1 else "weights are"
+            raise ValueError(f"{path}: {len(names)} {verb} {problem}: {_listed(names)}.")
+    if mismatched:
+        shapes = [
+            f"{name} is {list(found)} and should be {list(wanted)}"
+            for name, (found, wanted) in sorted(mismatched.items())
+        ]
+        verb = "weight has" if len(shapes) == 1 else "weights have"
+        raise ValueError(f"{path}: {len(shapes)} {verb} another shape than the config says: {_listed(shapes)}.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if names[10:] else "")
 
 
 AutoModel.register(DiTConfig, DiTTransformer, exist_ok=True)

@@ -1,56 +1,24 @@
 """DiTPipeline: labels -> noise -> denoise -> decode, with diffusers' schedulers and any runtime's denoiser."""
 
 import inspect
-import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from torch import Tensor
 
-from .configuration_dit import DiTConfig
-from .labels import Labels, label_ids
-from .modeling_dit import condition_length
-from .runtime import RuntimeOptions, use_options
-from .schedulers import prediction_for, set_timesteps, without_foreign_variance
+from dit_hub.conversion.origin import DEFAULT_VAE
 
-# The models that come with the package, found by name without a network.
-EMBEDDED_MODELS = {"dit-toy-shapes": Path(__file__).parent / "assets" / "dit-toy-shapes"}
+from .configuration_dit import DiTConfig
+from .hub import HubPipeline
+from .labels import Labels, label_ids
+from .schedulers import check_parameterization, prediction_for, set_timesteps, without_foreign_variance
 
 # Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
 # class fit; where not all steps fit, as many as do are computed together, then the next ones.
 MODULATION_BYTES = 512 * 2**20
-
-
-def _names_a_class(name: str, entry: Any) -> bool:
-    """Whether an entry of model_index.json is a component: [library, class]."""
-    return not name.startswith("_") and isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
-
-
-def _fetch(repository: str, name: str, hub_options: dict[str, Any]) -> str:
-    """The cached path of a repository's file; what the Hub refuses becomes one sentence."""
-    try:
-        return hf_hub_download(repository, name, **hub_options)
-    except RepositoryNotFoundError as error:
-        problem, cause = "there is no such repository, or the token does not open it", error
-    except RevisionNotFoundError as error:
-        problem, cause = f"it has no revision {hub_options.get('revision')}", error
-    except LocalEntryNotFoundError as error:  # before its parent, EntryNotFoundError
-        problem, cause = "the Hub cannot be reached, and it is not in the cache", error
-    except EntryNotFoundError as error:
-        problem, cause = f"it has no {name}", error
-    raise OSError(f"Cannot load {repository} from the Hub: {problem}.") from cause
 
 
 def guide(prediction: Tensor, guidance_scale: float, channels: int) -> Tensor:
@@ -69,7 +37,7 @@ def guide(prediction: Tensor, guidance_scale: float, channels: int) -> Tensor:
     return torch.cat([guided, cond[:, channels:]], dim=1)
 
 
-class DiTPipeline(DiffusionPipeline):
+class DiTPipeline(HubPipeline):
     """Class-conditional (or unconditional) image generation with a Diffusion Transformer.
 
     Args:
@@ -88,60 +56,6 @@ class DiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label={int(key): name for key, name in id2label.items()} if id2label else None)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        providers: Sequence[str] | None = None,
-        num_threads: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a pipeline from the Hub, from a folder, or one of `EMBEDDED_MODELS` by name.
-
-        Args:
-            pretrained_model_name_or_path: a Hub id, a folder, or "dit-toy-shapes".
-            providers, num_threads: see `RuntimeOptions`; for components that run on ONNX Runtime.
-            kwargs: as for `diffusers.DiffusionPipeline.from_pretrained`. A single `dtype` leaves the VAE in float32,
-                where half precision loses detail; `dtype={"default": ..., "vae": ...}` says otherwise.
-
-        Raises:
-            ValueError, OSError: no such folder or repository, or files that are missing or damaged.
-        """
-        path = pretrained_model_name_or_path
-        if not os.path.isdir(path):
-            path = EMBEDDED_MODELS.get(str(path), path)
-            if not os.path.isdir(path) and str(path).count("/") != 1:  # a Hub id is "organisation/name"
-                raise ValueError(f"There is no folder and no embedded model {str(path)!r}; "
-                                 f"embedded: {', '.join(EMBEDDED_MODELS)}.")  # fmt: skip
-        for name in ("dtype", "torch_dtype"):  # the older name still works in diffusers
-            if isinstance(dtype := kwargs.get(name), torch.dtype):
-                kwargs[name] = {"default": dtype, "vae": torch.float32}
-        if os.path.isdir(path):
-            cls._check_folder(Path(path), kwargs)
-        with use_options(RuntimeOptions(providers, num_threads)):
-            return super().from_pretrained(path, **kwargs)
-
-    @classmethod
-    def _check_folder(cls, folder: Path, given: dict[str, Any]) -> None:
-        """Say what is missing; diffusers would look for a missing component's files in the folder itself."""
-        if not (folder / cls.config_name).is_file():
-            raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
-        for name, entry in cast(dict[str, Any], cls.load_config(folder)).items():
-            if _names_a_class(name, entry) and name not in given and not (folder / name).is_dir():
-                raise ValueError(f"{folder} has no folder {name}, which its {cls.config_name} names.")
-
-    @classmethod
-    def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
-        """As diffusers' `download`, but with the files of other runtimes, fetched as whole folders."""
-        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        hub_options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        index = json.loads(Path(_fetch(pretrained_model_name, cls.config_name, hub_options)).read_text())
-        components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
-        if not any(entry[0] == "dit_hub" and entry[1] != "DiTTransformer" for entry in components.values()):
-            return super().download(pretrained_model_name, **kwargs)
-        wanted = [cls.config_name, *(f"{name}/*" for name in components)]
-        return snapshot_download(pretrained_model_name, allow_patterns=wanted, **hub_options)
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -210,9 +124,16 @@ class DiTPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}.")
+        if output_type == "pil" and self.vae is None and self.transformer.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"This model draws latents of {self.transformer.config.in_channels} channels and the pipeline has no "
+                f'decoder for them: set pipe.vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}"), or pass '
+                'output_type="latent".'
+            )
         labels = self._expand_labels(class_labels, num_images_per_label, latents)
         guidance_scale = self._resolve_guidance(guidance_scale, guidance_interval)
         channels = self.transformer.config.guidance_channels if guidance_channels is None else guidance_channels
+        check_parameterization(self.scheduler, self.transformer.config)
         self.scheduler = without_foreign_variance(self.scheduler)
         set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device)
         sample: Any = self._initial_latents(latents, len(labels), height, width, generator)
@@ -356,7 +277,7 @@ class DiTPipeline(DiffusionPipeline):
         """
         config: DiTConfig = self.transformer.config
         pairs_per_step = 1 if classes is None else len(classes)
-        bytes_per_step = pairs_per_step * condition_length(config) * config.hidden_size * 4
+        bytes_per_step = pairs_per_step * config.condition_length * config.hidden_size * 4
         timesteps = self.scheduler.timesteps[first : first + max(1, MODULATION_BYTES // bytes_per_step)]
         labels = None if classes is None else classes.repeat(len(timesteps))
         conditions = self.transformer.condition(timesteps.repeat_interleave(pairs_per_step), labels)

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import diffusers
+import numpy as np
 import torch
 from torch import Tensor
+
+from .configuration_dit import FLOW_TIMESTEPS, DiTConfig
 
 # Short names for the command line. Every scheduler of diffusers that steps from noise to data works in the pipeline.
 SCHEDULERS = {
@@ -36,6 +39,42 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
     return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
+
+
+def official_scheduler(config: DiTConfig) -> Any:
+    """The scheduler that samples a model as its authors did.
+
+    DDPM with the official noise levels for diffusion models, the learned variance or the larger fixed one; Euler steps
+    along the straight path for flow and SiT models.
+    """
+    if config.parameterization != "diffusion":
+        return diffusers.FlowMatchEulerDiscreteScheduler(FLOW_TIMESTEPS)
+    variance = "learned_range" if config.learn_sigma else "fixed_large"
+    return diffusers.DDPMScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        variance_type=variance,
+        clip_sample=False,
+        timestep_spacing="linspace",
+    )
+
+
+def is_flow_matching(scheduler: Any) -> bool:
+    """Whether the scheduler steps with a velocity along the straight path."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def check_parameterization(scheduler: Any, config: DiTConfig) -> None:
+    """Raise ValueError for a scheduler that would misread the model's prediction and draw noise."""
+    name = type(scheduler).__name__
+    if config.parameterization == "diffusion" and is_flow_matching(scheduler):
+        raise ValueError(f"{name} steps with a velocity, but this model was trained as a diffusion model; "
+                         "use DDPMScheduler, DPMSolverMultistepScheduler or another of that kind.")  # fmt: skip
+    if config.parameterization != "diffusion" and not is_flow_matching(scheduler):
+        raise ValueError(f"This model predicts a velocity (flow matching), which {name} does not step with; "
+                         "use FlowMatchEulerDiscreteScheduler.")  # fmt: skip
 
 
 def official_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) -> list[int]:
@@ -72,7 +111,12 @@ def set_timesteps(
     if timesteps is None:
         scheduler.set_timesteps(num_inference_steps, device=device)
         return
-    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    if timesteps == "official" and is_flow_matching(scheduler) and "sigmas" in accepted:  # evenly from 1 down to 0
+        sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
+        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+        return
+    if "timesteps" not in accepted:
         raise ValueError(
             f"{type(scheduler).__name__} takes no list of timesteps; DDPMScheduler does, and for DDIM "
             'DPMSolverMultistepScheduler(solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero").'

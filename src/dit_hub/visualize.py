@@ -44,6 +44,33 @@ def image_grid(
     return grid
 
 
+def sample_grid(
+    pipeline: Any, labels: Sequence[int] | None = None, count: int = 16, steps: int = 50, callback: Any = None
+) -> Image.Image:
+    """Samples of up to `count` classes, evenly spread over all, as a captioned grid; the same for the same weights.
+
+    Args:
+        pipeline: a `DiTPipeline`.
+        labels: draw these classes instead.
+        count: pictures; an unconditional model draws as many.
+        steps: denoising steps, or fewer where the noise schedule has not as many.
+        callback: called after each step, as `callback_on_step_end`.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    if labels is None and num_classes:
+        labels = _spread(num_classes, count)
+    steps = min(steps, pipeline.scheduler.config.num_train_timesteps)
+    images = pipeline(
+        None if labels is None else list(labels),
+        num_images_per_label=count if labels is None else 1,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=callback,
+    ).images
+    captions = None if labels is None else [pipeline.id2label.get(label, str(label)).split(",")[0] for label in labels]
+    return image_grid(images, 4, captions)
+
+
 class Trajectory:
     """Collects the pictures of a denoising run: pass it to the pipeline as `callback_on_step_end`.
 

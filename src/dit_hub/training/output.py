@@ -5,10 +5,11 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+from dit_hub.model_cards import render_card
 
 from ..files import new_folder
-from ..visualize import Trajectory, image_grid, loss_curve
+from ..hub import CARD_FILE, EMBEDDED_MODELS, SAMPLES_FILE
+from ..visualize import Trajectory, loss_curve, sample_grid
 from .loop import TrainingResult
 from .recipe import RECIPES
 
@@ -30,30 +31,24 @@ def save_result(result: TrainingResult, output_dir: str | os.PathLike, command: 
         command: how the run was started, for the card.
         overwrite: replace a folder that is there.
     """
-    from dit_hub.model_cards import render_card
-
     with new_folder(output_dir, overwrite) as folder:
         result.pipeline.save_pretrained(folder)
         training = {
-            "name": Path(output_dir).name,
             "command": command,
+            "license": "apache-2.0",  # the pictures are drawn by this package
+            "data": "Its data set is drawn from a seed by `dit_hub.training.shapes`.",
             "recipe": asdict(result.recipe),
             "epoch_losses": [round(loss, 6) for loss in result.epoch_losses],
         }
         (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
         _draw(result, folder)
-        render_card(folder).save(folder / "README.md")
+        name = Path(output_dir).name
+        render_card(folder, name if name in EMBEDDED_MODELS else str(output_dir)).save(folder / CARD_FILE)
 
 
 def _draw(result: TrainingResult, folder: Path) -> None:
     pipeline, trajectory = result.pipeline, Trajectory()
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(
-        list(pipeline.id2label),
-        num_inference_steps=min(50, result.recipe.num_train_timesteps),
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=trajectory,
-    ).images
-    image_grid(images, 4, list(pipeline.id2label.values())).save(folder / "samples.png")
+    sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
     trajectory.picture(pipeline).save(folder / "trajectory.png")
     loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result))

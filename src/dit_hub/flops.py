@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..configuration_dit import DiTConfig
-from ..modeling_dit import DiTTransformer
+from .configuration_dit import DiTConfig
+from .modeling_dit import DiTTransformer
 
 
 class Size(NamedTuple):

@@ -1,0 +1,150 @@
+"""Where weights come from, and the licence that comes with them."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+# Beside the weights of a folder that was converted.
+ORIGIN_FILE = "origin.json"
+
+UNKNOWN_LICENSE = "unknown"
+
+# The decoder of official sampling, for models of its 4 latent channels.
+DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public model.
+
+    Args:
+        license: its identifier, as the Hub writes it.
+        base_model: the Hub repository that users know it by, if any.
+        url: its home.
+        authors: whom the licence wants named.
+    """
+
+    license: str
+    base_model: str | None
+    url: str
+    authors: str
+
+
+_META = "Copyright (c) Meta Platforms, Inc. and affiliates."
+_DIT = "https://github.com/facebookresearch/DiT"
+_SIT = "https://github.com/willisma/SiT"
+
+# By the names that the files are distributed under.
+RELEASED_FILES = {
+    "DiT-XL-2-256x256.pt": Source("cc-by-nc-4.0", "facebook/DiT-XL-2-256", _DIT, _META),
+    "DiT-XL-2-512x512.pt": Source("cc-by-nc-4.0", "facebook/DiT-XL-2-512", _DIT, _META),
+    "SiT-XL-2-256x256.pt": Source("mit", None, _SIT, _META),
+}
+REPOSITORIES = {source.base_model: source for source in RELEASED_FILES.values() if source.base_model}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a pipeline come from; written to `ORIGIN_FILE` and read by the card.
+
+    Args:
+        source: name of the file or repository.
+        layout: in which they were read: "official", "sit", "diffusers" or "dit-hub".
+        weights: the key of a training checkpoint they were under, such as "ema".
+        license: an identifier, or "unknown".
+        base_model: a Hub repository.
+        url: the home of the source.
+        authors: whom the licence wants named.
+        modified: the weights were changed since, by training say.
+        conversion: layouts and measured error of the last conversion.
+    """
+
+    source: str
+    layout: str
+    weights: str | None = None
+    license: str = UNKNOWN_LICENSE
+    base_model: str | None = None
+    url: str | None = None
+    authors: str | None = None
+    modified: bool = False
+    conversion: dict[str, Any] = field(default_factory=dict)
+
+    def with_license(self, license: str | None) -> "Origin":
+        """The same with a licence that the user names.
+
+        Raises:
+            ValueError: the source has another one, which stays with its weights.
+        """
+        if license is None or license == self.license:
+            return self
+        if self.license != UNKNOWN_LICENSE:
+            raise ValueError(f"{self.source} is under {self.license}, which stays with its weights; "
+                             f"it cannot become {license}.")  # fmt: skip
+        return replace(self, license=license)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a pipeline folder."""
+        (folder / ORIGIN_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_origin(folder: str | os.PathLike) -> Origin | None:
+    """What a folder says of its origin; None where it says nothing.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = Path(folder) / ORIGIN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return Origin(**json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path} is damaged.") from None
+
+
+def origin_of_file(path: Path, layout: str, weights: str | None) -> Origin:
+    """The origin of a checkpoint file, from its name or from what lies beside it."""
+    beside = read_origin(path.parent)
+    if beside is not None:
+        return replace(beside, layout=layout, weights=weights or beside.weights, conversion={})
+    known = RELEASED_FILES.get(re.sub(r"\.(safetensors|pth|bin)$", ".pt", path.name))
+    return _known(path.name, layout, weights, known)
+
+
+def origin_of_repository(name: str, folder: Path, layout: str) -> Origin:
+    """The origin of a pipeline folder or Hub repository: what it says itself, its card, or its name."""
+    said = read_origin(folder)
+    if said is not None:
+        return replace(said, layout=layout)
+    known = published_repository(name)
+    origin = _known(known or Path(name).name, layout, None, REPOSITORIES.get(known) if known else None)
+    return origin if origin.license != UNKNOWN_LICENSE else replace(origin, license=_license_of_card(folder))
+
+
+def published_repository(name: str) -> str | None:
+    """The repository of `REPOSITORIES` that a name is, or that a folder of the Hub's cache holds."""
+    for repository in REPOSITORIES:
+        cached = "models--" + repository.replace("/", "--")
+        if name == repository or cached in Path(name).parts:
+            return repository
+    return None
+
+
+def _known(source: str, layout: str, weights: str | None, known: Source | None) -> Origin:
+    if known is None:
+        return Origin(source, layout, weights)
+    return Origin(source, layout, weights, known.license, known.base_model, known.url, known.authors)
+
+
+def _license_of_card(folder: Path) -> str:
+    card = folder / "README.md"
+    return (
+        str(ModelCard.load(card).data.to_dict().get("license") or UNKNOWN_LICENSE)
+        if card.is_file()
+        else UNKNOWN_LICENSE
+    )

@@ -1,0 +1,218 @@
+"""Checkpoint files to tensors, without running code that a file may hold."""
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dit_hub.files import check_shards
+
+# In every DiT, by its official name.
+_ANCHOR = "x_embedder.proj.weight"
+_DIFFUSERS_ANCHOR = "pos_embed.proj.weight"
+
+# Wrappers leave their name in front of, or between, the names of what they wrap.
+_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# Where training scripts keep the weights, the preferred first.
+_WEIGHT_KEYS = ("ema", "model")
+
+
+@dataclass
+class Checkpoint:
+    """Weights and what is known of them.
+
+    Args:
+        path: the file or folder that was read.
+        tensors: by name, without prefixes of wrappers.
+        weights: the key that held them; None where the file is nothing but weights.
+        arguments: what the training script was called with, where the file says.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    weights: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> Checkpoint:
+    """Read a checkpoint file, or the index of a sharded one.
+
+    PyTorch files are opened with `weights_only`, which builds tensors and plain containers and calls nothing;
+    `argparse.Namespace`, which official training checkpoints hold, is the one class let in. Tensors stay on disk until
+    they are used.
+
+    Args:
+        path: .safetensors, .pt, .pth, .ckpt or .bin, told apart by their content, or `….index.json`.
+        weights: key of a training checkpoint, such as "model"; None takes "ema", then "model". Keys of keys are joined
+            by dots ("state_dict.ema_model").
+
+    Raises:
+        ValueError: no such file, a damaged or foreign one, one that holds code, or no weights of a DiT in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder without a model_index.json, so no pipeline; give a checkpoint file in it."
+        )
+    if path.name.endswith(".index.json"):
+        content: Any = {}
+        for shard in check_shards(path):
+            content.update(_mapping_in(shard))
+    else:
+        content = _mapping_in(path)
+    tensors, key = _select(content, weights, path)
+    arguments = content.get("args")
+    return Checkpoint(
+        path,
+        tensors=_checked(_without_prefixes(tensors, path), path),
+        weights=key,
+        arguments=vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
+    )
+
+
+def _mapping_in(path: Path) -> Mapping[str, Any]:
+    """What a file holds, by name."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head.strip(b"\0"):
+        raise ValueError(f"{path} is empty: {size} bytes{', all zero' if head else ''}.")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`.")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise ValueError(f"{path} is a web page, not a checkpoint; the download went wrong.")
+    if head[8:9] == b"{":
+        try:
+            content: Any = load_file(path)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is a damaged safetensors file: {_first_line(error)}.") from error
+    elif head.startswith((b"PK\x03\x04", b"\x80")):
+        content = _load_pickle(path, with_mmap=head.startswith(b"PK"))
+    else:
+        raise ValueError(f"{path} is neither a safetensors nor a PyTorch file.")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name.")
+    _check_bytes(content, size, path)
+    return content
+
+
+def _load_pickle(path: Path, with_mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=with_mmap)
+    except Exception as error:  # a damaged pickle can raise anything
+        if found := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|Can not load) ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} is not opened: it wants to call {found[1]}, and a checkpoint needs nothing but tensors. "
+                "If you trust its origin, save its weights alone, as safetensors."
+            ) from None
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from None
+
+
+def _check_bytes(content: Mapping[str, Any], size: int, path: Path) -> None:
+    """A few bytes can claim to be a tensor of terabytes; nothing must try to copy that."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            _check_bytes(value, size, path)
+        elif isinstance(value, Tensor) and value.numel() * value.element_size() > size:
+            raise ValueError(f"{path} is damaged: {name} claims to be larger than the file.")
+
+
+def _select(content: Mapping[str, Any], weights: str | None, path: Path) -> tuple[Mapping[str, Tensor], str | None]:
+    """The mapping of names to tensors within what a file holds, and the key that led there."""
+    if weights is not None:
+        return _at(content, weights, path), weights
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return _tensors(content, path), None
+    for key in _WEIGHT_KEYS:
+        if isinstance(content.get(key), Mapping):
+            return _tensors(content[key], f"{path}, {key}"), key
+    holders = [key for key, value in content.items() if isinstance(value, Mapping) and _prefixes(value)]
+    if holders:
+        maker = "Lightning's" if "pytorch-lightning_version" in content else "another trainer's"
+        prefixes = [prefix for prefix in _prefixes(content[holders[0]]) if prefix]
+        key = ".".join([holders[0], *([prefixes[0].rstrip(".")] if len(prefixes) > 1 else [])])
+        raise ValueError(f"{path} is {maker} checkpoint and keeps its weights under {holders[0]!r}; "
+                         f"choose them with --weights {key} (weights={key!r} in Python).")  # fmt: skip
+    raise ValueError(f"{path} holds no weights of a DiT; its keys are {_some(content)}.")
+
+
+def _at(content: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Tensor]:
+    """The weights under a key; what the dots lead to beyond the last mapping is a prefix of their names."""
+    found, rest = content, weights
+    while rest:
+        key = next((key for key in (rest, rest.split(".")[0]) if isinstance(found.get(key), Mapping)), None)
+        if key is None:
+            break
+        found, rest = found[key], rest[len(key) :].lstrip(".")
+    prefix = f"{rest}." if rest else ""
+    chosen = {name.removeprefix(prefix): value for name, value in found.items() if str(name).startswith(prefix)}
+    if found is content and not chosen:
+        raise ValueError(f"{path} has nothing under {weights!r}; its keys are {_some(content)}.")
+    return _tensors(chosen, f"{path}, {weights}")
+
+
+def _tensors(content: Mapping[str, Any], where: Any) -> Mapping[str, Tensor]:
+    if not content:
+        raise ValueError(f"{where}: there are no weights.")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{where}: {str(name)!r} is a {type(value).__name__}, not a weight.")
+    return content
+
+
+def _prefixes(tensors: Mapping[str, Any]) -> list[str]:
+    """What stands in front of the names of a DiT, one for each copy of it."""
+    anchors = [str(name) for name in tensors if str(name).endswith((_ANCHOR, _DIFFUSERS_ANCHOR))]
+    return sorted({name.removesuffix(_ANCHOR).removesuffix(_DIFFUSERS_ANCHOR) for name in anchors})
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    names = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(names) < len(tensors):
+        raise ValueError(f"{path} holds some weights twice, once with and once without a wrapper's prefix.")
+    if lora := next((name for name in names if "lora" in name.lower()), None):
+        raise ValueError(f"{path} is a LoRA adapter ({lora}), not a whole model; load the model it was made from, "
+                         "then pipe.transformer.load_adapter(…).")  # fmt: skip
+    prefixes = _prefixes(names)
+    if not prefixes:
+        raise ValueError(f"{path} holds no weights of a DiT; its names are {_some(names)}.")
+    if len(prefixes) > 1:
+        listed = ", ".join(repr(prefix.rstrip(".")) for prefix in prefixes)
+        raise ValueError(f"{path} holds {len(prefixes)} models, {listed}; choose one with --weights.")
+    return {name.removeprefix(prefixes[0]): tensor for name, tensor in names.items()}
+
+
+def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Dense floating-point tensors of finite numbers, each with its own memory."""
+    bad = []
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is of type {tensor.dtype}, {tensor.layout}; weights are dense floats.")
+        # A sum is five times faster than looking at every number, and finite if they all are (or next to never not).
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            bad.append(name)
+    if bad:
+        noun = "weight has" if len(bad) == 1 else "weights have"
+        raise ValueError(f"{path}: {len(bad)} {noun} NaN or infinite numbers: {_some(bad)}.")
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _some(names: Any) -> str:
+    listed = sorted(str(name) for name in names)
+    return ", ".join(listed[:10]) + (", …" if listed[10:] else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

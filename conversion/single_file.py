@@ -1,0 +1,98 @@
+"""A model from one checkpoint file of any family."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from dit_hub.configuration_dit import PUBLISHED_MODELS, DiTConfig
+from dit_hub.modeling_dit import DiTTransformer
+
+from .diffusers_layout import DIFFUSERS_NUMERICS, from_diffusers, is_diffusers
+from .official import POS_EMBED, config_from_official
+from .origin import Origin, origin_of_file, read_origin
+from .reading import Checkpoint, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("dit", "sit")
+
+# Heads that training adds beside the model and sampling never uses (REPA's projections onto other features).
+_TRAINING_ONLY = re.compile(r"^projectors\.")
+
+
+def load_single_file(
+    path: str | os.PathLike,
+    weights: str | None = None,
+    family: str | None = None,
+    num_attention_heads: int | None = None,
+    **overrides: Any,
+) -> tuple[DiTTransformer, Origin]:
+    """Load a checkpoint that comes without a configuration: released, of training, official or diffusers' names.
+
+    Args:
+        path: see `read_checkpoint`.
+        weights: see `read_checkpoint`.
+        family: "dit" or "sit", which have the same weights and mean different times and signs. None: SiT where the
+            training script's arguments or the file's name say so.
+        num_attention_heads: see `config_from_official`.
+        overrides: fields of `DiTConfig`.
+
+    Returns:
+        The model, in evaluation mode and the dtype of the file, and where it comes from.
+
+    Raises:
+        ValueError: see `read_checkpoint` and `config_from_official`; weights that do not fit; a SiT that was not
+            trained on the velocity of the linear path.
+    """
+    checkpoint = read_checkpoint(path, weights)
+    beside = read_origin(checkpoint.path.parent)
+    if beside is not None and beside.conversion.get("to") == "official":  # written by `dit-hub convert --to official`
+        overrides = {**beside.conversion.get("config", {}), **overrides}
+    num_attention_heads = num_attention_heads or overrides.pop("num_attention_heads", None)
+    family = family or ("sit" if overrides.get("parameterization") == "sit" else _family(checkpoint))
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}.")
+    if family == "sit":
+        _check_sit(checkpoint)
+        overrides = {"parameterization": "sit", **overrides}
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not _TRAINING_ONLY.match(name)}
+    if dropped := len(checkpoint.tensors) - len(tensors):
+        logger.warning("%s: left out %d weights of heads that only training uses.", path, dropped)
+    layout = "official"
+    try:
+        if is_diffusers(tensors):
+            layout, tensors = "diffusers", from_diffusers(tensors)
+            overrides = {**DIFFUSERS_NUMERICS, **overrides}
+        heads = num_attention_heads or _heads_by_name(checkpoint)
+        config = config_from_official(tensors, heads, **overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if config.pos_embed == "sincos":
+        tensors.pop(POS_EMBED, None)
+    model = DiTTransformer.from_state_dict(config, tensors, name=str(path))
+    origin = origin_of_file(Path(path), "sit" if family == "sit" else layout, checkpoint.weights)
+    return model, origin
+
+
+def _family(checkpoint: Checkpoint) -> str:
+    trained_as = str(checkpoint.arguments.get("model", ""))
+    if trained_as:
+        return "sit" if trained_as.startswith("SiT") else "dit"
+    return "sit" if re.search(r"(?i)(?<![a-z])sit(?![a-z])", checkpoint.path.name) else "dit"
+
+
+def _check_sit(checkpoint: Checkpoint) -> None:
+    """Only the velocity of the linear path is what flow-matching schedulers step with; it is SiT's default."""
+    for name, expected in (("path_type", ("linear",)), ("prediction", ("velocity", "v"))):  # "v" is REPA's word
+        value = str(checkpoint.arguments.get(name, expected[0]))
+        if value.lower() not in expected:
+            raise ValueError(f"{checkpoint.path}: this SiT was trained with {name} {value!r}; only {expected[0]!r} "
+                             "maps to a flow-matching scheduler.")  # fmt: skip
+
+
+def _heads_by_name(checkpoint: Checkpoint) -> int | None:
+    """Heads of the size that the training script was called with ("DiT-XL/2")."""
+    name = str(checkpoint.arguments.get("model", "")).replace("SiT", "DiT", 1)
+    return DiTConfig.from_name(name).num_attention_heads if name in PUBLISHED_MODELS else None

@@ -1,0 +1,225 @@
+"""Any checkpoint in, any layout out, checked by a forward pass on both sides."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from torch import Tensor
+
+from dit_hub.conversion.diffusers_layout import (
+    OFFICIAL_NUMERICS_PATCH,
+    diffusers_config,
+    to_diffusers,
+)
+from dit_hub.conversion.official import check_official, to_official
+from dit_hub.conversion.origin import DEFAULT_VAE, Origin
+from dit_hub.conversion.self_contained import add_code
+from dit_hub.conversion.single_file import load_single_file
+from dit_hub.model_cards import render_card
+
+from .configuration_dit import DiTConfig
+from .files import check_free, new_folder
+from .hub import CARD_FILE, SHIFT_KEY
+from .modeling_dit import DiTTransformer
+from .pipeline_dit import DiTPipeline
+
+LAYOUTS = ("dit-hub", "official", "diffusers")
+
+# Relative L2 distance of two forward passes. The weights are the same, so this is rounding: of other kernels in
+# diffusers' class, of nothing elsewhere.
+MAX_RELATIVE_ERROR = 1e-5
+
+# The weights in the "official" layout.
+OFFICIAL_FILE = "model.pt"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted.
+
+    Args:
+        origin: source, licence and the keys "from", "to" and "parity" of the conversion.
+        config: the model's configuration.
+        parity: relative L2 error of forward passes, by what was compared.
+        patch: a line that users of the result must run after loading, if any.
+    """
+
+    origin: Origin
+    config: DiTConfig
+    parity: dict[str, float]
+    patch: str | None = None
+
+
+def convert(
+    source: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    to: str = "dit-hub",
+    self_contained: bool = False,
+    license: str | None = None,
+    vae: Any = DEFAULT_VAE,
+    timestep_freq_shift: float | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Conversion:
+    """Convert a checkpoint; the folder appears only when its numbers have been checked.
+
+    Args:
+        source: a checkpoint file, a pipeline folder of ours or of diffusers, or a Hub id.
+        output_dir: the new folder. "dit-hub": a pipeline folder. "diffusers": one for stock diffusers. "official":
+            model.pt, a bare state dict as the official weights are. Each with its card.
+        to: one of `LAYOUTS`.
+        self_contained: put the code beside the weights, for people without dit_hub.
+        license: identifier of the weights' licence, where the source does not say; a known one cannot be changed.
+        vae: as for `DiTPipeline.from_single_file`.
+        timestep_freq_shift: as for `DiTPipeline.from_pretrained`.
+        overwrite: replace a folder that is there.
+        options: further arguments of `DiTPipeline.from_single_file` or `DiTPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: a source that cannot be read, a layout that cannot express the model, or an error above
+            `MAX_RELATIVE_ERROR`.
+    """
+    if to not in LAYOUTS:
+        raise ValueError(f"There is no layout {to!r}; known: {', '.join(LAYOUTS)}.")
+    if self_contained and to != "dit-hub":
+        raise ValueError(f"--self-contained puts dit-hub's code beside the weights; it does not go with --to {to}.")
+    check_free(output_dir, overwrite)
+    pipeline = _open(source, vae, timestep_freq_shift, options)
+    assert pipeline.origin is not None
+    origin, config = pipeline.origin.with_license(license), pipeline.transformer.config
+    with new_folder(output_dir, overwrite) as folder:
+        # diffusers' class takes the training size only.
+        size = None if "diffusers" in (origin.layout, to) else _small(config)
+        expected, parity = _passes(config, pipeline.transformer, size), {}
+        if origin.layout == "diffusers":
+            stock = _stock_passes(config, _stock(pipeline.transformer))
+            parity["diffusers' own class against ours"] = _relative_error(stock, expected)
+        _WRITERS[to](pipeline, folder)
+        pipeline.draw_samples(folder)
+        del pipeline  # the weights are in memory once
+        where = "in diffusers' own class" if to == "diffusers" else "read back"
+        parity[f"before against after, {where}"] = _relative_error(expected, _read_back(config, folder, to, size))
+        if not all(error <= MAX_RELATIVE_ERROR for error in parity.values()):  # also catches NaN
+            listed = ", ".join(f"{what}: {error:.1e}" for what, error in parity.items())
+            raise ValueError(f"The converted model differs by more than {MAX_RELATIVE_ERROR:.0e}: {listed}.")
+        if self_contained:
+            add_code(folder)
+        facts = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained,
+                 "config": _fields(config)}  # fmt: skip
+        origin = replace(origin, modified=False, conversion=facts)
+        origin.save(folder)
+        render_card(folder, Path(output_dir).name).save(folder / CARD_FILE)
+    needs_patch = to == "diffusers" and config.timestep_freq_shift == 0
+    return Conversion(origin, config, parity, OFFICIAL_NUMERICS_PATCH if needs_patch else None)
+
+
+def _open(
+    source: str | os.PathLike, vae: Any, timestep_freq_shift: float | None, options: dict[str, Any]
+) -> DiTPipeline:
+    """The pipeline of a file, a folder or a repository."""
+    if Path(source).is_file() or str(source).startswith("https://"):
+        shift = {} if timestep_freq_shift is None else {"timestep_freq_shift": timestep_freq_shift}
+        return DiTPipeline.from_single_file(source, vae=vae, **shift, **options)
+    if Path(source).is_dir() and not (Path(source) / DiTPipeline.config_name).is_file():
+        raise ValueError(
+            f"{source} is no pipeline folder: it has no {DiTPipeline.config_name}; give a checkpoint file."
+        )
+    if misplaced := sorted({"weights", "family", "num_attention_heads", *DiTConfig.__annotations__} & options.keys()):
+        raise ValueError(f"{', '.join(misplaced)}: for checkpoint files only; {source} has a configuration of its own.")
+    pipeline = DiTPipeline.from_pretrained(source, timestep_freq_shift=timestep_freq_shift, **options)
+    if not isinstance(pipeline.transformer, DiTTransformer):
+        raise ValueError(f"{source} holds a {type(pipeline.transformer).__name__}, which cannot be converted back.")
+    return pipeline
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_ours(pipeline: DiTPipeline, folder: Path) -> None:
+    pipeline.save_pretrained(folder)
+
+
+def _write_official(pipeline: DiTPipeline, folder: Path) -> None:
+    check_official(pipeline.transformer.config)
+    torch.save(to_official(pipeline.transformer.state_dict(), pipeline.transformer.config), folder / OFFICIAL_FILE)
+
+
+def _write_diffusers(pipeline: DiTPipeline, folder: Path) -> None:
+    scheduler = pipeline.scheduler
+    if isinstance(scheduler, diffusers.DDPMScheduler):  # stock throws away the learned variance that it may want
+        kept = {"variance_type": "fixed_small", "timestep_spacing": "leading"}
+        scheduler = diffusers.DDIMScheduler.from_config({**scheduler.config, **kept})
+    stock: Any = diffusers.DiTPipeline(_stock(pipeline.transformer), pipeline.vae, cast(Any, scheduler))
+    stock.save_pretrained(folder)
+    shift = pipeline.transformer.config.timestep_freq_shift
+    index = json.loads((folder / "model_index.json").read_text())
+    index.update({SHIFT_KEY: shift, "id2label": pipeline.id2label})  # stock reads the names but does not write them
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+_WRITERS = {"dit-hub": _write_ours, "official": _write_official, "diffusers": _write_diffusers}
+
+
+def _stock(transformer: DiTTransformer) -> Any:
+    """diffusers' own model with the weights and numerics of ours."""
+    with torch.device("meta"):
+        stock = diffusers.DiTTransformer2DModel(**diffusers_config(transformer.config))
+    weights = to_diffusers(transformer.state_dict(), transformer.config.num_hidden_layers)
+    positions = diffusers.DiTTransformer2DModel(**{**diffusers_config(transformer.config), "num_layers": 1}).pos_embed
+    stock.load_state_dict(weights, strict=True, assign=True)
+    stock.pos_embed.pos_embed = positions.pos_embed
+    return stock.eval()
+
+
+# --- Checking --------------------------------------------------------------------------------------------------------
+
+
+def _read_back(config: DiTConfig, folder: Path, to: str, size: tuple[int, int] | None) -> list[Tensor]:
+    """The passes of the model that was written."""
+    if to == "diffusers":
+        return _stock_passes(config, diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer"))
+    if to == "official":
+        return _passes(config, load_single_file(folder / OFFICIAL_FILE, **_fields(config))[0], size)
+    return _passes(config, DiTTransformer.from_pretrained(folder / "transformer"), size)
+
+
+def _small(config: DiTConfig) -> tuple[int, int]:
+    """The smallest input that every weight takes part in; XL/2 is 16 times faster on it than on its own size."""
+    height, width = config.sample_height_width
+    if config.pos_embed == "learned":
+        return height, width
+    return min(height, 4 * config.patch_size), min(width, 4 * config.patch_size)
+
+
+def _stock_passes(config: DiTConfig, stock: Any) -> list[Tensor]:
+    """Passes of diffusers' class, patched where its numerics are not those the weights were trained with."""
+    for block in stock.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = config.timestep_freq_shift
+    return _passes(config, stock)
+
+
+@torch.no_grad()
+def _passes(config: DiTConfig, model: Any, size: tuple[int, int] | None = None) -> list[Tensor]:
+    """What a model predicts for noise, of the training size by default, at an early and at a late timestep."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, config.in_channels, *(size or config.sample_height_width), generator=generator)
+    labels = torch.tensor([0, config.num_classes - 1]) if config.num_classes else None
+    predictions = []
+    for index, timestep in enumerate((17, 801)):
+        label = labels[index : index + 1] if labels is not None else None
+        latent = latents[index : index + 1].to(model.dtype)
+        predictions.append(model(latent, torch.tensor([timestep]), class_labels=label).sample.float())
+    return predictions
+
+
+def _relative_error(expected: list[Tensor], actual: list[Tensor]) -> float:
+    difference = torch.stack(actual).double() - torch.stack(expected).double()
+    return difference.norm().item() / (torch.stack(expected).double().norm().item() or 1.0)
+
+
+def _fields(config: DiTConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in DiTConfig.__annotations__}

@@ -1,0 +1,446 @@
+"""HubPipeline: what goes into a pipeline and out of it. Folders, the Hub, single files; saving, pushing with a card."""
+
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dit_hub.conversion.diffusers_layout import DIFFUSERS_CLASSES, OFFICIAL_WEIGHTS, load_diffusers_folder
+from dit_hub.conversion.origin import DEFAULT_VAE, ORIGIN_FILE, Origin, origin_of_repository, published_repository
+from dit_hub.conversion.single_file import load_single_file
+from dit_hub.model_cards import is_own_card, render_card
+
+from .flops import measure
+from .labels import imagenet_id2label
+from .modeling_dit import DiTTransformer
+from .runtime import RuntimeOptions, use_options
+from .schedulers import official_scheduler
+from .visualize import sample_grid
+
+logger = logging.getLogger(__name__)
+
+# The models that come with the package, found by name without a network.
+EMBEDDED_MODELS = {"dit-toy-shapes": Path(__file__).parent / "assets" / "dit-toy-shapes"}
+
+# Facts about the weights that lie beside them, which the card is made from and which go where the weights go.
+FACT_FILES = (ORIGIN_FILE, "training.json", "evaluation.json")
+
+_DOWNLOAD_OPTIONS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "token",
+    "variant",
+    "use_safetensors",
+)
+
+# In model_index.json: what diffusers' config of the transformer cannot say.
+SHIFT_KEY = "_timestep_freq_shift"
+
+CARD_FILE = "README.md"
+
+# The picture of the card. Drawn while pushing where it costs no more than this many multiply-accumulates in all, which
+# are seconds on a CPU, or where there is a GPU.
+SAMPLES_FILE = "samples.png"
+_CHEAP = 1e12
+_SAMPLES, _SAMPLE_STEPS = 16, 50
+
+
+class HubPipeline(DiffusionPipeline):
+    """A `DiffusionPipeline` that loads every layout of a DiT and pushes with a card; `DiTPipeline` samples."""
+
+    origin: Origin | None = None
+    _facts: dict[str, str] = {}
+    _loaded_weights: tuple[int, int] | None = None
+
+    # --- In ----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        providers: Sequence[str] | None = None,
+        num_threads: int | None = None,
+        timestep_freq_shift: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a pipeline from the Hub, from a folder, or one of `EMBEDDED_MODELS` by name.
+
+        Args:
+            pretrained_model_name_or_path: a Hub id, a folder, or "dit-toy-shapes". A folder or repository in diffusers'
+                layout is converted while loading.
+            providers, num_threads: see `RuntimeOptions`; for components that run on ONNX Runtime.
+            timestep_freq_shift: for diffusers' layout only, which does not say it. None: 0, the official numbers, for
+                repositories known to hold official weights; 1, diffusers' own, for all others.
+            kwargs: as for `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `variant`, `token`, `cache_dir`,
+                `local_files_only`, … A single `dtype` leaves the VAE in float32, where half precision loses detail;
+                `dtype={"default": ..., "vae": ...}` says otherwise.
+
+        Raises:
+            ValueError, OSError: no such folder or repository, or files that are missing or damaged.
+        """
+        name = str(pretrained_model_name_or_path)
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = EMBEDDED_MODELS.get(name, folder)
+        if not folder.is_dir():
+            if folder.is_file():
+                raise ValueError(f"{name} is a file; load it with DiTPipeline.from_single_file or `dit-hub convert`.")
+            if name.count("/") != 1:  # a Hub id is "organisation/name"
+                raise ValueError(f"There is no folder and no embedded model {name!r}; "
+                                 f"embedded: {', '.join(EMBEDDED_MODELS)}.")  # fmt: skip
+            folder = Path(cls.download(name, **{key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}))
+        for key in ("dtype", "torch_dtype"):  # the older name still works in diffusers
+            if isinstance(dtype := kwargs.get(key), torch.dtype):
+                kwargs[key] = {"default": dtype, "vae": torch.float32}
+        cls._check_folder(folder, kwargs)
+        index = cast(dict[str, Any], super().load_config(folder))
+        layout = "diffusers" if _is_foreign(index.get("transformer")) else "dit-hub"
+        if layout == "diffusers" and "transformer" not in kwargs:
+            kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
+        with use_options(RuntimeOptions(providers, num_threads)):
+            pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline._remember(name, folder, layout)
+        return pipeline
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike,
+        vae: Any = DEFAULT_VAE,
+        scheduler: Any = None,
+        id2label: dict[int, str] | None = None,
+        dtype: torch.dtype | None = None,
+        weights: str | None = None,
+        family: str | None = None,
+        num_attention_heads: int | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Load a checkpoint file that comes without a configuration, such as `DiT-XL-2-256x256.pt`.
+
+        Args:
+            path: a local file, or "https://huggingface.co/ORG/NAME/resolve/REVISION/FILE".
+            vae: the decoder of a latent model: an `AutoencoderKL`, a folder or a Hub id. Models of pixels get none, and
+                None leaves it out.
+            scheduler: None means `official_scheduler`.
+            id2label: names of the classes; None names 1000 classes as ImageNet's.
+            dtype: of the transformer's weights; None keeps the file's.
+            weights, family, num_attention_heads, overrides: see `dit_hub.conversion.load_single_file`.
+
+        Raises:
+            ValueError, OSError: see `dit_hub.conversion.load_single_file`.
+        """
+        file = _fetch_url(str(path)) if str(path).startswith("https://") else path
+        transformer, origin = load_single_file(file, weights, family, num_attention_heads, **overrides)
+        if dtype is not None:
+            cast(Any, transformer).to(dtype)
+        config = transformer.config
+        if id2label is None and config.num_classes == 1000:
+            id2label = imagenet_id2label()
+        if isinstance(vae, (str, os.PathLike)):
+            vae = _load_vae(str(vae)) if config.in_channels == 4 else None
+        pipeline = cast(Any, cls)(transformer, scheduler or official_scheduler(config), vae, id2label)
+        pipeline.origin = origin
+        pipeline._loaded_weights = _weights_state(transformer)
+        return pipeline
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' `load_config`; a transformer of another layout, or that carries its code, is named as ours."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        if _is_foreign(index.get("transformer")) or _carries_code(index.get("transformer")):
+            index["transformer"] = ["dit_hub", "DiTTransformer"]
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = cls.__name__
+        return loaded
+
+    @classmethod
+    def _check_folder(cls, folder: Path, given: dict[str, Any]) -> None:
+        """Say what is missing; diffusers would look for a missing component's files in the folder itself."""
+        path = folder / cls.config_name
+        if not path.is_file():
+            raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
+        try:
+            index = json.loads(path.read_text())
+            components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError(f"{path} is damaged.") from None
+        for name in ("transformer", "scheduler"):
+            if name not in components and name not in given:
+                raise ValueError(f"{path} names no {name}.")
+        for name in components:
+            if Path(name).name != name or name == "..":
+                raise ValueError(f"{path} names {name!r}, which is not a folder in it.")
+            if name not in given and not (folder / name).is_dir():
+                raise ValueError(f"{folder} has no folder {name}, which its {cls.config_name} names.")
+
+    @classmethod
+    def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
+        """As diffusers' `download`, but with the facts, and the files of other runtimes, fetched as whole folders."""
+        hub_options = {
+            key: value
+            for key, value in kwargs.items()
+            if key in _DOWNLOAD_OPTIONS[:5] and value is not None  # those that huggingface_hub knows
+        }
+        path = Path(_fetch(pretrained_model_name, cls.config_name, hub_options))
+        index = json.loads(path.read_text())
+        components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
+        wanted = [*FACT_FILES, CARD_FILE]
+        ours = [entry[1] for entry in components.values() if entry[0] == "dit_hub"]
+        if any(name != "DiTTransformer" for name in ours):
+            wanted += [cls.config_name, *(f"{name}/*" for name in components)]
+        else:
+            super().download(pretrained_model_name, **kwargs)
+        with _plain_hub_errors(f"load {pretrained_model_name} from"):
+            return snapshot_download(pretrained_model_name, allow_patterns=wanted, **hub_options)
+
+    def _remember(self, name: str, folder: Path, layout: str) -> None:
+        """Keep where the pipeline comes from, for the card."""
+        pipeline = cast(Any, self)
+        pipeline.register_to_config(_name_or_path=name)
+        self.origin = origin_of_repository(name, folder, layout)
+        self._facts = {key: (folder / key).read_text() for key in FACT_FILES[1:] if (folder / key).is_file()}
+        self._loaded_weights = _weights_state(pipeline.transformer)
+        if layout == "diffusers" and not pipeline.config.id2label and pipeline.transformer.config.num_classes == 1000:
+            pipeline.register_to_config(id2label=imagenet_id2label())
+
+    # --- Out ---------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As diffusers' `save_pretrained`, with the facts about the weights beside them.
+
+        The licence stays whatever happened to the weights; what was measured goes only with weights that are as loaded.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        unchanged = self._loaded_weights == _weights_state(cast(Any, self).transformer)
+        if self.origin is not None:
+            checked_here = unchanged and self.origin.conversion.get("to") == "dit-hub"
+            origin = replace(self.origin, modified=self.origin.modified or not unchanged)
+            (origin if checked_here else replace(origin, conversion={})).save(folder)
+        for name, text in self._facts.items() if unchanged else ():
+            (folder / name).write_text(text)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> str:
+        """Push the pipeline with its card to the Hub; the repository is made where it does not exist.
+
+        Args:
+            repo_id: "organisation/name", or a name of your own.
+            commit_message: of the one commit that holds everything.
+            private: whether a new repository is.
+            token: of the Hub; None means the one you logged in with.
+            create_pr: propose the files instead of committing them.
+            variant, max_shard_size: as for `save_pretrained`.
+            kwargs: further arguments of `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: the Hub refuses, or cannot be reached. Files it has received need not be sent again.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
+            self.draw_samples(folder)
+            return push_folder(folder, repo_id, commit_message, private, token, create_pr)
+
+    def draw_samples(self, folder: str | os.PathLike, force: bool = False) -> bool:
+        """Draw the card's picture into a folder, unless it is there; False where that would take long.
+
+        Args:
+            folder: the pipeline's.
+            force: draw it whatever it costs, and anew if it is there.
+
+        Raises:
+            ValueError: the pipeline has no decoder for its latents, and `force` is on.
+        """
+        pipeline, target = cast(Any, self), Path(folder, SAMPLES_FILE)
+        if target.is_file() and not force:
+            return True
+        config = pipeline.transformer.config
+        passes = _SAMPLES * _SAMPLE_STEPS * (1 if config.null_class is None else 2)
+        cheap = pipeline.device.type == "cuda" or measure(config).gmacs * 1e9 * passes <= _CHEAP
+        decodable = pipeline.vae is not None or config.in_channels in (1, 3)
+        if not force and not (cheap and decodable):
+            return False
+        sample_grid(pipeline, count=_SAMPLES, steps=_SAMPLE_STEPS).save(target)
+        return True
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Push a folder to the Hub in one commit; arguments, result and errors as for `DiTPipeline.push_to_hub`.
+
+    A README.md that a person wrote is pushed as it is; one that `write_card` made is made anew for the repository.
+    """
+    api, folder = HfApi(token=token), Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
+    additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    with _plain_hub_errors(f"push to {repo_id} on"):
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        if not (folder / CARD_FILE).is_file() or is_own_card(folder / CARD_FILE):
+            card = CommitOperationAdd(CARD_FILE, str(render_card(folder, repository)).encode())
+            additions = [card, *(addition for addition in additions if addition.path_in_repo != CARD_FILE)]
+        message = commit_message or f"Upload {folder.name if folder.name else 'pipeline'}"
+        commit = api.create_commit(
+            repository, additions, commit_message=message, create_pr=create_pr, revision=revision
+        )
+        return commit.commit_url
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+# --- Details ---------------------------------------------------------------------------------------------------------
+
+
+def _names_a_class(name: str, entry: Any) -> bool:
+    """Whether an entry of model_index.json is a component: [library, class]."""
+    return not name.startswith("_") and isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
+
+
+def _is_foreign(entry: Any) -> bool:
+    """Whether an entry of model_index.json is diffusers' DiT."""
+    return isinstance(entry, (list, tuple)) and tuple(entry[:1]) == ("diffusers",) and entry[1] in DIFFUSERS_CLASSES
+
+
+def _carries_code(entry: Any) -> bool:
+    """Whether an entry of model_index.json is our class from a file of the repository."""
+    return isinstance(entry, (list, tuple)) and list(entry) == ["modeling_dit", "DiTTransformer"]
+
+
+def _load_foreign(
+    name: str, folder: Path, index: dict[str, Any], shift: float | None, options: dict[str, Any]
+) -> DiTTransformer:
+    """The transformer of a folder in diffusers' layout, with the numerics that its weights were trained with."""
+    official = published_repository(name) in OFFICIAL_WEIGHTS or index.get(SHIFT_KEY) == 0
+    if shift is None:
+        shift = 0.0 if official else 1.0
+        reason = "it holds official weights" if official else "as diffusers itself computes"
+        other = "1 for diffusers' own numbers" if official else "0 if these are converted official weights"
+        logger.warning(
+            "%s is in diffusers' layout: timestep_freq_shift=%g, since %s; pass %s.", name, shift, reason, other
+        )
+    numerics: dict[str, Any] = {"timestep_freq_shift": shift, **({"mlp_norm_eps": None} if shift == 0 else {})}
+    transformer = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if isinstance(dtype, dict):
+        dtype = dtype.get("transformer", dtype.get("default"))
+    return transformer.to(dtype) if dtype is not None else transformer
+
+
+def _load_vae(name: str) -> Any:
+    """A decoder, or None with a word of advice where it cannot be had now."""
+    try:
+        with warnings.catch_warnings():  # diffusers' own use of a deprecated argument
+            warnings.simplefilter("ignore")
+            return AutoencoderKL.from_pretrained(name)
+    except (OSError, ValueError):
+        logger.warning(
+            "The decoder %s cannot be loaded now, so this pipeline draws latents only; pass vae= another, or set "
+            'pipe.vae = AutoencoderKL.from_pretrained("%s") later.',
+            name,
+            name,
+        )
+        return None
+
+
+def _weights_state(transformer: Any) -> tuple[int, int]:
+    """Changes when the weights do: another model, or a write to one of its parameters."""
+    parameters = transformer.parameters() if isinstance(transformer, torch.nn.Module) else ()
+    return id(transformer), sum(parameter._version for parameter in parameters)
+
+
+def _fetch_url(url: str) -> str:
+    """The cached path of a file on the Hub."""
+    found = re.fullmatch(r"https://[^/]+/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/(.+?)(?:\?.*)?", url)
+    if not found:
+        raise ValueError(
+            f"{url} is no address of a file on the Hub: https://huggingface.co/ORG/NAME/resolve/main/FILE."
+        )
+    repository, revision, name = found.groups()
+    return _fetch(repository, name, {"revision": revision})
+
+
+def _fetch(repository: str, name: str, hub_options: dict[str, Any]) -> str:
+    """The cached path of a repository's file; what the Hub refuses becomes one sentence."""
+    with _plain_hub_errors(f"load {repository} from", name, hub_options.get("revision")):
+        return hf_hub_download(repository, name, **hub_options)
+
+
+@contextmanager
+def _plain_hub_errors(action: str, name: str = "such file", revision: str | None = None) -> Iterator[None]:
+    """One sentence for what the Hub refuses; it holds no token, nor an address that could hold one."""
+    try:
+        yield
+    except GatedRepoError as error:
+        problem, cause = "it is gated; ask for access on its page and log in", error
+    except RepositoryNotFoundError as error:
+        problem, cause = "there is no such repository, or the token does not open it", error
+    except RevisionNotFoundError as error:
+        problem, cause = f"it has no revision {revision}", error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before its parent, EntryNotFoundError
+        problem, cause = "the Hub cannot be reached, and it is not in the cache", error
+    except EntryNotFoundError as error:
+        problem, cause = f"it has no {name}", error
+    except LocalTokenNotFoundError as error:
+        problem, cause = "no token; run `hf auth login` or set HF_TOKEN", error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = {401: ", the token is missing or wrong", 403: ", the token may not write there"}.get(status, "")
+        problem, cause = f"it answers with status {status}{advice}", error
+    except HTTPError as error:
+        problem, cause = (
+            f"the connection broke ({type(error).__name__}); what has arrived need not be sent again",
+            error,
+        )
+    else:
+        return
+    raise OSError(f"Cannot {action} the Hub: {problem}.") from cause
