@@ -164,10 +164,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _weights_file(folder: Path, variant: str | None) -> Path:
-    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
-    names = [f"{stem}{ending}{index}" for ending in (".safetensors", ".bin") for index in ("", ".index.json")]
-    if variant:
-        names.insert(2, f"diffusion_pytorch_model.safetensors.index.{variant}.json")
+    stem, part = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    names = [
+        name
+        for ending in (".safetensors", ".bin")
+        for name in (f"{stem}{part}{ending}", f"{stem}{ending}.index{part}.json", f"{stem}{part}{ending}.index.json")
+    ]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise ValueError(f"there are no weights named {names[0]} or alike.")

@@ -22,6 +22,9 @@ _DIFFUSERS_ANCHOR = "pos_embed.proj.weight"
 # Wrappers leave their name in front of, or between, the names of what they wrap.
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
+# "….safetensors.index.json", and with a variant "….safetensors.index.fp16.json".
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+
 # Where training scripts keep the weights, the preferred first.
 _WEIGHT_KEYS = ("ema", "model")
 
@@ -63,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> Chec
         raise ValueError(
             f"{path} is a folder without a model_index.json, so no pipeline; give a checkpoint file in it."
         )
-    if path.name.endswith(".index.json"):
+    if _INDEX.search(path.name):
         content: Any = {}
         for shard in check_shards(path):
             content.update(_mapping_in(shard))

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dit_hub.configuration_dit import PUBLISHED_MODELS, DiTConfig
 from dit_hub.modeling_dit import DiTTransformer
 
 from .diffusers_layout import DIFFUSERS_NUMERICS, from_diffusers, is_diffusers
@@ -65,8 +64,7 @@ def load_single_file(
         if is_diffusers(tensors):
             layout, tensors = "diffusers", from_diffusers(tensors)
             overrides = {**DIFFUSERS_NUMERICS, **overrides}
-        heads = num_attention_heads or _heads_by_name(checkpoint)
-        config = config_from_official(tensors, heads, **overrides)
+        config = config_from_official(tensors, num_attention_heads, **overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.pos_embed == "sincos":
@@ -90,9 +88,3 @@ def _check_sit(checkpoint: Checkpoint) -> None:
         if value.lower() not in expected:
             raise ValueError(f"{checkpoint.path}: this SiT was trained with {name} {value!r}; only {expected[0]!r} "
                              "maps to a flow-matching scheduler.")  # fmt: skip
-
-
-def _heads_by_name(checkpoint: Checkpoint) -> int | None:
-    """Heads of the size that the training script was called with ("DiT-XL/2")."""
-    name = str(checkpoint.arguments.get("model", "")).replace("SiT", "DiT", 1)
-    return DiTConfig.from_name(name).num_attention_heads if name in PUBLISHED_MODELS else None
