@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,11 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_chec
 
 # "….safetensors.index.json", and with a variant "….safetensors.index.fp16.json".
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
+
+# In the complaints of torch's restricted unpickler.
+_FOREIGN_CALL = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL|Unsupported class|Can not load) ([\w.]+)")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Where training scripts keep the weights, the preferred first.
 _WEIGHT_KEYS = ("ema", "model")
@@ -99,37 +105,33 @@ def _mapping_in(path: Path) -> Mapping[str, Any]:
         try:
             content: Any = load_file(path)
         except (SafetensorError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is a damaged safetensors file: {_first_line(error)}.") from error
+            raise ValueError(f"{path} is a damaged safetensors file: {_first_line(str(error))}.") from error
+    elif path.suffix == ".safetensors":  # torch.load believes the name
+        raise ValueError(
+            f"{path} is not a safetensors file in spite of its name; if it is PyTorch's, rename it to .pt."
+        )
     elif head.startswith((b"PK\x03\x04", b"\x80")):
         content = _load_pickle(path, with_mmap=head.startswith(b"PK"))
     else:
         raise ValueError(f"{path} is neither a safetensors nor a PyTorch file.")
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name.")
-    _check_bytes(content, size, path)
     return content
 
 
 def _load_pickle(path: Path, with_mmap: bool) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of another pickle protocol than its own
             return torch.load(path, map_location="cpu", weights_only=True, mmap=with_mmap)
     except Exception as error:  # a damaged pickle can raise anything
-        if found := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|Can not load) ([\w.]+)", str(error)):
+        if found := _FOREIGN_CALL.search(str(error)):
             raise ValueError(
                 f"{path} is not opened: it wants to call {found[1]}, and a checkpoint needs nothing but tensors. "
                 "If you trust its origin, save its weights alone, as safetensors."
             ) from None
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(error)}") from None
-
-
-def _check_bytes(content: Mapping[str, Any], size: int, path: Path) -> None:
-    """A few bytes can claim to be a tensor of terabytes; nothing must try to copy that."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            _check_bytes(value, size, path)
-        elif isinstance(value, Tensor) and value.numel() * value.element_size() > size:
-            raise ValueError(f"{path} is damaged: {name} claims to be larger than the file.")
+        reason = re.sub(r"(?s)^.*WeightsUnpickler error:\s*", "", str(error)) or type(error).__name__
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(reason)}.") from None
 
 
 def _select(content: Mapping[str, Any], weights: str | None, path: Path) -> tuple[Mapping[str, Tensor], str | None]:
@@ -201,8 +203,13 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Dense floating-point tensors of finite numbers, each with its own memory."""
     bad = []
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is of type {tensor.dtype}, {tensor.layout}; weights are dense floats.")
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
+            raise ValueError(f"{path}: {name} is of type {tensor.dtype}, {tensor.layout}; weights are dense floats "
+                             "of 16, 32 or 64 bits.")  # fmt: skip
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{path}: {name} has a shape and no numbers.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # terabytes in a few bytes
+            raise ValueError(f"{path} is damaged: {name} claims to be larger than what is stored of it.")
         # A sum is five times faster than looking at every number, and finite if they all are (or next to never not).
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             bad.append(name)
@@ -217,5 +224,5 @@ def _some(names: Any) -> str:
     return ", ".join(listed[:10]) + (", …" if listed[10:] else "")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0].rstrip(".")[:200]

@@ -112,6 +112,7 @@ def export_onnx(
             ORTDiTTransformer.from_pretrained(folder / "transformer"), pipeline.scheduler, decoder, pipeline.id2label
         )
         exported.save_pretrained(folder)
+        pipeline.save_facts(folder)  # the licence goes where the weights go
         settings = {"opset": opset, "precision": "fp32", "max_relative_error": MAX_RELATIVE_ERROR}
         entries = {name: asdict(parity) for name, parity in report.items()}
         (folder / "report.json").write_text(json.dumps({**settings, "parity": entries}, indent=2) + "\n")

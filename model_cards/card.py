@@ -175,7 +175,9 @@ def _code(repository: str, layout: str, config: DiTConfig, index: dict[str, Any]
     labels = f"[{', '.join(json.dumps(name) for name in names)}]" if config.num_classes else ""
     library, load, decoder = "dit_hub", f'from_pretrained("{repository}"', ""
     if layout == "diffusers":
-        library, labels = "diffusers", str(list(range(min(2, config.num_classes))))
+        # diffusers' pipeline takes class 1000 for the null class, whatever the model has.
+        guidance = "" if config.num_classes == 1000 else ", guidance_scale=1"
+        library, labels = "diffusers", str(list(range(min(2, config.num_classes)))) + guidance
     if layout == "official":
         on_hub = repository.count("/") == 1 and not Path(repository).is_dir()
         folder = f"https://huggingface.co/{repository}/resolve/main" if on_hub else repository

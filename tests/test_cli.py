@@ -10,12 +10,9 @@ from PIL import Image
 from dit_hub.cli import main
 from dit_hub.flops import PUBLISHED
 
+from .conftest import dit_hub
+
 TOY = "dit-toy-shapes"
-
-
-def dit_hub(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dit_hub.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def assert_refused(run: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -57,6 +57,10 @@ def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> st
     return ", ".join(by_folded[match] for match in matches) or ", ".join(known[:count])
 
 
+# Of any size in a config: a damaged file must not ask for 2**70 layers.
+_LARGEST = 65536
+
+
 def _plain_errors(config_class: ConfigClass) -> ConfigClass:
     """Let the strict dataclass raise ValueError in one sentence for a value of a wrong type."""
     strict_init = config_class.__init__
@@ -148,10 +152,12 @@ class DiTConfig(PreTrainedConfig):
     def _check_ranges(self) -> None:
         names = ("patch_size", "in_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
         for name in (*names, "guidance_channels"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be 0 (unconditional) or more, not {self.num_classes}.")
+            if not 0 < getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name} must be above 0 and at most {_LARGEST}, not {getattr(self, name)}.")
+        if not 0 <= self.num_classes <= _LARGEST:
+            raise ValueError(
+                f"num_classes must be 0 (unconditional) or more, and at most {_LARGEST}, not {self.num_classes}."
+            )
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob must lie between 0 and 1, not {self.class_dropout_prob}.")
         if not 0 <= self.timestep_freq_shift < self.timestep_freq_dim // 2:
@@ -173,7 +179,7 @@ class DiTConfig(PreTrainedConfig):
         if not isinstance(self.sample_size, int) and len(self.sample_size) != 2:
             raise ValueError(f"sample_size must be one int or (height, width), not {self.sample_size}.")
         for side in self.sample_height_width:
-            if side <= 0 or side % self.patch_size:
+            if not 0 < side <= _LARGEST or side % self.patch_size:
                 raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}.")
 
     def _check_choices(self) -> None:

@@ -1,5 +1,6 @@
 """Any checkpoint in, any layout out, checked by a forward pass on both sides."""
 
+import copy
 import json
 import os
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from dit_hub.model_cards import render_card
 
 from .configuration_dit import DiTConfig
 from .files import check_free, new_folder
-from .hub import CARD_FILE, SHIFT_KEY
+from .hub import CARD_FILE, SHIFT_KEY, local_folder
 from .modeling_dit import DiTTransformer
 from .pipeline_dit import DiTPipeline
 
@@ -94,9 +95,9 @@ def convert(
     with new_folder(output_dir, overwrite) as folder:
         # diffusers' class takes the training size only.
         size = None if "diffusers" in (origin.layout, to) else _small(config)
-        expected, parity = _passes(config, pipeline.transformer, size), {}
+        expected, parity = _passes(config, _in_float32(pipeline.transformer), size), {}
         if origin.layout == "diffusers":
-            stock = _stock_passes(config, _stock(pipeline.transformer))
+            stock = _stock_passes(config, _stock(_in_float32(pipeline.transformer)))
             parity["diffusers' own class against ours"] = _relative_error(stock, expected)
         _WRITERS[to](pipeline, folder)
         pipeline.draw_samples(folder)
@@ -124,7 +125,8 @@ def _open(
     if Path(source).is_file() or str(source).startswith("https://"):
         shift = {} if timestep_freq_shift is None else {"timestep_freq_shift": timestep_freq_shift}
         return DiTPipeline.from_single_file(source, vae=vae, **shift, **options)
-    if Path(source).is_dir() and not (Path(source) / DiTPipeline.config_name).is_file():
+    folder = local_folder(source)
+    if folder is not None and not (folder / DiTPipeline.config_name).is_file():
         raise ValueError(
             f"{source} is no pipeline folder: it has no {DiTPipeline.config_name}; give a checkpoint file."
         )
@@ -181,10 +183,18 @@ def _stock(transformer: DiTTransformer) -> Any:
 def _read_back(config: DiTConfig, folder: Path, to: str, size: tuple[int, int] | None) -> list[Tensor]:
     """The passes of the model that was written."""
     if to == "diffusers":
-        return _stock_passes(config, diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer"))
+        stock: Any = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
+        return _stock_passes(config, stock.float())
     if to == "official":
-        return _passes(config, load_single_file(folder / OFFICIAL_FILE, **_fields(config))[0], size)
-    return _passes(config, DiTTransformer.from_pretrained(folder / "transformer"), size)
+        model, _ = load_single_file(folder / OFFICIAL_FILE, **_fields(config))
+    else:
+        model = DiTTransformer.from_pretrained(folder / "transformer")
+    return _passes(config, _in_float32(model), size)
+
+
+def _in_float32(model: DiTTransformer) -> Any:
+    """The model, or a copy of one in half precision, whose own rounding would hide what is compared."""
+    return copy.deepcopy(model).float() if model.dtype.itemsize < 4 else model
 
 
 def _small(config: DiTConfig) -> tuple[int, int]:

@@ -10,7 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # What libraries say when the system takes no more bytes.
-_FULL = ("No space left", "File too large", "Disk quota", "file write failed", "PytorchStreamWriter failed")
+_FULL = (
+    "No space left",
+    "File too large",
+    "Disk quota",
+    "file write failed",  # torch
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    "iostream error",
+)
 
 
 @contextmanager

@@ -104,15 +104,8 @@ class HubPipeline(DiffusionPipeline):
             ValueError, OSError: no such folder or repository, or files that are missing or damaged.
         """
         name = str(pretrained_model_name_or_path)
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            folder = EMBEDDED_MODELS.get(name, folder)
-        if not folder.is_dir():
-            if folder.is_file():
-                raise ValueError(f"{name} is a file; load it with DiTPipeline.from_single_file or `dit-hub convert`.")
-            if name.count("/") != 1:  # a Hub id is "organisation/name"
-                raise ValueError(f"There is no folder and no embedded model {name!r}; "
-                                 f"embedded: {', '.join(EMBEDDED_MODELS)}.")  # fmt: skip
+        folder = local_folder(pretrained_model_name_or_path)
+        if folder is None:
             folder = Path(cls.download(name, **{key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}))
         for key in ("dtype", "torch_dtype"):  # the older name still works in diffusers
             if isinstance(dtype := kwargs.get(key), torch.dtype):
@@ -122,8 +115,14 @@ class HubPipeline(DiffusionPipeline):
         layout = "diffusers" if _is_foreign(index.get("transformer")) else "dit-hub"
         if layout == "diffusers" and "transformer" not in kwargs:
             kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
-        with use_options(RuntimeOptions(providers, num_threads)):
-            pipeline = super().from_pretrained(folder, **kwargs)
+        try:
+            with use_options(RuntimeOptions(providers, num_threads)):
+                pipeline = super().from_pretrained(folder, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"{name} does not load; are its JSON files sound? {type(error).__name__}: {reason}"
+            ) from error
         pipeline._remember(name, folder, layout)
         return pipeline
 
@@ -232,19 +231,22 @@ class HubPipeline(DiffusionPipeline):
     # --- Out ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As diffusers' `save_pretrained`, with the facts about the weights beside them.
+        """As diffusers' `save_pretrained`, with the facts about the weights beside them."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.save_facts(save_directory)
+
+    def save_facts(self, folder: str | os.PathLike) -> None:
+        """Write what is known of the weights into a folder that they were written to.
 
         The licence stays whatever happened to the weights; what was measured goes only with weights that are as loaded.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
         unchanged = self._loaded_weights == _weights_state(cast(Any, self).transformer)
         if self.origin is not None:
             checked_here = unchanged and self.origin.conversion.get("to") == "dit-hub"
             origin = replace(self.origin, modified=self.origin.modified or not unchanged)
-            (origin if checked_here else replace(origin, conversion={})).save(folder)
+            (origin if checked_here else replace(origin, conversion={})).save(Path(folder))
         for name, text in self._facts.items() if unchanged else ():
-            (folder / name).write_text(text)
+            Path(folder, name).write_text(text)
 
     def push_to_hub(
         self,
@@ -298,7 +300,11 @@ class HubPipeline(DiffusionPipeline):
         decodable = pipeline.vae is not None or config.in_channels in (1, 3)
         if not force and not (cheap and decodable):
             return False
-        sample_grid(pipeline, count=_SAMPLES, steps=_SAMPLE_STEPS).save(target)
+        shown = getattr(pipeline, "_progress_bar_config", {})
+        pipeline.set_progress_bar_config(disable=not force)
+        with _unsound_values(f"{pipeline.config.get('_name_or_path')} draws no samples"):
+            sample_grid(pipeline, count=_SAMPLES, steps=_SAMPLE_STEPS).save(target)
+        pipeline.set_progress_bar_config(**shown)
         return True
 
 
@@ -336,6 +342,26 @@ def push_folder(
 
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def local_folder(name: str | os.PathLike) -> Path | None:
+    """The folder that a name stands for: itself or an embedded model's. None for a Hub id.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; load it with DiTPipeline.from_single_file or `dit-hub convert`.")
+    if str(name) in EMBEDDED_MODELS:
+        return EMBEDDED_MODELS[str(name)]
+    if folder.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json"):
+        raise ValueError(f"There is no file {name}.")
+    if str(name).count("/") == 1:  # "organisation/name"
+        return None
+    raise ValueError(f"There is no folder and no embedded model {str(name)!r}; embedded: {', '.join(EMBEDDED_MODELS)}.")
 
 
 # --- Details ---------------------------------------------------------------------------------------------------------
@@ -396,6 +422,16 @@ def _weights_state(transformer: Any) -> tuple[int, int]:
     """Changes when the weights do: another model, or a write to one of its parameters."""
     parameters = transformer.parameters() if isinstance(transformer, torch.nn.Module) else ()
     return id(transformer), sum(parameter._version for parameter in parameters)
+
+
+@contextmanager
+def _unsound_values(problem: str) -> Iterator[None]:
+    """ValueError for what libraries do when a folder's JSON files hold values that they do not expect."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{problem}; are its JSON files sound? {type(error).__name__}: {reason}") from error
 
 
 def _fetch_url(url: str) -> str:
