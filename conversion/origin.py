@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 # Beside the weights of a folder that was converted.
 ORIGIN_FILE = "origin.json"
@@ -113,7 +114,7 @@ def origin_of_file(path: Path, layout: str, weights: str | None) -> Origin:
     if beside is not None:
         return replace(beside, layout=layout, weights=weights or beside.weights, conversion={})
     known = RELEASED_FILES.get(re.sub(r"\.(safetensors|pth|bin)$", ".pt", path.name))
-    return _known(path.name, layout, weights, known)
+    return _with_license_of_card(_known(path.name, layout, weights, known), path.parent)
 
 
 def origin_of_repository(name: str, folder: Path, layout: str) -> Origin:
@@ -123,7 +124,7 @@ def origin_of_repository(name: str, folder: Path, layout: str) -> Origin:
         return replace(said, layout=layout)
     known = published_repository(name)
     origin = _known(known or Path(name).name, layout, None, REPOSITORIES.get(known) if known else None)
-    return origin if origin.license != UNKNOWN_LICENSE else replace(origin, license=_license_of_card(folder))
+    return _with_license_of_card(origin, folder)
 
 
 def published_repository(name: str) -> str | None:
@@ -141,10 +142,13 @@ def _known(source: str, layout: str, weights: str | None, known: Source | None) 
     return Origin(source, layout, weights, known.license, known.base_model, known.url, known.authors)
 
 
-def _license_of_card(folder: Path) -> str:
+def _with_license_of_card(origin: Origin, folder: Path) -> Origin:
+    """The origin with the licence that a card in the folder names, where none is known."""
     card = folder / "README.md"
-    return (
-        str(ModelCard.load(card).data.to_dict().get("license") or UNKNOWN_LICENSE)
-        if card.is_file()
-        else UNKNOWN_LICENSE
-    )
+    if origin.license != UNKNOWN_LICENSE or not card.is_file():
+        return origin
+    try:
+        license = ModelCard.load(card).data.to_dict().get("license")
+    except (ValueError, YAMLError):
+        return origin
+    return replace(origin, license=str(license or UNKNOWN_LICENSE))

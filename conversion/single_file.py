@@ -49,7 +49,7 @@ def load_single_file(
     beside = read_origin(checkpoint.path.parent)
     if beside is not None and beside.conversion.get("to") == "official":  # written by `dit-hub convert --to official`
         overrides = {**beside.conversion.get("config", {}), **overrides}
-    num_attention_heads = num_attention_heads or overrides.pop("num_attention_heads", None)
+    heads_beside = overrides.pop("num_attention_heads", None)
     family = family or ("sit" if overrides.get("parameterization") == "sit" else _family(checkpoint))
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}.")
@@ -64,7 +64,7 @@ def load_single_file(
         if is_diffusers(tensors):
             layout, tensors = "diffusers", from_diffusers(tensors)
             overrides = {**DIFFUSERS_NUMERICS, **overrides}
-        config = config_from_official(tensors, num_attention_heads, **overrides)
+        config = config_from_official(tensors, num_attention_heads or heads_beside, **overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.pos_embed == "sincos":

@@ -84,6 +84,23 @@ def load_golden(name: str) -> Golden:
     )
 
 
+def small_vae(**fields: Any) -> Any:
+    """A small random VAE: 4 latent channels, 2 pixels per latent pixel; `fields` are of its config."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    small: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "latent_channels": 4,
+        "sample_size": 16,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoencoderKL(**{**small, **fields}).eval()
+
+
 @pytest.fixture(scope="session", params=["dit_a", "dit_b"])
 def golden(request: pytest.FixtureRequest) -> Golden:
     """Each official model in turn: `dit_a` learns the variance of 4 channels, `dit_b` has 3 channels and none."""
@@ -113,24 +130,8 @@ def make_model() -> Callable[..., DiTTransformer]:
 
 @pytest.fixture
 def make_vae() -> Callable[..., Any]:
-    """A function (fields of the config) -> small random VAE: 4 latent channels, 2 pixels per latent pixel."""
-
-    def make(**fields: Any) -> Any:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        small: dict[str, Any] = {
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "block_out_channels": (8, 16),
-            "norm_num_groups": 4,
-            "latent_channels": 4,
-            "sample_size": 16,
-        }
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return AutoencoderKL(**{**small, **fields}).eval()
-
-    return make
+    """The function `small_vae`."""
+    return small_vae
 
 
 @pytest.fixture(autouse=True)

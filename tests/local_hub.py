@@ -60,6 +60,8 @@ class LocalHub:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.cut_download_after: int | None = None
+        self.cut_upload_after: int | None = None
+        self.refuse_commits = False
         self.endpoint = ""
 
     # --- Requests ----------------------------------------------------------------------------------------------------
@@ -99,7 +101,7 @@ class LocalHub:
 
     async def preupload(self, request: Request) -> Response:
         files = (await request.json())["files"]
-        large = re.compile(r"\.(safetensors|onnx|png|data)$")
+        large = re.compile(r"\.(safetensors|onnx|png|data|pt|bin)$")
         modes = [
             {"path": f["path"], "uploadMode": "lfs" if large.search(f["path"]) else "regular", "shouldIgnore": False}
             for f in files
@@ -114,7 +116,13 @@ class LocalHub:
         return JSONResponse({"transfer": "basic", "objects": objects})
 
     async def lfs_put(self, request: Request) -> Response:
-        content = await request.body()
+        content = b""
+        async for chunk in request.stream():
+            content += chunk
+            if self.cut_upload_after is not None and len(content) > self.cut_upload_after:
+                self.cut_upload_after = None
+                request.scope["abort"]()
+                raise ConnectionError
         if hashlib.sha256(content).hexdigest() != request.path_params["oid"]:
             raise HubError(400, "BadContent")
         self.blobs[request.path_params["oid"]] = content
@@ -122,6 +130,8 @@ class LocalHub:
 
     async def commit(self, request: Request) -> Response:
         repository = self.repository(request)
+        if self.refuse_commits:
+            raise HubError(503, "Overloaded")
         branch = unquote(request.path_params["revision"])
         files = dict(repository.commits[repository.names.get(branch, repository.names["main"])])
         for line in (await request.body()).splitlines():
@@ -218,6 +228,7 @@ class LocalHub:
         async def logged(scope: Any, receive: Any, send: Any) -> None:
             if scope["type"] == "http":
                 self.requests.append(f"{scope['method']} {scope['path']}")
+                scope["abort"] = send.__self__.transport.abort  # uvicorn's connection
             await application(scope, receive, send)
 
         return logged  # pyright: ignore[reportReturnType]

@@ -310,6 +310,6 @@ def test_the_official_layouts_card_loads_what_it_describes(golden_a: Golden, tmp
     convert(golden_a.folder / "released.pt", tmp_path / "official", to="official", num_attention_heads=4, vae=None)
     text = card_of(tmp_path / "official")[1]
     assert 'from_single_file("official/model.pt", num_attention_heads=4)' in text
-    model, _ = load_single_file(tmp_path / "official" / "model.pt")
+    model, _ = load_single_file(tmp_path / "official" / "model.pt", num_attention_heads=4)
     official = torch.load(golden_a.folder / "released.pt", weights_only=True)
     assert_same_weights(to_official(model.state_dict(), model.config), official)

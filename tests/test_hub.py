@@ -5,6 +5,7 @@ The client reads its settings when it is imported, so each person is a process o
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from huggingface_hub import ModelCard
 
 from dit_hub import DiTPipeline, DiTTransformer
+from dit_hub.conversion import diffusers_config, to_diffusers
+from dit_hub.convert import convert
 from dit_hub.export import export_onnx
-from local_hub import TOKEN, LocalHub, local_hub
+from local_hub import TOKEN, LocalHub, Repository, local_hub
+
+from .conftest import load_golden, small_vae
 
 SAMPLE = """
 import json, sys, hashlib, torch
@@ -42,6 +48,15 @@ def hub() -> Iterator[LocalHub]:
 
 def person(hub: LocalHub, home: Path, script: str, token: str | None = None, **environment: str) -> dict[str, Any]:
     """Run a script as somebody with a cache of their own; it prints a JSON object last."""
+    run = as_person(hub, home, [sys.executable, "-c", SAMPLE + script], token, **environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def as_person(
+    hub: LocalHub, home: Path, command: list[str], token: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as somebody with a cache of their own; whatever happens, it must not print the token."""
     settings = {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
@@ -52,11 +67,17 @@ def person(hub: LocalHub, home: Path, script: str, token: str | None = None, **e
     }
     if token:
         settings["HF_TOKEN"] = token
-    command = [sys.executable, "-c", SAMPLE + script]
     run = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
     assert TOKEN not in run.stdout + run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    assert (token or TOKEN) not in run.stdout + run.stderr
+    return run
+
+
+def dit_hub(
+    hub: LocalHub, home: Path, *arguments: object, token: str | None = TOKEN
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as somebody."""
+    return as_person(hub, home, [sys.executable, "-m", "dit_hub.cli", *map(str, arguments)], token)
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +186,214 @@ print(json.dumps(digest(DiTPipeline.from_pretrained("me/tiny-dit"))))
     hub.cut_download_after = 20_000
     assert person(hub, tmp_path, script, TOKEN) == pushed["second"]
     assert hub.cut_download_after is None
+
+
+# --- Pushing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden checkpoint under the name of a published one, converted with a small VAE."""
+    folder = tmp_path_factory.mktemp("converted")
+    golden = load_golden("dit_a")
+    shutil.copy(golden.folder / "released.pt", folder / "DiT-XL-2-256x256.pt")
+    small_vae().save_pretrained(folder / "vae")
+    for layout in ("dit-hub", "official"):
+        convert(
+            folder / "DiT-XL-2-256x256.pt",
+            folder / layout,
+            layout,  # pyright: ignore[reportArgumentType]
+            vae=str(folder / "vae"),
+            num_attention_heads=4,
+        )
+    return folder
+
+
+def files_of(hub: LocalHub, repository: str) -> dict[str, bytes]:
+    commits = hub.repositories[repository].commits
+    return commits[hub.repositories[repository].names["main"]]
+
+
+def test_what_is_pushed_arrives_with_its_card_and_licence(hub: LocalHub, converted: Path, tmp_path: Path) -> None:
+    run = dit_hub(hub, tmp_path / "a", "push", converted / "dit-hub", "me/by-command", "--private")
+    assert run.returncode == 0, run.stderr
+    assert f"Pushed to {hub.endpoint}/me/by-command/commit/" in run.stdout
+    assert hub.repositories["me/by-command"].private
+    card = ModelCard(files_of(hub, "me/by-command")["README.md"].decode())
+    assert card.data.to_dict()["license"] == "cc-by-nc-4.0"
+    assert card.data.to_dict()["base_model"] == "facebook/DiT-XL-2-256"
+    assert 'from_pretrained("me/by-command")' in card.text
+    assert "| before against after, read back | 0.0e+00 |" in card.text
+    shown = dit_hub(hub, tmp_path / "a", "card", converted / "dit-hub", "--repository", "me/by-command")
+    assert shown.stdout.strip() == str(card).strip()
+    # Somebody else pulls it, tunes it and pushes it on: the licence and the base model come along.
+    script = """
+from dit_hub import DiTPipeline
+pipe = DiTPipeline.from_pretrained("me/by-command")
+before = digest(pipe)
+with torch.no_grad():
+    pipe.transformer.final_layer.linear.bias += 0.1
+url = pipe.push_to_hub("me/tuned", commit_message="Tuned")
+print(json.dumps([before, digest(pipe), url]))
+"""
+    before, after, url = person(hub, tmp_path / "b", script, TOKEN)
+    assert url.startswith(f"{hub.endpoint}/me/tuned/commit/")
+    tuned = ModelCard(files_of(hub, "me/tuned")["README.md"].decode())
+    assert tuned.data.to_dict()["license"] == "cc-by-nc-4.0"
+    assert "They were changed since." in tuned.text
+    pull = 'from dit_hub import DiTPipeline\nprint(json.dumps(digest(DiTPipeline.from_pretrained("me/{}"))))'
+    assert person(hub, tmp_path / "c", pull.format("by-command"), TOKEN) == before
+    assert person(hub, tmp_path / "c", pull.format("tuned"), TOKEN) == after != before
+
+
+def test_weights_are_pushed_as_sharded_safetensors(hub: LocalHub, converted: Path, tmp_path: Path) -> None:
+    script = f"""
+from dit_hub import DiTPipeline
+pipe = DiTPipeline.from_pretrained({str(converted / "dit-hub")!r})
+pipe.push_to_hub("me/sharded", max_shard_size="100KB")
+pipe.to(dtype=torch.float16).push_to_hub("me/sharded", variant="fp16")
+half = DiTPipeline.from_pretrained("me/sharded", variant="fp16", dtype=torch.float16)
+print(json.dumps([digest(DiTPipeline.from_pretrained("me/sharded")), str(half.transformer.dtype)]))
+"""
+    images, dtype = person(hub, tmp_path, script, TOKEN)
+    names = set(files_of(hub, "me/sharded"))
+    assert {name for name in names if name.endswith((".bin", ".pt"))} == set()
+    assert len([name for name in names if name.startswith("transformer/model-0000")]) > 2
+    assert "transformer/model.fp16.safetensors" in names
+    assert dtype == "torch.float16"
+    whole = "from dit_hub import DiTPipeline\nprint(json.dumps(digest(DiTPipeline.from_pretrained({!r}))))"
+    assert images == person(hub, tmp_path, whole.format(str(converted / "dit-hub")))
+
+
+def test_a_card_that_a_person_wrote_stays(hub: LocalHub, converted: Path, tmp_path: Path) -> None:
+    shutil.copytree(converted / "dit-hub", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# Mine\n")
+    assert dit_hub(hub, tmp_path, "push", tmp_path / "mine", "me/mine").returncode == 0
+    assert files_of(hub, "me/mine")["README.md"].endswith(b"# Mine\n")
+
+
+def test_the_official_layout_is_pushed_and_loads_by_the_address_in_its_card(
+    hub: LocalHub, converted: Path, tmp_path: Path
+) -> None:
+    assert dit_hub(hub, tmp_path, "push", converted / "official", "me/official").returncode == 0
+    code = ModelCard(files_of(hub, "me/official")["README.md"].decode()).text.split("```python\n")[1].split("```")[0]
+    load = next(line for line in code.splitlines() if line.startswith("pipe = ")).replace(", vae=vae", ", vae=None")
+    script = f"""
+from dit_hub import DiTPipeline
+{load}
+print(json.dumps([pipe.origin.license, pipe.transformer.config.num_classes]))
+"""
+    assert person(hub, tmp_path, script) == ["cc-by-nc-4.0", 10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "words"),
+    [
+        (("push", "{}", "me/refused"), None, "status 401, the token is missing or wrong"),
+        (("convert", "https://example.com/me/official/resolve/main/model.pt", "out"), TOKEN, "no address of a file on"),
+        (("convert", "https://huggingface.co/me/official/resolve/main/x.pt", "out"), TOKEN, "it has no x.pt"),
+        (("convert", "https://huggingface.co/me/official/resolve/v9/x.pt", "out"), TOKEN, "it has no revision v9"),
+        (("push", "{}", "me/refused"), "hf_wrong_secret", "status 401, the token is missing or wrong"),
+        (("push", "{}", "me/refused", "--token", "hf_wrong_secret"), None, "status 401"),
+        (("push", "{}/nothing", "me/refused"), TOKEN, "There is no folder"),
+        (("push", "{}", "a/b/c"), TOKEN, "a/b/c"),
+        (("generate", "me/no-such-model"), TOKEN, "there is no such repository"),
+        (("generate", "me/by-command"), "hf_wrong_secret", "or the token does not open it"),
+        (("convert", "me/no-such-model", "out"), TOKEN, "there is no such repository"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    hub: LocalHub, converted: Path, tmp_path: Path, arguments: tuple[str, ...], token: str | None, words: str
+) -> None:
+    filled = [argument.format(converted / "dit-hub") for argument in arguments]
+    run = as_person(hub, tmp_path / "home", [sys.executable, "-m", "dit_hub.cli", *filled], token)
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1, run.stderr
+    assert words in run.stderr
+    assert "hf_wrong_secret" not in run.stderr
+    assert "me/refused" not in hub.repositories
+
+
+def test_an_upload_that_breaks_off_is_completed(hub: LocalHub, converted: Path, tmp_path: Path) -> None:
+    """The client tries again by itself; where it gives up, the next push sends only what has not arrived."""
+    hub.blobs.clear()
+    hub.cut_upload_after = 50_000
+    start = len(hub.requests)
+    run = dit_hub(hub, tmp_path, "push", converted / "dit-hub", "me/cut")
+    assert hub.cut_upload_after is None  # it was cut
+    uploads = [request for request in hub.requests[start:] if request.startswith("PUT /lfs/")]
+    assert len(uploads) > len(set(uploads))
+    assert run.returncode == 0, run.stderr
+    pull = "from dit_hub import DiTPipeline\nprint(json.dumps(digest(DiTPipeline.from_pretrained({!r}))))"
+    expected = person(hub, tmp_path / "a", pull.format(str(converted / "dit-hub")))
+    assert person(hub, tmp_path / "a", pull.format("me/cut")) == expected
+
+
+def test_a_push_that_failed_is_taken_up_by_the_next(hub: LocalHub, converted: Path, tmp_path: Path) -> None:
+    hub.blobs.clear()
+    hub.refuse_commits = True
+    run = dit_hub(hub, tmp_path, "push", converted / "dit-hub", "me/late")
+    assert run.returncode == 2
+    assert "Cannot push to me/late on the Hub: it answers with status 503." in run.stderr
+    assert set(files_of(hub, "me/late")) == {".gitattributes"}
+    hub.refuse_commits = False
+    start = len(hub.requests)
+    assert dit_hub(hub, tmp_path, "push", converted / "dit-hub", "me/late").returncode == 0
+    assert [request for request in hub.requests[start:] if request.startswith("PUT")] == []
+    assert "transformer/model.safetensors" in files_of(hub, "me/late")
+
+
+# --- diffusers' repositories -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repository", ["facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512"])
+def test_the_published_repositories_compute_the_official_numbers(
+    repository: str, hub: LocalHub, tmp_path: Path
+) -> None:
+    """The golden model in the published repositories' files: PyTorch's .bin, and the class by its first name."""
+    golden = load_golden("dit_a")
+    weights = to_diffusers(golden.model().state_dict(), 2)
+    config = {
+        **diffusers_config(golden.model().config),
+        "_class_name": "Transformer2DModel",
+        "norm_type": "ada_norm_zero",
+    }
+    index = {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": "0.12.0.dev0",
+        "id2label": {"0": "tench, Tinca tinca"},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    small_vae().save_pretrained(tmp_path / "vae", safe_serialization=False)
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    (tmp_path / "transformer").mkdir()
+    torch.save(weights, tmp_path / "transformer" / "diffusion_pytorch_model.bin")
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    files = {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    hub.repositories[repository] = Repository()
+    hub.repositories[repository].commit("main", files)
+    script = f"""
+import logging
+from safetensors.torch import load_file
+from dit_hub import DiTPipeline
+pipe = DiTPipeline.from_pretrained({repository!r})
+expected = load_file({str(golden.folder / "expected.safetensors")!r})
+with torch.no_grad():
+    sample = pipe.transformer(expected["forward.x"], expected["forward.t"], expected["forward.y"]).sample
+pipe.save_pretrained({str(tmp_path / "saved")!r})
+error = (sample - expected["forward.out"]).abs().max().item()
+stock = DiTPipeline.from_pretrained({repository!r}, timestep_freq_shift=1, local_files_only=True)
+shifts = [each.transformer.config.timestep_freq_shift for each in (pipe, stock)]
+print(json.dumps([error, *shifts, pipe.origin.license]))
+"""
+    run = as_person(hub, tmp_path / "home", [sys.executable, "-c", SAMPLE + script])
+    assert run.returncode == 0, run.stderr
+    error, shift, stock_shift, license = json.loads(run.stdout.splitlines()[-1])
+    assert error < 2e-6
+    assert (shift, stock_shift, license) == (0, 1, "cc-by-nc-4.0")
+    assert "timestep_freq_shift=0, since it holds official weights; pass 1 for diffusers' own numbers" in run.stderr
+    assert (tmp_path / "saved" / "transformer" / "model.safetensors").is_file()

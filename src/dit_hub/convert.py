@@ -24,7 +24,7 @@ from dit_hub.model_cards import render_card
 
 from .configuration_dit import DiTConfig
 from .files import check_free, new_folder
-from .hub import CARD_FILE, SHIFT_KEY, local_folder
+from .hub import CARD_FILE, SHIFT_KEY, is_url, local_folder
 from .modeling_dit import DiTTransformer
 from .pipeline_dit import DiTPipeline
 
@@ -122,7 +122,7 @@ def _open(
     source: str | os.PathLike, vae: Any, timestep_freq_shift: float | None, options: dict[str, Any]
 ) -> DiTPipeline:
     """The pipeline of a file, a folder or a repository."""
-    if Path(source).is_file() or str(source).startswith("https://"):
+    if Path(source).is_file() or is_url(source):
         shift = {} if timestep_freq_shift is None else {"timestep_freq_shift": timestep_freq_shift}
         return DiTPipeline.from_single_file(source, vae=vae, **shift, **options)
     folder = local_folder(source)

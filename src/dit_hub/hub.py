@@ -1,5 +1,6 @@
 """HubPipeline: what goes into a pipeline and out of it. Folders, the Hub, single files; saving, pushing with a card."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,13 +10,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -153,7 +155,7 @@ class HubPipeline(DiffusionPipeline):
         Raises:
             ValueError, OSError: see `dit_hub.conversion.load_single_file`.
         """
-        file = _fetch_url(str(path)) if str(path).startswith("https://") else path
+        file = _fetch_url(str(path)) if is_url(path) else path
         transformer, origin = load_single_file(file, weights, family, num_attention_heads, **overrides)
         if dtype is not None:
             cast(Any, transformer).to(dtype)
@@ -344,6 +346,11 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
+def is_url(source: str | os.PathLike) -> bool:
+    """Whether a source is an address of the web."""
+    return str(source).startswith(("https://", "http://"))
+
+
 def local_folder(name: str | os.PathLike) -> Path | None:
     """The folder that a name stands for: itself or an embedded model's. None for a Hub id.
 
@@ -435,13 +442,16 @@ def _unsound_values(problem: str) -> Iterator[None]:
 
 
 def _fetch_url(url: str) -> str:
-    """The cached path of a file on the Hub."""
-    found = re.fullmatch(r"https://[^/]+/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/(.+?)(?:\?.*)?", url)
-    if not found:
+    """The cached path of a file on the Hub, or on the mirror that HF_ENDPOINT names."""
+    found = re.fullmatch(r"(https?://[^/]+)/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/(.+?)(?:\?.*)?", url)
+    if not found or found[1] not in ("https://huggingface.co", "https://hf.co", ENDPOINT):
         raise ValueError(
             f"{url} is no address of a file on the Hub: https://huggingface.co/ORG/NAME/resolve/main/FILE."
         )
-    repository, revision, name = found.groups()
+    _, repository, revision, name = found.groups()
+    for fact in (ORIGIN_FILE, CARD_FILE):  # beside the file, where its licence may be named
+        with contextlib.suppress(OSError):
+            _fetch(repository, str(PurePosixPath(name).with_name(fact)), {"revision": revision})
     return _fetch(repository, name, {"revision": revision})
 
 

@@ -10,6 +10,7 @@ in float32, since the residual stream of deep DiTs overflows float16.
 Letters in shape comments: N batch, C channels, H and W latent height and width, T tokens, D hidden size, L blocks.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -473,6 +474,11 @@ class DiTTransformer(PreTrainedModel):
         # diffusers reads the signature to know that it may pass the named arguments on.
         options = {"save_original_format": False, "max_shard_size": max_shard_size, **kwargs}
         super().save_pretrained(save_directory, variant=variant, **options)
+        if variant is not None:  # the config is shared with the other variants, whose dtype it must not name
+            path = Path(save_directory, "config.json")
+            config = json.loads(path.read_text())
+            config.pop("dtype", None)
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
     def resize_class_labels(
         self, num_classes: int, mapping: Sequence[int | None] | dict[int, int] | None = None
