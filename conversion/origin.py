@@ -18,6 +18,8 @@ UNKNOWN_LICENSE = "unknown"
 # The decoder of official sampling, for models of its 4 latent channels.
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 
+DECODER_LICENSES = {DEFAULT_VAE: "mit", "stabilityai/sd-vae-ft-ema": "mit"}
+
 
 @dataclass(frozen=True)
 class Source:

@@ -14,7 +14,7 @@ from dit_hub.conversion.diffusers_layout import (
     config_from_diffusers,
     read_config,
 )
-from dit_hub.conversion.origin import DEFAULT_VAE, UNKNOWN_LICENSE, Origin, read_origin
+from dit_hub.conversion.origin import DECODER_LICENSES, DEFAULT_VAE, UNKNOWN_LICENSE, Origin, read_origin
 from dit_hub.flops import measure
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
@@ -57,7 +57,7 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
     origin = read_origin(folder)
     conversion = origin.conversion if origin else {}
     training = _facts(folder, "training.json")
-    results = _facts(folder, "evaluation.json").get("results", [])
+    results = _results(folder)
     index = _facts(folder, "model_index.json")
     layout = conversion.get("to") or ("diffusers" if _is_stock(index) else "dit-hub")
     config = _config(folder, layout, conversion)
@@ -72,10 +72,10 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         picture="samples.png" if (folder / "samples.png").is_file() else None,
         code=_code(repository, layout, config, index),
         caveat=_caveat(layout, conversion),
-        facts=_table(config, id2label, origin, training, layout),
+        facts=_table(config, id2label, origin, training, layout, _facts(folder, "vae/config.json")),
         origin=_origin_text(origin) if origin else None,
         parity=_parity(folder, conversion),
-        results=[{"how": "", "source": "", **result} for result in results],
+        results=results,
         training=training if training.get("recipe") else None,
         losses=_shown_losses(training.get("epoch_losses", [])),
         limits=_IMAGENET_LIMITS if config.num_classes == 1000 else _TOY_LIMITS if training.get("data") else None,
@@ -93,6 +93,18 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise ValueError(f"{path} is damaged: it holds no JSON object.")
     return facts
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    """The results of `evaluation.json`; what is optional there is filled in."""
+    results = _facts(folder, "evaluation.json").get("results", [])
+    for result in results if isinstance(results, list) else [None]:
+        fields = result if isinstance(result, dict) else {}
+        if missing := [name for name in ("metric", "value", "dataset_name") if name not in fields]:
+            raise ValueError(f"{folder / 'evaluation.json'}: a result has no {missing[0]}.")
+        if not isinstance(fields["value"], (int, float)):
+            raise ValueError(f"{folder / 'evaluation.json'}: {fields['value']!r} is no number.")
+    return [{"dataset": result["dataset_name"], "how": "", "source": "", **result} for result in results]
 
 
 def _id2label(index: dict[str, Any]) -> dict[int, str]:
@@ -127,7 +139,7 @@ def _metadata(
     evaluated = [
         EvalResult(
             task_type="unconditional-image-generation",
-            dataset_type=str(result.get("dataset", result["dataset_name"])),
+            dataset_type=str(result["dataset"]),
             dataset_name=str(result["dataset_name"]),
             metric_type=str(result["metric"]).split("-")[0].lower(),
             metric_name=str(result["metric"]),
@@ -209,23 +221,33 @@ def _caveat(layout: str, conversion: dict[str, Any]) -> str | None:
 
 
 def _table(
-    config: DiTConfig, id2label: dict[int, str], origin: Origin | None, training: dict[str, Any], layout: str
+    config: DiTConfig,
+    id2label: dict[int, str],
+    origin: Origin | None,
+    training: dict[str, Any],
+    layout: str,
+    vae: dict[str, Any],
 ) -> list[tuple[str, str]]:
     size = measure(config)
     height, width = config.sample_height_width
     gmacs = f"{size.gmacs:.2f} G" if size.gmacs >= 0.1 else f"{size.gmacs * 1e3:.2f} million"
-    classes = ", ".join(id2label.values()) if 0 < len(id2label) <= 100 else str(config.num_classes)
+    classes = ", ".join(id2label.values()) if len(id2label) == config.num_classes <= 100 else str(config.num_classes)
     unknown = "unknown: ask the authors before using these weights"
     license = _license(origin, training)
-    return [
+    rows = [
         ("parameters", f"{size.parameters:,}"),
         ("multiply-accumulates", f'{gmacs} for one picture and step (papers say "Gflops")'),
         ("input", f"{width}x{height}, {config.in_channels} channels, patches of {config.patch_size}"),
         ("classes", classes if config.num_classes else "none"),
         ("layers, width, heads", f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}"),
-        ("layout", layout),
         ("licence", unknown if license == UNKNOWN_LICENSE else license),
     ]
+    if layout != "dit-hub":
+        rows.append(("layout", layout))
+    if decoder := vae.get("_name_or_path"):
+        license = DECODER_LICENSES.get(decoder)
+        rows.append(("decoder", f"`{decoder}`, under {license}" if license else f"`{Path(decoder).name}`"))
+    return rows
 
 
 def _origin_text(origin: Origin) -> str:
