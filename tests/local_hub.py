@@ -1,9 +1,11 @@
 """A small Hugging Face Hub on loopback, for the unmodified `huggingface_hub` client (through HF_ENDPOINT).
 
-It keeps everything in memory: repositories as lists of commits, each a table of files by path.
+It keeps everything in memory: repositories as lists of commits, each a table of files by path. To try pushing and
+pulling without an account, `python tests/local_hub.py` serves one until Ctrl-C.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -240,10 +242,10 @@ def _identity(content: bytes) -> dict[str, Any]:
 
 
 @contextmanager
-def local_hub() -> Iterator[LocalHub]:
-    """A running hub; its `endpoint` is the value for HF_ENDPOINT."""
+def local_hub(port: int = 0) -> Iterator[LocalHub]:
+    """A running hub, on any free port; its `endpoint` is the value for HF_ENDPOINT."""
     hub = LocalHub()
-    server = uvicorn.Server(uvicorn.Config(hub.application(), port=0, log_level="critical", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(hub.application(), port=port, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -255,3 +257,9 @@ def local_hub() -> Iterator[LocalHub]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+if __name__ == "__main__":
+    with local_hub(8642) as running, contextlib.suppress(KeyboardInterrupt):
+        print(f"export HF_ENDPOINT={running.endpoint} HF_TOKEN={TOKEN} HF_HUB_DISABLE_XET=1", flush=True)
+        threading.Event().wait()

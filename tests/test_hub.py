@@ -246,6 +246,20 @@ print(json.dumps([before, digest(pipe), url]))
     assert person(hub, tmp_path / "c", pull.format("tuned"), TOKEN) == after != before
 
 
+def test_a_self_contained_repository_runs_with_and_without_dit_hub(
+    hub: LocalHub, converted: Path, tmp_path: Path
+) -> None:
+    convert(converted / "dit-hub", tmp_path / "travels", self_contained=True)
+    assert dit_hub(hub, tmp_path / "a", "push", tmp_path / "travels", "me/travels").returncode == 0
+    with_it = 'from dit_hub import DiTPipeline\nprint(json.dumps(digest(DiTPipeline.from_pretrained("me/travels"))))'
+    without = """
+sys.modules["dit_hub"] = None  # any import of it fails
+from diffusers import DiffusionPipeline
+print(json.dumps(digest(DiffusionPipeline.from_pretrained("me/travels", trust_remote_code=True))))
+"""
+    assert person(hub, tmp_path / "b", without, TOKEN) == person(hub, tmp_path / "c", with_it, TOKEN)
+
+
 def test_weights_are_pushed_as_sharded_safetensors(hub: LocalHub, converted: Path, tmp_path: Path) -> None:
     script = f"""
 from dit_hub import DiTPipeline

@@ -112,8 +112,7 @@ class HubPipeline(DiffusionPipeline):
         for key in ("dtype", "torch_dtype"):  # the older name still works in diffusers
             if isinstance(dtype := kwargs.get(key), torch.dtype):
                 kwargs[key] = {"default": dtype, "vae": torch.float32}
-        cls._check_folder(folder, kwargs)
-        index = cast(dict[str, Any], super().load_config(folder))
+        index = cls._checked_index(folder, kwargs)
         layout = "diffusers" if _is_foreign(index.get("transformer")) else "dit-hub"
         if layout == "diffusers" and "transformer" not in kwargs:
             kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
@@ -170,19 +169,25 @@ class HubPipeline(DiffusionPipeline):
         return pipeline
 
     @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers' `load_config`; a transformer of another layout, or that carries its code, is named as ours."""
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """Read model_index.json; a transformer of another layout, or that carries its code, is named as ours.
+
+        diffusers reads through here when it downloads and when it loads. No code of a repository runs.
+        """
+        index = cast(Any, super())._dict_from_json_file(json_file)
         if _is_foreign(index.get("transformer")) or _carries_code(index.get("transformer")):
             index["transformer"] = ["dit_hub", "DiTTransformer"]
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = cls.__name__
-        return loaded
+        return index
 
     @classmethod
-    def _check_folder(cls, folder: Path, given: dict[str, Any]) -> None:
-        """Say what is missing; diffusers would look for a missing component's files in the folder itself."""
+    def _checked_index(cls, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+        """What model_index.json says, as it stands there.
+
+        Raises:
+            ValueError: a component is missing, whose files diffusers would look for in the folder itself.
+        """
         path = folder / cls.config_name
         if not path.is_file():
             raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
@@ -199,6 +204,7 @@ class HubPipeline(DiffusionPipeline):
                 raise ValueError(f"{path} names {name!r}, which is not a folder in it.")
             if name not in given and not (folder / name).is_dir():
                 raise ValueError(f"{folder} has no folder {name}, which its {cls.config_name} names.")
+        return index
 
     @classmethod
     def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
