@@ -84,9 +84,9 @@ def onnx_runtime(model: Any) -> Forward:
     from dit_hub import DiTPipeline, ORTDiTTransformer
     from dit_hub.export import export_onnx
 
-    folder = Path(tempfile.mkdtemp()) / "onnx"
-    export_onnx(DiTPipeline(model, DDIMScheduler()), folder)
-    session = ORTDiTTransformer.from_pretrained(folder / "transformer")
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(DiTPipeline(model, DDIMScheduler()), Path(folder, "onnx"))
+        session = ORTDiTTransformer.from_pretrained(Path(folder, "onnx", "transformer"))
     return lambda **inputs: session(**inputs).sample
 
 
@@ -132,6 +132,7 @@ def measure(workload: str, rounds: int, console: Console) -> Table:
         with console.status(f"{workload}: preparing {contender}"):
             here, there = context.Pipe()
             context.Process(target=contend, args=(contender, workload, there), daemon=True).start()
+            there.close()  # so that a contender that fails ends the wait for it
             outputs[contender] = torch.from_numpy(here.recv())
             pipes[contender] = here
     passes = 30 if workload.startswith("toy") else 3

@@ -110,6 +110,12 @@ def read_origin(folder: str | os.PathLike) -> Origin | None:
         raise ValueError(f"{path} is damaged.") from None
 
 
+def official_export(path: str | os.PathLike) -> dict[str, Any]:
+    """What `dit-hub convert --to official` noted beside a file: "config", "scheduler", "id2label"; else nothing."""
+    beside = read_origin(Path(path).parent)
+    return beside.conversion if beside is not None and beside.conversion.get("to") == "official" else {}
+
+
 def origin_of_file(path: Path, layout: str, weights: str | None) -> Origin:
     """The origin of a checkpoint file, from its name or from what lies beside it."""
     beside = read_origin(path.parent)

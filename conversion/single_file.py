@@ -10,7 +10,7 @@ from dit_hub.modeling_dit import DiTTransformer
 
 from .diffusers_layout import DIFFUSERS_NUMERICS, from_diffusers, is_diffusers
 from .official import POS_EMBED, config_from_official
-from .origin import Origin, origin_of_file, read_origin
+from .origin import Origin, official_export, origin_of_file
 from .reading import Checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,7 @@ def load_single_file(
             trained on the velocity of the linear path.
     """
     checkpoint = read_checkpoint(path, weights)
-    beside = read_origin(checkpoint.path.parent)
-    if beside is not None and beside.conversion.get("to") == "official":  # written by `dit-hub convert --to official`
-        overrides = {**beside.conversion.get("config", {}), **overrides}
+    overrides = {**official_export(path).get("config", {}), **overrides}
     heads_beside = overrides.pop("num_attention_heads", None)
     family = family or ("sit" if overrides.get("parameterization") == "sit" else _family(checkpoint))
     if family not in FAMILIES:

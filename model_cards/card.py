@@ -61,7 +61,7 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
     index = _facts(folder, "model_index.json")
     layout = conversion.get("to") or ("diffusers" if _is_stock(index) else "dit-hub")
     config = _config(folder, layout, conversion)
-    id2label = _id2label(index)
+    id2label = _id2label(index or conversion)
     title = repository.split("/")[-1]
     return ModelCard.from_template(
         _metadata(title, repository, origin, training, results, config, layout),
@@ -70,7 +70,7 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         title=title,
         summary=_summary(config, training),
         picture="samples.png" if (folder / "samples.png").is_file() else None,
-        code=_code(repository, layout, config, index),
+        code=_code(repository, layout, config, index, id2label),
         caveat=_caveat(layout, conversion),
         facts=_table(config, id2label, origin, training, layout, _facts(folder, "vae/config.json")),
         origin=_origin_text(origin) if origin else None,
@@ -107,8 +107,8 @@ def _results(folder: Path) -> list[dict[str, Any]]:
     return [{"dataset": result["dataset_name"], "how": "", "source": "", **result} for result in results]
 
 
-def _id2label(index: dict[str, Any]) -> dict[int, str]:
-    return {int(key): str(name) for key, name in (index.get("id2label") or {}).items()}
+def _id2label(facts: dict[str, Any]) -> dict[int, str]:
+    return {int(key): str(name) for key, name in (facts.get("id2label") or {}).items()}
 
 
 def _is_stock(index: dict[str, Any]) -> bool:
@@ -180,9 +180,8 @@ def _summary(config: DiTConfig, training: dict[str, Any]) -> str:
     return " ".join(filter(None, [f"A {kind}, {subject}.", training.get("data")]))
 
 
-def _code(repository: str, layout: str, config: DiTConfig, index: dict[str, Any]) -> str:
+def _code(repository: str, layout: str, config: DiTConfig, index: dict[str, Any], id2label: dict[int, str]) -> str:
     """Lines that work as they stand."""
-    id2label = _id2label(index)
     names = [id2label[label].split(",")[0] for label in sorted(id2label)[:2]] or list(range(min(2, config.num_classes)))
     labels = f"[{', '.join(json.dumps(name) for name in names)}]" if config.num_classes else ""
     library, load, decoder = "dit_hub", f'from_pretrained("{repository}"', ""

@@ -82,6 +82,21 @@ def test_official_to_ours_and_back_is_the_same_file(
     )
 
 
+def test_the_official_layout_keeps_names_and_noise_levels_in_its_facts(tmp_path: Path) -> None:
+    convert("dit-toy-shapes", tmp_path / "official", to="official")
+    toy, again = (
+        DiTPipeline.from_pretrained("dit-toy-shapes"),
+        DiTPipeline.from_single_file(tmp_path / "official" / "model.pt"),
+    )
+    images = []
+    for pipe in (toy, again):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe("red-circle", num_inference_steps=20, generator=generator, output_type="pt").images)
+    assert torch.equal(*images)
+    assert 'pipe(["red-circle", "red-square"])' in card_of(tmp_path / "official")[1]
+
+
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_ours_to_diffusers_and_back_is_the_same_model(shift: float, make_model: MakeModel, tmp_path: Path) -> None:
     pipe = DiTPipeline(make_model(**SHARED, timestep_freq_shift=shift), diffusers.DDIMScheduler())

@@ -163,6 +163,11 @@ def test_a_recipe_refuses_what_it_cannot_do(settings: dict[str, object], message
         get_recipe("toy").with_settings(settings)
 
 
+def test_a_model_of_other_pictures_is_refused_before_the_work() -> None:
+    with pytest.raises(ValueError, match=r"The shapes are 16x16 .* which DiT-S/2 does not take"):
+        train(get_recipe("toy").with_settings({"model": "DiT-S/2"}))
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "folder"
 

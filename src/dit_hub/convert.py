@@ -99,6 +99,10 @@ def convert(
         if origin.layout == "diffusers":
             stock = _stock_passes(config, _stock(_in_float32(pipeline.transformer)))
             parity["diffusers' own class against ours"] = _relative_error(stock, expected)
+        facts: dict[str, Any] = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained,
+                                 "config": _fields(config)}  # fmt: skip
+        if to == "official":  # which has no place for these
+            facts |= {"scheduler": json.loads(pipeline.scheduler.to_json_string()), "id2label": pipeline.id2label}
         _WRITERS[to](pipeline, folder)
         pipeline.draw_samples(folder)
         del pipeline  # the weights are in memory once
@@ -109,8 +113,6 @@ def convert(
             raise ValueError(f"The converted model differs by more than {MAX_RELATIVE_ERROR:.0e}: {listed}.")
         if self_contained:
             add_code(folder)
-        facts = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained,
-                 "config": _fields(config)}  # fmt: skip
         origin = replace(origin, modified=False, conversion=facts)
         origin.save(folder)
         render_card(folder, Path(output_dir).name).save(folder / CARD_FILE)

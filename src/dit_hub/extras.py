@@ -24,8 +24,9 @@ def require(module: str, extra: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silence loading bars and advice of transformers and diffusers, for programs that have their own to say."""
+    """Silence bars and advice of transformers, diffusers and huggingface_hub in programs that have their own to say."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each attempt to reach a Hub that cannot be reached
     for library in ("transformers", "diffusers"):
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()

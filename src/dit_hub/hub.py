@@ -31,7 +31,14 @@ from huggingface_hub.errors import (
 )
 
 from dit_hub.conversion.diffusers_layout import DIFFUSERS_CLASSES, OFFICIAL_WEIGHTS, load_diffusers_folder
-from dit_hub.conversion.origin import DEFAULT_VAE, ORIGIN_FILE, Origin, origin_of_repository, published_repository
+from dit_hub.conversion.origin import (
+    DEFAULT_VAE,
+    ORIGIN_FILE,
+    Origin,
+    official_export,
+    origin_of_repository,
+    published_repository,
+)
 from dit_hub.conversion.single_file import load_single_file
 from dit_hub.model_cards import is_own_card, render_card
 
@@ -39,7 +46,7 @@ from .flops import measure
 from .labels import imagenet_id2label
 from .modeling_dit import DiTTransformer
 from .runtime import RuntimeOptions, use_options
-from .schedulers import official_scheduler
+from .schedulers import official_scheduler, scheduler_from_dict
 from .visualize import sample_grid
 
 logger = logging.getLogger(__name__)
@@ -146,8 +153,8 @@ class HubPipeline(DiffusionPipeline):
             path: a local file, or "https://huggingface.co/ORG/NAME/resolve/REVISION/FILE".
             vae: the decoder of a latent model: an `AutoencoderKL`, a folder or a Hub id. Models of pixels get none, and
                 None leaves it out.
-            scheduler: None means `official_scheduler`.
-            id2label: names of the classes; None names 1000 classes as ImageNet's.
+            scheduler: None means that of the conversion to the official layout, or else `official_scheduler`.
+            id2label: names of the classes; None means those of the conversion, or else ImageNet's for 1000 classes.
             dtype: of the transformer's weights; None keeps the file's.
             weights, family, num_attention_heads, overrides: see `dit_hub.conversion.load_single_file`.
 
@@ -156,6 +163,11 @@ class HubPipeline(DiffusionPipeline):
         """
         file = _fetch_url(str(path)) if is_url(path) else path
         transformer, origin = load_single_file(file, weights, family, num_attention_heads, **overrides)
+        beside = official_export(file)
+        if scheduler is None and "scheduler" in beside:
+            scheduler = scheduler_from_dict(beside["scheduler"])
+        if id2label is None and "id2label" in beside:
+            id2label = {int(index): name for index, name in beside["id2label"].items()}
         if dtype is not None:
             cast(Any, transformer).to(dtype)
         config = transformer.config
@@ -478,8 +490,10 @@ def _plain_hub_errors(action: str, name: str = "such file", revision: str | None
         problem, cause = "there is no such repository, or the token does not open it", error
     except RevisionNotFoundError as error:
         problem, cause = f"it has no revision {revision}", error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:  # before its parent, EntryNotFoundError
-        problem, cause = "the Hub cannot be reached, and it is not in the cache", error
+    except LocalEntryNotFoundError as error:  # before its parent, EntryNotFoundError
+        problem, cause = "it cannot be reached, and the files are not in the cache", error
+    except OfflineModeIsEnabled as error:
+        problem, cause = "HF_HUB_OFFLINE is set", error
     except EntryNotFoundError as error:
         problem, cause = f"it has no {name}", error
     except LocalTokenNotFoundError as error:

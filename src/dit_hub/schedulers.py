@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import diffusers
 import numpy as np
@@ -59,6 +59,18 @@ def official_scheduler(config: DiTConfig) -> Any:
         clip_sample=False,
         timestep_spacing="linspace",
     )
+
+
+def scheduler_from_dict(config: dict[str, Any]) -> Any:
+    """The scheduler of diffusers that a config describes, which names its class under "_class_name".
+
+    Raises:
+        ValueError: no such scheduler.
+    """
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"diffusers has no scheduler {config.get('_class_name')!r}.")
+    return cast(Any, kind).from_config(config)
 
 
 def is_flow_matching(scheduler: Any) -> bool:

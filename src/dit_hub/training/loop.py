@@ -17,7 +17,7 @@ from ..modeling_dit import DiTTransformer
 from ..objectives import noise_prediction, uniform_timesteps
 from ..pipeline_dit import DiTPipeline
 from .recipe import Recipe
-from .shapes import ID2LABEL, shapes
+from .shapes import ID2LABEL, SIZE, shapes
 
 # Called after each step as report(step, epoch, loss), steps and epochs counted from 1.
 Report = Callable[[int, int, float], None]
@@ -53,11 +53,15 @@ def train(recipe: Recipe, report: Report = lambda step, epoch, loss: None) -> Tr
         report: called after each step.
 
     Raises:
-        ValueError: a batch larger than the data set.
+        ValueError: a batch larger than the data set, or a model of other pictures.
     """
+    config = DiTConfig.from_name(recipe.model)
+    if (config.in_channels, config.sample_size, config.num_classes) != (3, SIZE, len(ID2LABEL)):
+        raise ValueError(f"The shapes are {SIZE}x{SIZE} pictures of {len(ID2LABEL)} classes in 3 channels, "
+                         f"which {recipe.model} does not take; the model toy does.")  # fmt: skip
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     set_seed(recipe.seed)
-    model = DiTTransformer(DiTConfig.from_name(recipe.model)).train()
+    model = DiTTransformer(config).train()
     scheduler = make_scheduler(recipe)
     # fused: one kernel for all weights, 0.8 ms a step on a CPU rather than 3.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)

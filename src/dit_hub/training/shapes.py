@@ -9,7 +9,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 BACKGROUND = (20, 20, 28)
 ID2LABEL = dict(enumerate(f"{colour}-{shape}" for colour in COLOURS for shape in SHAPES))
 
-_SIZE = 16
+SIZE = 16
 _SUPERSAMPLING = 4  # each pixel is the mean of 4x4 points, which smooths the edges
 
 
@@ -35,15 +35,15 @@ def shapes(images_per_class: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
         Pictures (16 * images_per_class, 3, 16, 16), float32 in -1..1, ordered by class, and their labels, int64.
     """
     generator = torch.Generator().manual_seed(seed)
-    points = (torch.arange(_SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
+    points = (torch.arange(SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
     background = torch.tensor(BACKGROUND, dtype=torch.float32)[:, None, None]
     pictures = []
     for colour in COLOURS.values():
         foreground = torch.tensor(colour, dtype=torch.float32)[:, None, None]
         for shape in SHAPES:
             jitter = torch.rand(3, images_per_class, 1, 1, generator=generator) - 0.5
-            x = points[None, None, :] - _SIZE / 2 - jitter[0]
-            y = points[None, :, None] - _SIZE / 2 - jitter[1]
+            x = points[None, None, :] - SIZE / 2 - jitter[0]
+            y = points[None, :, None] - SIZE / 2 - jitter[1]
             inside = _inside(shape, x, y, 5.5 + jitter[2])[:, None].float()  # (images, 1, 64, 64)
             coverage = F.avg_pool2d(inside, _SUPERSAMPLING)
             pictures.append(background + coverage * (foreground - background))
