@@ -1,0 +1,142 @@
+"""Diffusers' schedulers as tables of numbers, for runtimes without Python: one row a step.
+
+A solver that is linear in the sample, the prediction and one earlier estimate needs nine numbers a step:
+
+    D  = clamp(p * x + q * prediction, -clip, clip)      the estimate that the solver remembers
+    x' = a * x + b * D + c * D_prev + noise * exp(exponent * variance) * z
+
+with z of unit variance, and `variance` the learned one of the model (in -1..1) if it has one. DDIM, DPM-Solver++ of
+first and second order, Euler along the straight path and DDPM are of this form. Coefficients are not copied from
+diffusers but measured: each step of the scheduler is run on random inputs and the three unknowns are solved for, so
+that a scheduler that does anything else is found out.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+
+from .schedulers import is_flow_matching, set_timesteps, uses_learned_variance, without_foreign_variance
+
+# Columns of a table.
+COLUMNS = ("timestep", "p", "q", "clip", "a", "b", "c", "noise", "exponent")
+
+# Instead of infinity, which ONNX's Clip would have to take for NaN times zero.
+_NO_CLIP = 1e30
+
+# Largest residue of the fit, relative to the step's output, above which a scheduler is of another form.
+_MAX_RESIDUE = 1e-5
+_EXPERIMENTS = (64, 1, 1, 1)  # a batch of one-pixel pictures
+
+_OTHER_FORM = (
+    "{} cannot be written as a table: a step of it needs more than the sample, the prediction and one estimate before. "
+    "DPMSolverMultistepScheduler, DDIMScheduler, DDPMScheduler and FlowMatchEulerDiscreteScheduler can."
+)
+
+
+def solver_table(
+    scheduler: Any, num_inference_steps: int, timesteps: Sequence[int] | Literal["official"] | None = None
+) -> np.ndarray:
+    """The table of a scheduler for a number of steps.
+
+    Args:
+        scheduler: DDIM, DPMSolverMultistep (orders 1 and 2), FlowMatchEulerDiscrete, DDPM, or another of the same form.
+        num_inference_steps: steps.
+        timesteps: as for `DiTPipeline.__call__`.
+
+    Returns:
+        (steps, len(COLUMNS)), float32, from noise to data.
+
+    Raises:
+        ValueError: the scheduler is of another form.
+    """
+    if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
+        raise ValueError(_OTHER_FORM.format(type(scheduler).__name__))
+    probe = copy.deepcopy(without_foreign_variance(scheduler))
+    set_timesteps(probe, num_inference_steps, timesteps, "cpu")
+    clip = _take_clip(probe)
+    rows, previous, generator = [], None, torch.Generator().manual_seed(0)
+    for index, timestep in enumerate(probe.timesteps):
+        sample, prediction = torch.randn(2, *_EXPERIMENTS, generator=generator, dtype=torch.float64)
+        p, q = _estimate_weights(probe, timestep, index)
+        estimate = p * sample + q * prediction
+        if isinstance(probe, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler)):
+            coefficients = _stochastic_step(probe, timestep, sample, prediction, estimate)
+        else:
+            coefficients = _deterministic_step(probe, timestep, sample, prediction, estimate, previous)
+        rows.append([float(timestep), p, q, clip, *coefficients])
+        previous = estimate
+    return np.array(rows, dtype=np.float32)
+
+
+def _take_clip(scheduler: Any) -> float:
+    """The bound of the estimate, which is switched off in the scheduler."""
+    config = scheduler.config
+    if config.get("thresholding"):
+        raise ValueError(f"{type(scheduler).__name__} thresholds, which no table can say; set thresholding=False.")
+    if not config.get("clip_sample"):
+        return _NO_CLIP
+    if isinstance(scheduler, diffusers.DDIMScheduler):  # mixes a clipped estimate with an unclipped prediction
+        raise ValueError("DDIMScheduler clips, which no table can say; set clip_sample=False.")
+    scheduler.register_to_config(clip_sample=False)
+    return float(config.get("clip_sample_range", 1.0))
+
+
+def _estimate_weights(scheduler: Any, timestep: Tensor, index: int) -> tuple[float, float]:
+    """p and q: the data that noise-predicting solvers estimate; the velocity itself along the straight path."""
+    if is_flow_matching(scheduler):
+        return 0.0, 1.0
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):  # DPM solvers interpolate the noise levels
+        signal, noise = map(float, scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index].double()))
+    else:
+        alpha_bar = float(scheduler.alphas_cumprod[int(timestep)])
+        signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    kinds = {"epsilon": (1 / signal, -noise / signal), "sample": (0.0, 1.0), "v_prediction": (signal, -noise)}
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in kinds:
+        raise ValueError(f"A table cannot express prediction_type {kind!r}.")
+    return kinds[kind]
+
+
+def _deterministic_step(
+    scheduler: Any, timestep: Tensor, sample: Tensor, prediction: Tensor, estimate: Tensor, previous: Tensor | None
+) -> list[float]:
+    """The columns a, b, c, noise and exponent of a step."""
+    result = scheduler.step(prediction, timestep, sample, return_dict=False)[0]
+    unknowns = [sample, estimate, *([] if previous is None else [previous])]
+    solution = _solve(unknowns, result, scheduler)
+    return [*solution, *[0.0] * (3 - len(solution)), 0.0, 0.0]
+
+
+def _stochastic_step(
+    scheduler: Any, timestep: Tensor, sample: Tensor, prediction: Tensor, estimate: Tensor
+) -> list[float]:
+    """The same of a DDPM, whose noise is known from its seed; learned variances are tried at both of their ends."""
+
+    def run(variance: float) -> list[float]:
+        noise = torch.randn(_EXPERIMENTS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        output = prediction
+        if uses_learned_variance(scheduler):
+            output = torch.cat([output, torch.full_like(output, variance)], dim=1)
+        generator = torch.Generator().manual_seed(1)
+        result = scheduler.step(output, timestep, sample, generator=generator, return_dict=False)[0]
+        return _solve([sample, estimate, noise], result, scheduler)
+
+    (a, b, least), (_, _, most) = run(-1.0), run(1.0)
+    if int(timestep) == 0:  # the last step draws no noise
+        return [a, b, 0.0, 0.0, 0.0]
+    return [a, b, 0.0, math.sqrt(least * most), math.log(most / least) / 2]
+
+
+def _solve(unknowns: list[Tensor], result: Tensor, scheduler: Any) -> list[float]:
+    """The weights with which the first tensors sum up to the last."""
+    columns, target = torch.stack([unknown.flatten() for unknown in unknowns], dim=1), result.double().flatten()
+    solution = torch.linalg.lstsq(columns, target).solution
+    if (columns @ solution - target).norm() > _MAX_RESIDUE * target.norm():
+        raise ValueError(_OTHER_FORM.format(type(scheduler).__name__))
+    return solution.tolist()
