@@ -1,6 +1,6 @@
 """Export to other runtimes, and those runtimes as components of a `DiTPipeline`."""
 
-from .onnx_export import export_onnx
-from .ort import ORTDiTTransformer, ORTVAEDecoder
+from .onnx_export import DEFAULT_PARTS, export_onnx
+from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
 
-__all__ = ["ORTDiTTransformer", "ORTVAEDecoder", "export_onnx"]
+__all__ = ["DEFAULT_PARTS", "ORTDiTTransformer", "ORTSampler", "ORTVAEDecoder", "export_onnx"]

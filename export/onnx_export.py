@@ -1,14 +1,10 @@
 """Export to ONNX: a pipeline folder that runs on ONNX Runtime, checked against PyTorch before it appears."""
 
-import contextlib
 import copy
-import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +13,48 @@ from torch import Tensor, nn
 
 from dit_hub.extras import require
 from dit_hub.files import check_free, new_folder
-from dit_hub.modeling_dit import DiTAttention
 from dit_hub.pipeline_dit import DiTPipeline
 
-from .ort import MODEL_FILE, ORTDiTTransformer, ORTVAEDecoder
+from .graphs import MAX_RELATIVE_ERROR, Parity, export_graph, in_float32, measure_parity
+from .ort import CONDITIONER_FILE, ORTDiTTransformer, ORTSampler, ORTVAEDecoder
+from .quantize import quantize_int8
+from .sampler import export_sampler
 
 # 23 is the first with an Attention operator, the fastest in ONNX Runtime; 20 has Gelu and runs nearly everywhere.
 # torch 2.13 writes invalid files from 26 on.
 DEFAULT_OPSET = 23
 OPSETS = range(20, 26)
 
-MAX_RELATIVE_ERROR = 1e-4
+PARTS = ("denoiser", "decoder", "sampler")
+DEFAULT_PARTS = ("denoiser", "decoder")
+PRECISIONS = tuple(MAX_RELATIVE_ERROR)
+
 _PARITY_BATCHES = (1, 2, 5)
-_LARGEST_PROTOBUF = 2**31 - 2**24  # 2 GiB, less room for the graph itself
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far a runtime is from PyTorch on random inputs.
-
-    Args:
-        relative_error: largest L2 distance over L2 norm, of all batches tried.
-        max_abs_error: largest difference of one value.
-        batch_sizes: the batches tried.
-    """
-
-    relative_error: float
-    max_abs_error: float
-    batch_sizes: tuple[int, ...]
 
 
 class _Denoiser(nn.Module):
     """The model with plain tensors in and out."""
 
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Any):
         super().__init__()
         self.transformer = transformer
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return self.transformer(hidden_states, timestep, class_labels).sample
+
+
+class _Conditioner(_Denoiser):
+    """What the model makes of timestep and class."""
+
+    def forward(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.transformer.condition(timestep, class_labels)
+
+
+class _HoistedDenoiser(_Denoiser):
+    """The model without it: the condition comes from `_Conditioner`."""
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        return self.transformer(hidden_states, condition=condition).sample
 
 
 class _Decoder(nn.Module):
@@ -72,7 +71,12 @@ class _Decoder(nn.Module):
 def export_onnx(
     model: str | os.PathLike | DiTPipeline,
     output_dir: str | os.PathLike,
+    parts: Sequence[str] = DEFAULT_PARTS,
+    precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
+    hoist: bool = False,
+    decode: bool = False,
+    max_error: float | None = None,
     overwrite: bool = False,
 ) -> dict[str, Parity]:
     """Export a pipeline to ONNX.
@@ -83,46 +87,73 @@ def export_onnx(
     Args:
         model: a pipeline, or what `DiTPipeline.from_pretrained` takes.
         output_dir: the new folder; it appears only when all checks have passed.
-        opset: version of the ONNX operators, 20 to 25.
+        parts: of `PARTS`, or "all". "denoiser": one pass. "decoder": the VAE's, where there is one. "sampler": the
+            whole loop in one file, in the folder sampler, or, without the denoiser, as the pipeline's transformer.
+        precision: of the denoiser's weights and products, of `PRECISIONS`; "int8" quantises while it runs. The
+            modulation, the gates and the residual sum stay float32 in each. The decoder and the sampler are float32.
+        opset: version of the ONNX operators, 20 to 25; the sampler's is always 20.
+        hoist: leave what depends on timestep and class alone to a file of its own, conditioner.onnx, a third of the
+            weights of an adaLN model. The pipeline then computes it for all steps ahead, in float32.
+        decode: put the VAE into the sampler's file, so that it draws pictures; models of pixels always do.
+        max_error: bound of the relative error in place of that of `MAX_RELATIVE_ERROR`.
         overwrite: replace a folder that is there.
 
     Returns:
         The errors of each exported component.
 
     Raises:
-        ValueError: an unknown opset, a full output folder, or an error above `MAX_RELATIVE_ERROR`.
+        ValueError: an unknown part, precision or opset, a full output folder, or an error above the bound.
         ImportError: the extra "onnx" is not installed.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
+    chosen = PARTS if tuple(parts) == ("all",) else tuple(parts)
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise ValueError(f"There is no part {unknown[0]!r}; known: {', '.join(PARTS)}, all.")
+    if precision == "bf16":
+        raise ValueError("ONNX Runtime has no bf16 on processors, so that the file could not be checked; use fp16.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"There is no precision {precision!r}; known: {', '.join(PRECISIONS)}.")
     if opset not in OPSETS:
         raise ValueError(f"opset must lie between {OPSETS[0]} and {OPSETS[-1]}, not {opset}.")
+    if not {"denoiser", "sampler"} & set(chosen):
+        raise ValueError("Without a denoiser or a sampler there is no pipeline; add one to the parts.")
     check_free(output_dir, overwrite)
     pipeline: DiTPipeline = model if isinstance(model, DiTPipeline) else DiTPipeline.from_pretrained(model)
     if not isinstance(pipeline.transformer, nn.Module):
         raise ValueError(f"Only a PyTorch model can be exported, not {type(pipeline.transformer).__name__}.")
 
+    bound = MAX_RELATIVE_ERROR[precision] if max_error is None else max_error
+    exact = MAX_RELATIVE_ERROR["fp32"] if max_error is None else max_error
+    report: dict[str, Parity] = {}
     with new_folder(output_dir, overwrite) as folder:
-        report = {"transformer": _export_denoiser(pipeline, folder / "transformer", opset)}
-        decoder = None
-        if pipeline.vae is not None:
-            report["vae"] = _export_decoder(pipeline, folder / "vae", opset)
+        transformer = decoder = None
+        if "denoiser" in chosen:
+            report["transformer"] = _export_denoiser(pipeline, folder / "transformer", opset, precision, hoist, bound)
+            transformer = ORTDiTTransformer.from_pretrained(folder / "transformer")
+        if "decoder" in chosen and pipeline.vae is not None:
+            report["vae"] = _export_decoder(pipeline, folder / "vae", opset, exact)
             decoder = ORTVAEDecoder.from_pretrained(folder / "vae")
-        exported = DiTPipeline(
-            ORTDiTTransformer.from_pretrained(folder / "transformer"), pipeline.scheduler, decoder, pipeline.id2label
-        )
+        if "sampler" in chosen:
+            place = "transformer" if transformer is None else "sampler"
+            report["sampler"] = export_sampler(pipeline, folder / place, decode, exact)
+            transformer = transformer or ORTSampler.from_pretrained(folder / place)
+        exported = DiTPipeline(transformer, pipeline.scheduler, decoder, pipeline.id2label)
         exported.save_pretrained(folder)
         pipeline.save_facts(folder)  # the licence goes where the weights go
-        settings = {"opset": opset, "precision": "fp32", "max_relative_error": MAX_RELATIVE_ERROR}
+        settings = {"opset": opset, "precision": precision, "hoist": hoist, "max_relative_error": bound}
         entries = {name: asdict(parity) for name, parity in report.items()}
         (folder / "report.json").write_text(json.dumps({**settings, "parity": entries}, indent=2) + "\n")
     return report
 
 
 @torch.no_grad()
-def _export_denoiser(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
-    transformer = _in_float32(pipeline.transformer)
+def _export_denoiser(
+    pipeline: DiTPipeline, folder: Path, opset: int, precision: str, hoist: bool, bound: float
+) -> Parity:
+    transformer = in_float32(pipeline.transformer)
     config = transformer.config
+    folder.mkdir()
     config.save_pretrained(folder)
 
     def inputs(batch: int) -> dict[str, Any]:
@@ -137,15 +168,33 @@ def _export_denoiser(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
             )
         return arguments
 
-    _export_graph(_Denoiser(transformer), inputs(2), ["sample"], folder, opset, max_batch=None)
+    # The model itself keeps modulation, gates and residual sum in float32 whatever its weights are.
+    exported: Any = copy.deepcopy(transformer).half() if precision == "fp16" else transformer
+    if hoist:
+        conditions = inputs(2)
+        latents = conditions.pop("hidden_states")
+        conditioner = _Conditioner(transformer)
+        export_graph(conditioner, conditions, _batched(conditions), ["condition"], folder, opset, file=CONDITIONER_FILE)
+        example = {"hidden_states": latents, "condition": transformer.condition(**conditions)}
+        path = export_graph(_HoistedDenoiser(exported), example, _batched(example), ["sample"], folder, opset)
+    else:
+        path = export_graph(_Denoiser(exported), inputs(2), _batched(inputs(2)), ["sample"], folder, opset)
+    if precision == "int8":
+        quantize_int8(path)
     runtime = ORTDiTTransformer.from_pretrained(folder)
     batches = [inputs(batch) for batch in _PARITY_BATCHES]
-    return _compare(folder, [(transformer(**batch).sample, runtime(**batch).sample) for batch in batches])
+    pairs = [(transformer(**batch).sample, runtime(**batch).sample) for batch in batches]
+    return measure_parity("transformer", pairs, bound)
+
+
+def _batched(inputs: dict[str, Tensor]) -> dict[str, dict[int, str]]:
+    """The batch is dynamic in every input."""
+    return {name: {0: "batch"} for name in inputs}
 
 
 @torch.no_grad()
-def _export_decoder(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
-    vae = _in_float32(pipeline.vae)
+def _export_decoder(pipeline: DiTPipeline, folder: Path, opset: int, bound: float) -> Parity:
+    vae = in_float32(pipeline.vae)
     vae.save_config(folder)
     height_width = pipeline.transformer.config.sample_height_width
 
@@ -154,110 +203,9 @@ def _export_decoder(pipeline: DiTPipeline, folder: Path, opset: int) -> Parity:
         return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
 
     # diffusers' upsampling branches at a batch of 64, so the exporter must be told to stay below.
-    _export_graph(_Decoder(vae), {"latents": latents(2)}, ["sample"], folder, opset, max_batch=63)
+    example = {"latents": latents(2)}
+    export_graph(_Decoder(vae), example, _batched(example), ["sample"], folder, opset, max_batch=63)
     runtime = ORTVAEDecoder.from_pretrained(folder)
     batches = [latents(batch) for batch in _PARITY_BATCHES]
-    return _compare(folder, [(vae.decode(batch).sample, runtime.decode(batch).sample) for batch in batches])
-
-
-def _in_float32(module: Any) -> Any:
-    """The module itself where it is float32, on the CPU and in evaluation mode; else a copy that is."""
-    if module.dtype == torch.float32 and module.device.type == "cpu" and not module.training:
-        return module
-    return copy.deepcopy(module).float().cpu().eval()
-
-
-def _export_graph(
-    module: nn.Module,
-    inputs: dict[str, Tensor],
-    output_names: Sequence[str],
-    folder: Path,
-    opset: int,
-    max_batch: int | None,
-) -> None:
-    """Write folder/model.onnx, with a dynamic batch and without a trace of this machine, and check it."""
-    onnx = require("onnx", "onnx")
-    folder.mkdir(exist_ok=True)
-    batch = torch.export.Dim("batch", max=max_batch) if max_batch else torch.export.Dim.DYNAMIC
-    with _quiet(), torch.no_grad(), _attention_operator() if opset >= 23 else contextlib.nullcontext():
-        program = torch.onnx.export(
-            module.eval(),
-            kwargs=inputs,
-            dynamic_shapes={name: {0: batch} for name in inputs},
-            input_names=list(inputs),
-            output_names=list(output_names),
-            opset_version=opset,
-            dynamo=True,
-        )
-    assert program is not None
-    _strip_metadata(program.model)
-    size = sum(parameter.nbytes for parameter in module.state_dict().values())
-    program.save(folder / MODEL_FILE, external_data=size > _LARGEST_PROTOBUF)
-    onnx.checker.check_model(str(folder / MODEL_FILE), full_check=True)  # full: with strict shape inference
-
-
-@contextlib.contextmanager
-def _attention_operator() -> Iterator[None]:
-    """Export attention as one operator of opset 23 that takes tokens and splits the heads itself.
-
-    Left to the exporter, four transpositions, reshapes and a split surround it: 15 % of the toy's time.
-    """
-
-    def attend(
-        self: DiTAttention, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
-    ) -> tuple[Tensor, None]:
-        count = self.num_heads
-        operator = torch.onnx.ops.attention
-        output = operator(query, key, value, q_num_heads=count, kv_num_heads=count, scale=self.scaling)[0]
-        return self.proj(output), None
-
-    original = DiTAttention.attend
-    DiTAttention.attend = attend
-    try:
-        yield
-    finally:
-        DiTAttention.attend = original
-
-
-def _strip_metadata(model: Any) -> None:
-    """Drop what the exporter notes about its source: stack traces with local paths, three times the graph's size."""
-    model.metadata_props.clear()
-    for graph in model.graphs():
-        graph.metadata_props.clear()
-        graph.doc_string = None
-        for node in graph:
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-        for value in (*graph.inputs, *graph.initializers.values()):
-            value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what the exporter prints for its developers."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _compare(folder: Path, pairs: Sequence[tuple[Tensor, Tensor]]) -> Parity:
-    relative_error, max_abs_error = 0.0, 0.0
-    for expected, actual in pairs:
-        difference = (actual - expected).double()
-        norm = expected.double().norm().item() or 1.0  # a fresh model predicts exactly zero
-        error = difference.norm().item() / norm
-        if not error <= MAX_RELATIVE_ERROR:  # also catches NaN
-            raise ValueError(
-                f"The exported {folder.name} differs from PyTorch by {error:.1e} (relative L2), "
-                f"more than {MAX_RELATIVE_ERROR:.0e}."
-            )
-        relative_error = max(relative_error, error)
-        max_abs_error = max(max_abs_error, difference.abs().max().item())
-    return Parity(relative_error, max_abs_error, tuple(len(expected) for expected, _ in pairs))
+    pairs = [(vae.decode(batch).sample, runtime.decode(batch).sample) for batch in batches]
+    return measure_parity("vae", pairs, bound)

@@ -12,7 +12,7 @@ from .registration import register
 
 if TYPE_CHECKING:
     from dit_hub.configuration_dit import DiTConfig
-    from dit_hub.export import ORTDiTTransformer, ORTVAEDecoder
+    from dit_hub.export import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
     from dit_hub.modeling_dit import DiTTransformer, DiTTransformerOutput
     from dit_hub.pipeline_dit import DiTPipeline
 
@@ -25,6 +25,7 @@ _HOMES = {
     "DiTTransformerOutput": "modeling_dit",
     "DiTPipeline": "pipeline_dit",
     "ORTDiTTransformer": "export",
+    "ORTSampler": "export",
     "ORTVAEDecoder": "export",
 }
 
@@ -34,6 +35,7 @@ __all__ = [
     "DiTTransformer",
     "DiTTransformerOutput",
     "ORTDiTTransformer",
+    "ORTSampler",
     "ORTVAEDecoder",
     "__version__",
 ]

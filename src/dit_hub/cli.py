@@ -151,7 +151,17 @@ def train(
 def export_onnx_command(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder to write; it runs in the same pipeline.")],
+    parts: Annotated[
+        list[str] | None,
+        typer.Option(help="denoiser, decoder, sampler (the whole loop in one file) or all; default: the first two."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the denoiser: fp32, fp16 or int8.")] = "fp32",
     opset: Annotated[int, typer.Option(help="Version of the ONNX operators: 23 is fastest, 20 most portable.")] = 23,
+    hoist: Annotated[
+        bool, typer.Option("--hoist/--no-hoist", help="Compute timestep and class ahead, in a file of its own.")
+    ] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Put the VAE into the sampler's file.")] = False,
+    max_error: Annotated[float | None, typer.Option(help="Accept a larger error than the precision's bound.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Export to ONNX, checked against PyTorch, for ONNX Runtime."""
@@ -161,12 +171,12 @@ def export_onnx_command(
     quiet_libraries()
     from rich.console import Console
 
-    from dit_hub.export import export_onnx
+    from dit_hub.export import DEFAULT_PARTS, export_onnx
 
     console = Console()
     with console.status("Exporting and checking…"):
-        report = export_onnx(model, out, opset=opset, overwrite=overwrite)
-    table = _table(f"ONNX opset {opset} against PyTorch", "component", "relative error", "largest difference")
+        report = export_onnx(model, out, parts or DEFAULT_PARTS, precision, opset, hoist, decode, max_error, overwrite)
+    table = _table(f"ONNX {precision} against PyTorch", "component", "relative error", "largest difference")
     for name, parity in report.items():
         table.add_row(name, f"{parity.relative_error:.1e}", f"{parity.max_abs_error:.1e}")
     console.print(table)

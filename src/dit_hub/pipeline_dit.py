@@ -15,13 +15,14 @@ from .configuration_dit import DiTConfig
 from .hub import HubPipeline
 from .labels import Labels, label_ids
 from .schedulers import check_parameterization, prediction_for, set_timesteps, without_foreign_variance
+from .solvers import COLUMNS, solver_table
 
 # Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
 # class fit; where not all steps fit, as many as do are computed together, then the next ones.
 MODULATION_BYTES = 512 * 2**20
 
 
-def guide(prediction: Tensor, guidance_scale: float, channels: int) -> Tensor:
+def guide(prediction: Tensor, guidance_scale: float | Tensor, channels: int) -> Tensor:
     """Classifier-free guidance (paper, Section 3.1): uncond + scale * (cond - uncond) on the leading `channels`.
 
     Args:
@@ -132,30 +133,21 @@ class DiTPipeline(HubPipeline):
             )
         labels = self._expand_labels(class_labels, num_images_per_label, latents)
         guidance_scale = self._resolve_guidance(guidance_scale, guidance_interval)
-        channels = self.transformer.config.guidance_channels if guidance_channels is None else guidance_channels
+        config: DiTConfig = self.transformer.config
+        channels = config.guidance_channels if guidance_channels is None else guidance_channels
         check_parameterization(self.scheduler, self.transformer.config)
         self.scheduler = without_foreign_variance(self.scheduler)
         set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device)
         sample: Any = self._initial_latents(latents, len(labels), height, width, generator)
-        step_kwargs = self._step_kwargs(generator, eta)
-
-        guided = [guidance_scale != 1 and self._within(t, guidance_interval) for t in self.scheduler.timesteps]
-        predict = self._denoiser(labels, guided)
-        scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
-        with self.progress_bar(total=len(guided)) as progress:  # pyright: ignore[reportCallIssue]
-            for i, t in enumerate(self.scheduler.timesteps):
-                model_input = scale_input(sample, t)
-                if guided[i]:
-                    prediction = predict(i, torch.cat([model_input, model_input]))
-                    prediction = guide(prediction, guidance_scale, channels)
-                else:
-                    prediction = predict(i, model_input)
-                prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
-                sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
-                progress.update()
-
+        if hasattr(self.transformer, "sample"):  # a runtime that holds the whole loop
+            if callback_on_step_end or eta or guidance_interval != (0, 1) or channels != config.guidance_channels:
+                raise ValueError("An exported sampler runs its loop as a whole: without callback, eta, guidance "
+                                 "interval, or guidance of other channels than it was exported with.")  # fmt: skip
+            sample = self._sample_at_once(sample, labels, guidance_scale, timesteps, generator)
+        else:
+            sample = self._denoise(
+                sample, labels, guidance_scale, guidance_interval, channels, eta, generator, callback_on_step_end
+            )
         images: Any = sample if output_type == "latent" else self.decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -237,6 +229,51 @@ class DiTPipeline(HubPipeline):
         return interval[0] <= float(timestep) / self.scheduler.config.num_train_timesteps <= interval[1]
 
     # --- Denoising ---------------------------------------------------------------------------------------------------
+
+    def _denoise(
+        self,
+        sample: Any,
+        labels: list[int | None],
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        channels: int,
+        eta: float,
+        generator: Any,
+        callback_on_step_end: Callable[..., Any] | None,
+    ) -> Tensor:
+        """(N, C, H, W) noise -> latents; arguments as for `__call__`."""
+        step_kwargs = self._step_kwargs(generator, eta)
+        guided = [guidance_scale != 1 and self._within(t, guidance_interval) for t in self.scheduler.timesteps]
+        predict = self._denoiser(labels, guided)
+        scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
+        with self.progress_bar(total=len(guided)) as progress:  # pyright: ignore[reportCallIssue]
+            for i, t in enumerate(self.scheduler.timesteps):
+                model_input = scale_input(sample, t)
+                if guided[i]:
+                    prediction = predict(i, torch.cat([model_input, model_input]))
+                    prediction = guide(prediction, guidance_scale, channels)
+                else:
+                    prediction = predict(i, model_input)
+                prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
+                sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
+                progress.update()
+        return sample
+
+    def _sample_at_once(
+        self, sample: Tensor, labels: list[int | None], guidance_scale: float, timesteps: Any, generator: Any
+    ) -> Tensor:
+        """The same in one call of the runtime, with the noise that the scheduler would draw."""
+        table = solver_table(self.scheduler, len(self.scheduler.timesteps), timesteps)
+        scales = table[:, COLUMNS.index("noise")]
+        # Drawn as the scheduler would: nothing for a step without noise. One of zeros is enough where none has any.
+        draws = [
+            randn_tensor(sample.shape, generator=generator) if scale else torch.zeros_like(sample) for scale in scales
+        ]
+        noise = torch.stack(draws if scales.any() else draws[:1])
+        class_labels = None if labels[0] is None else torch.tensor(labels)
+        return self.transformer.sample(sample, class_labels, guidance_scale, table, noise)
 
     def _denoiser(self, labels: list[int | None], guided: list[bool]) -> Callable[[int, Tensor], Tensor]:
         """A function (step, model input) -> prediction, of N rows, or 2N rows in guided steps (conditional first)."""

@@ -1,0 +1,31 @@
+"""Sample with onnxruntime, numpy and Pillow alone, from a file that `dit-hub export onnx --parts sampler` wrote:
+
+python examples/sample_with_onnxruntime.py OUT/transformer/model.onnx red-circle blue-cross
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+path, *names = sys.argv[1:]
+session = onnxruntime.InferenceSession(path)
+facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+ids = {
+    name.strip(): int(index) for index, all_names in facts["dit_hub.id2label"].items() for name in all_names.split(",")
+}
+table = np.array(facts["dit_hub.table"], np.float32)  # 50 steps of the model's own scheduler
+shape, generator = (len(names), *facts["dit_hub.latents"]), np.random.default_rng(0)
+inputs = {
+    "latents": generator.standard_normal(shape, np.float32),
+    "noise": generator.standard_normal((len(table), *shape), np.float32),
+    "class_labels": np.array([ids[name] for name in names]),
+    "table": table,
+    "guidance_scale": np.array(4, np.float32),
+}
+wanted = {entry.name for entry in session.get_inputs()}
+images = session.run(["images"], {name: value for name, value in inputs.items() if name in wanted})[0]
+for number, image in enumerate(np.asarray(images)):
+    Image.fromarray(image).save(f"sample-{number}.png")

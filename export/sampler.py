@@ -1,0 +1,156 @@
+"""The whole denoising loop as one ONNX file, which needs nothing of Python to sample."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
+
+from dit_hub.modeling_dit import DiTTransformer
+from dit_hub.pipeline_dit import DiTPipeline, guide
+from dit_hub.solvers import COLUMNS, solver_table
+
+from .graphs import Parity, export_graph, in_float32, measure_parity
+from .ort import ORTSampler
+
+# Attention as one operator (opset 23) does not build inside a loop in TensorRT, and Scan does not run in OpenVINO; a
+# Loop of opset 20 runs everywhere.
+SAMPLER_OPSET = 20
+
+# The table that the file carries for those who bring none.
+DEFAULT_STEPS = 50
+
+_PARITY_BATCHES, _PARITY_STEPS = (1, 2, 5), 4
+
+
+class _Sampler(nn.Module):
+    """The loop of `DiTPipeline` over a table of `dit_hub.solvers`, with the modulations computed before it."""
+
+    def __init__(self, transformer: DiTTransformer, vae: Any):
+        super().__init__()
+        self.transformer, self.vae, self.config = transformer, vae, transformer.config
+
+    def forward(
+        self,
+        latents: Tensor,
+        table: Tensor,
+        noise: Tensor,
+        class_labels: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Noise (N, C, H, W), table (S, 9), step noise (M, N, C, H, W) with M = S or less -> latents, and pictures."""
+        count, channels, steps = latents.shape[0], self.config.in_channels, table.shape[0]
+        conditions = self._conditions(table[:, 0], class_labels)  # (S, N or N + 1, K, D); the last is the null class
+        last_noise = torch.scalar_tensor(noise.shape[0] - 1, dtype=torch.int64)
+
+        def unfinished(step: Tensor, sample: Tensor, previous: Tensor) -> Tensor:
+            return step < steps
+
+        def advance(step: Tensor, sample: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+            _, p, q, clip, a, b, c, scale, exponent = table.index_select(0, step.view(1)).view(-1).unbind(0)
+            condition = conditions.index_select(0, step.view(1)).squeeze(0)
+            prediction = self._predict(sample, condition, count, guidance_scale)
+            estimate = p * sample + q * prediction[:, :channels]
+            estimate = torch.minimum(torch.maximum(estimate, -clip), clip)
+            fresh = noise.index_select(0, torch.minimum(step, last_noise).view(1)).squeeze(0)
+            if self.config.learn_sigma:
+                fresh = fresh * (exponent * prediction[:, channels:]).exp()
+            return step + 1, a * sample + b * estimate + c * previous + scale * fresh, estimate
+
+        start = (torch.zeros((), dtype=torch.int64), latents, torch.zeros_like(latents))
+        sample = while_loop(unfinished, advance, start)[1]
+        return (sample, self._pictures(sample)) if self._draws_pictures else (sample,)
+
+    @property
+    def _draws_pictures(self) -> bool:
+        return self.vae is not None or self.config.in_channels in (1, 3)
+
+    def _conditions(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
+        """(S, rows, K, D): every pair of timestep and row once, the null class shared by all pictures."""
+        steps = timesteps.shape[0]
+        if class_labels is None:
+            return self.transformer.condition(timesteps)[:, None]
+        if self.config.null_class is not None:
+            null = torch.full_like(class_labels[:1], self.config.null_class)
+            class_labels = torch.cat([class_labels, null])
+        rows = class_labels.shape[0]
+        pairs = timesteps[:, None].expand(steps, rows).reshape(-1), class_labels[None].expand(steps, rows).reshape(-1)
+        conditions = self.transformer.condition(*pairs)
+        return conditions.view(steps, rows, *conditions.shape[1:])
+
+    def _predict(self, sample: Tensor, condition: Tensor, count: int, guidance_scale: Tensor | None) -> Tensor:
+        if guidance_scale is None:
+            return self.transformer(sample, condition=condition.expand(count, -1, -1)).sample
+        both = torch.cat([condition[:count], condition[count:].expand(count, -1, -1)])
+        prediction = self.transformer(torch.cat([sample, sample]), condition=both).sample
+        return guide(prediction, guidance_scale, self.config.guidance_channels)
+
+    def _pictures(self, sample: Tensor) -> Tensor:
+        """(N, height, width, channels) uint8."""
+        if self.vae is not None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            sample = self.vae.decode(sample / self.vae.config.scaling_factor + shift).sample
+        return ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def export_sampler(pipeline: DiTPipeline, folder: Path, decode: bool, bound: float) -> Parity:
+    """Write the sampler of a pipeline into a component folder and compare it with the pipeline."""
+    transformer = in_float32(pipeline.transformer)
+    config = transformer.config
+    vae = in_float32(pipeline.vae) if decode and pipeline.vae is not None else None
+    scheduler = table_scheduler(pipeline.scheduler)
+    folder.mkdir()
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, config.in_channels, *config.sample_height_width)
+    inputs = {
+        "latents": torch.randn(shape, generator=generator),
+        "table": torch.from_numpy(solver_table(scheduler, 3)),
+        "noise": torch.randn(3, *shape, generator=generator),
+    }
+    dimensions: dict[str, Any] = {"latents": {0: "batch"}, "table": {0: "steps"}, "noise": {0: "draws", 1: "batch"}}
+    if config.num_classes:
+        inputs["class_labels"], dimensions["class_labels"] = torch.tensor([0, config.num_classes - 1]), {0: "batch"}
+    if config.null_class is not None:
+        inputs["guidance_scale"], dimensions["guidance_scale"] = torch.tensor(4.0), None
+    sampler = _Sampler(transformer, vae)
+    outputs = ["sample", "images"][: 1 + sampler._draws_pictures]
+    facts = {
+        "id2label": pipeline.id2label,
+        "columns": COLUMNS,
+        "table": solver_table(scheduler, DEFAULT_STEPS).tolist(),
+        "latents": list(shape[1:]),
+        "scheduler": type(scheduler).__name__,
+    }
+    metadata = {f"dit_hub.{name}": json.dumps(value) for name, value in facts.items()}
+    export_graph(sampler, inputs, dimensions, outputs, folder, SAMPLER_OPSET, 63 if vae is not None else None, metadata)
+    exported = DiTPipeline(ORTSampler.from_pretrained(folder), scheduler)
+    reference = DiTPipeline(transformer, scheduler)
+    pairs = [(_latents(reference, batch), _latents(exported, batch)) for batch in _PARITY_BATCHES]
+    return measure_parity("sampler", pairs, bound)
+
+
+def table_scheduler(scheduler: Any) -> Any:
+    """The scheduler itself, or DPM-Solver++ for the same noise levels where it cannot be written as a table."""
+    try:
+        solver_table(scheduler, 2)
+    except ValueError:
+        return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
+    return scheduler
+
+
+def _latents(pipeline: DiTPipeline, batch: int) -> Tensor:
+    """What a pipeline samples from a noise that depends on the batch alone."""
+    pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.transformer.config
+    return pipeline(
+        [index % config.num_classes for index in range(batch)] if config.num_classes else None,
+        num_images_per_label=1 if config.num_classes else batch,
+        num_inference_steps=_PARITY_STEPS,
+        generator=torch.Generator().manual_seed(batch),
+        output_type="latent",
+    ).images
