@@ -15,8 +15,10 @@ from dit_hub.extras import require
 from dit_hub.files import check_free, new_folder
 from dit_hub.pipeline_dit import DiTPipeline
 
+from .component import CONDITIONER_FILE, OnnxDenoiser
 from .graphs import MAX_RELATIVE_ERROR, Parity, export_graph, in_float32, measure_parity
-from .ort import CONDITIONER_FILE, ORTDiTTransformer, ORTSampler, ORTVAEDecoder
+from .openvino import RUNTIME_FILE, OpenVINODiTTransformer
+from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
 from .quantize import quantize_int8
 from .sampler import export_sampler
 
@@ -27,7 +29,10 @@ OPSETS = range(20, 26)
 
 PARTS = ("denoiser", "decoder", "sampler")
 DEFAULT_PARTS = ("denoiser", "decoder")
-PRECISIONS = tuple(MAX_RELATIVE_ERROR)
+
+# What runs the denoiser, and its precisions there.
+RUNTIMES: dict[str, type[OnnxDenoiser]] = {"onnxruntime": ORTDiTTransformer, "openvino": OpenVINODiTTransformer}
+PRECISIONS = {"onnxruntime": ("fp32", "fp16", "int8"), "openvino": ("fp32", "bf16")}
 
 _PARITY_BATCHES = (1, 2, 5)
 
@@ -75,6 +80,7 @@ def export_onnx(
     precision: str = "fp32",
     opset: int = DEFAULT_OPSET,
     hoist: bool = False,
+    runtime: str = "onnxruntime",
     decode: bool = False,
     max_error: float | None = None,
     overwrite: bool = False,
@@ -89,11 +95,13 @@ def export_onnx(
         output_dir: the new folder; it appears only when all checks have passed.
         parts: of `PARTS`, or "all". "denoiser": one pass. "decoder": the VAE's, where there is one. "sampler": the
             whole loop in one file, in the folder sampler, or, without the denoiser, as the pipeline's transformer.
-        precision: of the denoiser's weights and products, of `PRECISIONS`; "int8" quantises while it runs. The
-            modulation, the gates and the residual sum stay float32 in each. The decoder and the sampler are float32.
+        precision: of the denoiser's weights and products, of `PRECISIONS`. "fp16" keeps the modulation, the gates and
+            the residual sum in float32; "int8" quantises while it runs, but for the modulation, the first and the last
+            layer; "bf16" leaves the file as it is and tells OpenVINO. The decoder and the sampler are float32.
         opset: version of the ONNX operators, 20 to 25; the sampler's is always 20.
         hoist: leave what depends on timestep and class alone to a file of its own, conditioner.onnx, a third of the
             weights of an adaLN model. The pipeline then computes it for all steps ahead, in float32.
+        runtime: of the denoiser, "onnxruntime" or "openvino". The others run on ONNX Runtime.
         decode: put the VAE into the sampler's file, so that it draws pictures; models of pixels always do.
         max_error: bound of the relative error in place of that of `MAX_RELATIVE_ERROR`.
         overwrite: replace a folder that is there.
@@ -107,13 +115,16 @@ def export_onnx(
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
+    if runtime not in RUNTIMES:
+        raise ValueError(f"There is no runtime {runtime!r}; known: {', '.join(RUNTIMES)}.")
+    if runtime == "openvino":
+        require("openvino", "openvino")
     chosen = PARTS if tuple(parts) == ("all",) else tuple(parts)
     if unknown := [part for part in chosen if part not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}; known: {', '.join(PARTS)}, all.")
-    if precision == "bf16":
-        raise ValueError("ONNX Runtime has no bf16 on processors, so that the file could not be checked; use fp16.")
-    if precision not in PRECISIONS:
-        raise ValueError(f"There is no precision {precision!r}; known: {', '.join(PRECISIONS)}.")
+    if precision not in PRECISIONS[runtime]:
+        known = ", ".join(PRECISIONS[runtime])
+        raise ValueError(f"{runtime} does not run {precision!r} on a processor; it runs {known}.")
     if opset not in OPSETS:
         raise ValueError(f"opset must lie between {OPSETS[0]} and {OPSETS[-1]}, not {opset}.")
     if not {"denoiser", "sampler"} & set(chosen):
@@ -129,8 +140,10 @@ def export_onnx(
     with new_folder(output_dir, overwrite) as folder:
         transformer = decoder = None
         if "denoiser" in chosen:
-            report["transformer"] = _export_denoiser(pipeline, folder / "transformer", opset, precision, hoist, bound)
-            transformer = ORTDiTTransformer.from_pretrained(folder / "transformer")
+            report["transformer"] = _export_denoiser(
+                pipeline, folder / "transformer", opset, precision, hoist, RUNTIMES[runtime], bound
+            )
+            transformer = RUNTIMES[runtime].from_pretrained(folder / "transformer")
         if "decoder" in chosen and pipeline.vae is not None:
             report["vae"] = _export_decoder(pipeline, folder / "vae", opset, exact)
             decoder = ORTVAEDecoder.from_pretrained(folder / "vae")
@@ -141,7 +154,8 @@ def export_onnx(
         exported = DiTPipeline(transformer, pipeline.scheduler, decoder, pipeline.id2label)
         exported.save_pretrained(folder)
         pipeline.save_facts(folder)  # the licence goes where the weights go
-        settings = {"opset": opset, "precision": precision, "hoist": hoist, "max_relative_error": bound}
+        settings = {"opset": opset, "precision": precision, "hoist": hoist, "runtime": runtime}
+        settings["max_relative_error"] = bound
         entries = {name: asdict(parity) for name, parity in report.items()}
         (folder / "report.json").write_text(json.dumps({**settings, "parity": entries}, indent=2) + "\n")
     return report
@@ -149,7 +163,13 @@ def export_onnx(
 
 @torch.no_grad()
 def _export_denoiser(
-    pipeline: DiTPipeline, folder: Path, opset: int, precision: str, hoist: bool, bound: float
+    pipeline: DiTPipeline,
+    folder: Path,
+    opset: int,
+    precision: str,
+    hoist: bool,
+    runtime: type[OnnxDenoiser],
+    bound: float,
 ) -> Parity:
     transformer = in_float32(pipeline.transformer)
     config = transformer.config
@@ -181,9 +201,11 @@ def _export_denoiser(
         path = export_graph(_Denoiser(exported), inputs(2), _batched(inputs(2)), ["sample"], folder, opset)
     if precision == "int8":
         quantize_int8(path)
-    runtime = ORTDiTTransformer.from_pretrained(folder)
+    if runtime is OpenVINODiTTransformer:
+        (folder / RUNTIME_FILE).write_text(json.dumps({"precision": precision}) + "\n")
+    loaded = runtime.from_pretrained(folder)
     batches = [inputs(batch) for batch in _PARITY_BATCHES]
-    pairs = [(transformer(**batch).sample, runtime(**batch).sample) for batch in batches]
+    pairs = [(transformer(**batch).sample, loaded(**batch).sample) for batch in batches]
     return measure_parity("transformer", pairs, bound)
 
 

@@ -145,7 +145,11 @@ def test_sessions_take_threads_and_providers_and_save(make_pipeline: MakePipelin
     pipeline = make_pipeline()
     export_onnx(pipeline, tmp_path / "onnx")
     single = DiTPipeline.from_pretrained(tmp_path / "onnx", num_threads=1, providers=["CPUExecutionProvider"])
-    assert single.transformer.session.get_session_options().intra_op_num_threads == 1
+    if Path("/proc/self/task").is_dir():  # the calling thread is one of those asked for
+        before = len(list(Path("/proc/self/task").iterdir()))
+        three = DiTPipeline.from_pretrained(tmp_path / "onnx", num_threads=3)
+        assert len(list(Path("/proc/self/task").iterdir())) == before + 2
+        torch.testing.assert_close(sample(three, [1]), sample(single, [1]), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="no provider 'NoSuchProvider'"):
         DiTPipeline.from_pretrained(tmp_path / "onnx", providers=["NoSuchProvider"])
     single.save_pretrained(tmp_path / "copy")
@@ -237,8 +241,13 @@ def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeli
     [
         ({"parts": ["encoder"]}, "There is no part 'encoder'; known: denoiser, decoder, sampler, all"),
         ({"parts": ["decoder"]}, "Without a denoiser or a sampler there is no pipeline"),
-        ({"precision": "fp8"}, "There is no precision 'fp8'; known: fp32, fp16, int8"),
-        ({"precision": "bf16"}, "ONNX Runtime has no bf16 on processors"),
+        ({"precision": "fp8"}, "onnxruntime does not run 'fp8' on a processor; it runs fp32, fp16, int8"),
+        ({"precision": "bf16"}, "onnxruntime does not run 'bf16' on a processor"),
+        (
+            {"precision": "int8", "runtime": "openvino"},
+            "openvino does not run 'int8' on a processor; it runs fp32, bf16",
+        ),
+        ({"runtime": "coreml"}, "There is no runtime 'coreml'; known: onnxruntime, openvino"),
         ({"opset": 26}, "opset must lie between 20 and 25"),
     ],
 )
@@ -332,3 +341,36 @@ def test_the_sampler_at_the_command_line(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
     pictures = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("ort.png", "torch.png")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+# --- OpenVINO --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("precision", "hoist", "bound"), [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("bf16", True, 1e-2)]
+)
+def test_openvino_runs_in_the_same_pipeline(
+    make_pipeline: MakePipeline, tmp_path: Path, precision: str, hoist: bool, bound: float
+) -> None:
+    pipeline = make_pipeline()
+    report = export_onnx(pipeline, tmp_path / "ov", precision=precision, hoist=hoist, runtime="openvino")
+    assert report["transformer"].relative_error < bound
+    exported = DiTPipeline.from_pretrained(tmp_path / "ov", num_threads=1)
+    assert type(exported.transformer).__name__ == "OpenVINODiTTransformer"
+    assert distance(latents(exported, [1, 2]), latents(pipeline, [1, 2])) < 2 * bound
+    exported.save_pretrained(tmp_path / "copy")
+    again = DiTPipeline.from_pretrained(tmp_path / "copy")
+    assert distance(latents(again, [1, 2]), latents(exported, [1, 2])) < 1e-5
+    (tmp_path / "copy" / "transformer" / "model.onnx").write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"OpenVINO cannot load .*model\.onnx"):
+        DiTPipeline.from_pretrained(tmp_path / "copy")
+
+
+def test_without_openvino_the_error_names_the_extra(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    export_onnx(make_pipeline(), tmp_path / "ov", runtime="openvino")
+    script = (
+        "import sys\nsys.modules['openvino'] = None\nfrom dit_hub import DiTPipeline\n"
+        f"DiTPipeline.from_pretrained({str(tmp_path / 'ov')!r})\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert 'pip install "dit-hub[openvino]"' in run.stderr.splitlines()[-1]

@@ -12,7 +12,7 @@ from .registration import register
 
 if TYPE_CHECKING:
     from dit_hub.configuration_dit import DiTConfig
-    from dit_hub.export import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
+    from dit_hub.export import OpenVINODiTTransformer, ORTDiTTransformer, ORTSampler, ORTVAEDecoder
     from dit_hub.modeling_dit import DiTTransformer, DiTTransformerOutput
     from dit_hub.pipeline_dit import DiTPipeline
 
@@ -27,6 +27,7 @@ _HOMES = {
     "ORTDiTTransformer": "export",
     "ORTSampler": "export",
     "ORTVAEDecoder": "export",
+    "OpenVINODiTTransformer": "export",
 }
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ORTDiTTransformer",
     "ORTSampler",
     "ORTVAEDecoder",
+    "OpenVINODiTTransformer",
     "__version__",
 ]
 

@@ -155,11 +155,14 @@ def export_onnx_command(
         list[str] | None,
         typer.Option(help="denoiser, decoder, sampler (the whole loop in one file) or all; default: the first two."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of the denoiser: fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="Of the denoiser: fp32, fp16 or int8; with openvino fp32 or bf16.")
+    ] = "fp32",
     opset: Annotated[int, typer.Option(help="Version of the ONNX operators: 23 is fastest, 20 most portable.")] = 23,
     hoist: Annotated[
         bool, typer.Option("--hoist/--no-hoist", help="Compute timestep and class ahead, in a file of its own.")
     ] = False,
+    runtime: Annotated[str, typer.Option(help="Of the denoiser: onnxruntime or openvino.")] = "onnxruntime",
     decode: Annotated[bool, typer.Option("--decode", help="Put the VAE into the sampler's file.")] = False,
     max_error: Annotated[float | None, typer.Option(help="Accept a larger error than the precision's bound.")] = None,
     overwrite: Overwrite = False,
@@ -175,7 +178,8 @@ def export_onnx_command(
 
     console = Console()
     with console.status("Exporting and checking…"):
-        report = export_onnx(model, out, parts or DEFAULT_PARTS, precision, opset, hoist, decode, max_error, overwrite)
+        report = export_onnx(model, out, parts or DEFAULT_PARTS, precision, opset, hoist, runtime, decode, max_error,
+                             overwrite)  # fmt: skip
     table = _table(f"ONNX {precision} against PyTorch", "component", "relative error", "largest difference")
     for name, parity in report.items():
         table.add_row(name, f"{parity.relative_error:.1e}", f"{parity.max_abs_error:.1e}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 # Classes that model_index.json may name as components of a pipeline folder, all living in `dit_hub`.
-COMPONENTS = ("DiTTransformer", "ORTDiTTransformer", "ORTSampler", "ORTVAEDecoder")
+COMPONENTS = ("DiTTransformer", "ORTDiTTransformer", "ORTSampler", "ORTVAEDecoder", "OpenVINODiTTransformer")
 
 
 def _register_components(loading: ModuleType) -> None:
