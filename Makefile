@@ -21,7 +21,7 @@ demo: .venv/.installed  ## Sample the embedded toy in PyTorch and on ONNX Runtim
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## Run the tests (under 10 minutes on 2 cores).
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # most of the time is in processes that import torch
 
 test-slow: .venv/.installed  ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m slow
@@ -37,6 +37,7 @@ format: .venv/.installed  ## Format and fix what can be fixed.
 
 bench: .venv/.installed  ## Print the speed tables of benchmarks/README.md for this machine.
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/training.py
 
 bench-checkpoints: .venv/.installed  ## Convert and load an XL/2 checkpoint beside a plain copy (11 GB of disk, 3 minutes).

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,26 @@ def ours_compiled_bf16(model: Any) -> Forward:
     return ours_compiled(model.to(torch.bfloat16))
 
 
-def onnx_runtime(model: Any) -> Forward:
+def exported(model: Any, **options: Any) -> Forward:
+    """An export of the model, run as the pipeline runs it: a hoisted one gets its modulations from before the loop."""
     from diffusers import DDIMScheduler
 
-    from dit_hub import DiTPipeline, ORTDiTTransformer
+    from dit_hub import DiTPipeline
     from dit_hub.export import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(DiTPipeline(model, DDIMScheduler()), Path(folder, "onnx"))
-        session = ORTDiTTransformer.from_pretrained(Path(folder, "onnx", "transformer"))
-    return lambda **inputs: session(**inputs).sample
+        export_onnx(DiTPipeline(model, DDIMScheduler()), Path(folder, "export"), **options)
+        denoiser = DiTPipeline.from_pretrained(Path(folder, "export")).transformer
+    if not hasattr(denoiser, "condition"):
+        return lambda **inputs: denoiser(**inputs).sample
+    conditions: dict[int, torch.Tensor] = {}
+
+    def forward(hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        if not conditions:
+            conditions[0] = denoiser.condition(timestep, class_labels)
+        return denoiser(hidden_states, condition=conditions[0]).sample
+
+    return forward
 
 
 CONTENDERS: dict[str, Callable[[Any], Forward]] = {
@@ -96,7 +107,10 @@ CONTENDERS: dict[str, Callable[[Any], Forward]] = {
     "dit-hub fp32 eager, modulations ahead": ours_precomputed,
     "dit-hub fp32 compiled": ours_compiled,
     "dit-hub bf16 compiled": ours_compiled_bf16,
-    "dit-hub ONNX Runtime fp32": onnx_runtime,
+    "dit-hub ONNX Runtime fp32": exported,
+    "dit-hub ONNX Runtime int8": partial(exported, precision="int8"),
+    "dit-hub ONNX Runtime int8, hoisted": partial(exported, precision="int8", hoist=True),
+    "dit-hub OpenVINO bf16, hoisted": partial(exported, precision="bf16", hoist=True, runtime="openvino"),
 }
 
 
@@ -158,6 +172,17 @@ def measure(workload: str, rounds: int, console: Console) -> Table:
     return table
 
 
+def matmul_peak(dtype: torch.dtype, side: int = 2048) -> float:
+    """The best of 20 products of square matrices, in operations per second."""
+    left, right = torch.randn(2, side, side).to(dtype)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.matmul(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
 def processor() -> str:
     """The processor's name, where the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -179,6 +204,8 @@ def main() -> None:
     console.print(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, onnxruntime {onnxruntime.__version__}"
     )
+    peaks = (f"{matmul_peak(dtype) / 1e9:.0f} ({dtype})" for dtype in (torch.float32, torch.bfloat16))
+    console.print(f"matrix products of 2048x2048, G operations/s: {', '.join(peaks)}")
     for workload in WORKLOADS:
         console.print(measure(workload, rounds, console))
 

@@ -81,7 +81,7 @@ def export_graph(
         name: {axis: dimension(what) for axis, what in axes.items()} if axes else None
         for name, axes in dimensions.items()
     }
-    with _quiet(), torch.no_grad(), _attention_operator() if opset >= 23 else contextlib.nullcontext():
+    with _quiet(), torch.no_grad(), _attention_operator() if opset >= 23 else _attention_written_out():
         program = torch.onnx.export(
             module.eval(),
             kwargs=inputs,
@@ -121,6 +121,25 @@ def _attention_operator() -> Iterator[None]:
         yield
     finally:
         DiTAttention.attend = original
+
+
+@contextlib.contextmanager
+def _attention_written_out() -> Iterator[None]:
+    """Export self-attention with one transposition of query, key and value together, not one of each: 11 % of the
+    sampler's time for the toy."""
+
+    def forward(self: DiTAttention, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
+        qkv = self.qkv(hidden_states.to(self.qkv.weight.dtype))  # (N, T, 3D)
+        heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, head size)
+        weights = torch.softmax(heads[0] @ heads[1].transpose(-1, -2) * self.scaling, dim=-1)
+        return self.proj((weights @ heads[2]).transpose(1, 2).flatten(2)), None
+
+    original = DiTAttention.forward
+    DiTAttention.forward = forward
+    try:
+        yield
+    finally:
+        DiTAttention.forward = original
 
 
 def _strip_metadata(model: Any) -> None:

@@ -41,10 +41,21 @@ class _Sampler(nn.Module):
         class_labels: Tensor | None = None,
         guidance_scale: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Noise (N, C, H, W), table (S, 9), step noise (M, N, C, H, W) with M = S or less -> latents, and pictures."""
-        count, channels, steps = latents.shape[0], self.config.in_channels, table.shape[0]
-        conditions = self._conditions(table[:, 0], class_labels)  # (S, N or N + 1, K, D); the last is the null class
+        """The loop.
+
+        Args:
+            latents: (N, C, H, W) noise.
+            table: (S, 9) of `dit_hub.solvers`.
+            noise: (M, N, C, H, W) of the steps of a stochastic solver; the last one stands for all further steps.
+            class_labels: (N,), or (2N,) for guidance: the classes, then N times the null class.
+            guidance_scale: a scalar; without effect on N labels.
+
+        Returns:
+            (N, C, H, W) latents; and pictures, (N, height, width, channels) in uint8, where the graph has them.
+        """
+        channels, steps = self.config.in_channels, table.shape[0]
         last_noise = torch.scalar_tensor(noise.shape[0] - 1, dtype=torch.int64)
+        conditions = self._conditions(table[:, 0], class_labels)  # (S, rows, K, D)
 
         def unfinished(step: Tensor, sample: Tensor, previous: Tensor) -> Tensor:
             return step < steps
@@ -52,7 +63,7 @@ class _Sampler(nn.Module):
         def advance(step: Tensor, sample: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
             _, p, q, clip, a, b, c, scale, exponent = table.index_select(0, step.view(1)).view(-1).unbind(0)
             condition = conditions.index_select(0, step.view(1)).squeeze(0)
-            prediction = self._predict(sample, condition, count, guidance_scale)
+            prediction = self._predict(sample, condition, guidance_scale)
             estimate = p * sample + q * prediction[:, :channels]
             estimate = torch.minimum(torch.maximum(estimate, -clip), clip)
             fresh = noise.index_select(0, torch.minimum(step, last_noise).view(1)).squeeze(0)
@@ -69,24 +80,23 @@ class _Sampler(nn.Module):
         return self.vae is not None or self.config.in_channels in (1, 3)
 
     def _conditions(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
-        """(S, rows, K, D): every pair of timestep and row once, the null class shared by all pictures."""
+        """(S, rows, K, D): every pair of timestep and row, once."""
         steps = timesteps.shape[0]
         if class_labels is None:
             return self.transformer.condition(timesteps)[:, None]
-        if self.config.null_class is not None:
-            null = torch.full_like(class_labels[:1], self.config.null_class)
-            class_labels = torch.cat([class_labels, null])
         rows = class_labels.shape[0]
         pairs = timesteps[:, None].expand(steps, rows).reshape(-1), class_labels[None].expand(steps, rows).reshape(-1)
         conditions = self.transformer.condition(*pairs)
         return conditions.view(steps, rows, *conditions.shape[1:])
 
-    def _predict(self, sample: Tensor, condition: Tensor, count: int, guidance_scale: Tensor | None) -> Tensor:
+    def _predict(self, sample: Tensor, condition: Tensor, guidance_scale: Tensor | None) -> Tensor:
+        count, rows = sample.shape[0], condition.shape[0]
         if guidance_scale is None:
             return self.transformer(sample, condition=condition.expand(count, -1, -1)).sample
-        both = torch.cat([condition[:count], condition[count:].expand(count, -1, -1)])
-        prediction = self.transformer(torch.cat([sample, sample]), condition=both).sample
-        return guide(prediction, guidance_scale, self.config.guidance_channels)
+        # Where there are as many rows as pictures, both halves below are the whole, and guidance adds nothing.
+        prediction = self.transformer(torch.cat([sample, sample])[:rows], condition=condition).sample
+        halves = torch.cat([prediction[:count], prediction[rows - count :]])
+        return guide(halves, guidance_scale, self.config.guidance_channels)
 
     def _pictures(self, sample: Tensor) -> Tensor:
         """(N, height, width, channels) uint8."""
@@ -116,11 +126,14 @@ def export_sampler(pipeline: DiTPipeline, folder: Path, decode: bool, bound: flo
     if config.num_classes:
         inputs["class_labels"], dimensions["class_labels"] = torch.tensor([0, config.num_classes - 1]), {0: "batch"}
     if config.null_class is not None:
+        inputs["class_labels"] = torch.tensor([0, config.num_classes - 1, config.null_class, config.null_class])
         inputs["guidance_scale"], dimensions["guidance_scale"] = torch.tensor(4.0), None
+        dimensions["class_labels"] = {0: "rows"}
     sampler = _Sampler(transformer, vae)
     outputs = ["sample", "images"][: 1 + sampler._draws_pictures]
     facts = {
         "id2label": pipeline.id2label,
+        "null_class": config.null_class,
         "columns": COLUMNS,
         "table": solver_table(scheduler, DEFAULT_STEPS).tolist(),
         "latents": list(shape[1:]),

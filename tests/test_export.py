@@ -1,6 +1,7 @@
 """ONNX export and ONNX Runtime as a runtime of the pipeline."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,9 @@ from dit_hub.export import export_onnx
 
 from .conftest import dit_hub
 
+# diffusers' schedulers pass tensors to numpy.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 MakePipeline = Callable[..., DiTPipeline]
 
 
@@ -38,6 +42,14 @@ def make_pipeline(make_model: Callable[..., DiTTransformer], make_vae: Callable[
         return DiTPipeline(make_model(**fields), scheduler or DDIMScheduler(clip_sample=False), vae)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def exported_toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model on ONNX Runtime, to copy and damage."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    export_onnx("dit-toy-shapes", folder)
+    return folder
 
 
 def sample(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
@@ -158,8 +170,8 @@ def test_sessions_take_threads_and_providers_and_save(make_pipeline: MakePipelin
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "foreign"])
-def test_a_damaged_file_is_one_sentence(make_pipeline: MakePipeline, tmp_path: Path, damage: str) -> None:
-    export_onnx(make_pipeline(), tmp_path / "onnx")
+def test_a_damaged_file_is_one_sentence(exported_toy: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(exported_toy, tmp_path / "onnx")
     path = tmp_path / "onnx" / "transformer" / "model.onnx"
     content = path.read_bytes()
     path.unlink()
@@ -170,11 +182,10 @@ def test_a_damaged_file_is_one_sentence(make_pipeline: MakePipeline, tmp_path: P
     assert "\n" not in str(error.value)
 
 
-def test_without_onnxruntime_the_error_names_the_extra(make_pipeline: MakePipeline, tmp_path: Path) -> None:
-    export_onnx(make_pipeline(), tmp_path / "onnx")
+def test_without_onnxruntime_the_error_names_the_extra(exported_toy: Path) -> None:
     script = (
         "import sys\nsys.modules['onnxruntime'] = None\nfrom dit_hub import DiTPipeline\n"
-        f"DiTPipeline.from_pretrained({str(tmp_path / 'onnx')!r})\n"
+        f"DiTPipeline.from_pretrained({str(exported_toy)!r})\n"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode != 0
@@ -315,24 +326,7 @@ def test_all_parts_lie_side_by_side(make_pipeline: MakePipeline, tmp_path: Path)
     assert [output.name for output in graph.output] == ["sample", "images"]
 
 
-def test_the_sampler_file_draws_with_onnxruntime_alone(tmp_path: Path) -> None:
-    """The example, in a Python that refuses torch, diffusers, transformers and dit_hub."""
-    export_onnx("dit-toy-shapes", tmp_path / "onnx", parts=["sampler"])
-    example = Path(__file__).parents[1] / "examples" / "sample_with_onnxruntime.py"
-    path = tmp_path / "onnx" / "transformer" / "model.onnx"
-    script = (
-        "import sys, runpy\n"
-        "for name in ('torch', 'diffusers', 'transformers', 'dit_hub'):\n    sys.modules[name] = None\n"
-        f"sys.argv = ['x', {str(path)!r}, 'red-circle', 'blue-cross', 'yellow-square']\n"
-        f"runpy.run_path({str(example)!r})\n"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    drawn = [np.asarray(Image.open(tmp_path / f"sample-{number}.png")) for number in range(3)]
-    for picture, colour in zip(drawn, ([230, 60, 60], [70, 110, 240], [240, 210, 60]), strict=True):
-        assert np.abs(picture[8, 8].astype(int) - colour).max() < 30  # the middle of a shape has its colour
-
-
-def test_the_sampler_at_the_command_line(tmp_path: Path) -> None:
+def test_the_sampler_file_draws_in_the_pipeline_and_with_onnxruntime_alone(tmp_path: Path) -> None:
     run = dit_hub("export", "onnx", "dit-toy-shapes", "onnx", "--parts", "sampler", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "sampler" in run.stdout
@@ -341,6 +335,18 @@ def test_the_sampler_at_the_command_line(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr
     pictures = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("ort.png", "torch.png")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    # The example, in a Python that refuses torch, diffusers, transformers and dit_hub.
+    example = Path(__file__).parents[1] / "examples" / "sample_with_onnxruntime.py"
+    script = (
+        "import sys, runpy\n"
+        "for name in ('torch', 'diffusers', 'transformers', 'dit_hub'):\n    sys.modules[name] = None\n"
+        "sys.argv = ['x', 'onnx/transformer/model.onnx', 'red-circle', 'blue-cross', 'yellow-square']\n"
+        f"runpy.run_path({str(example)!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    drawn = [np.asarray(Image.open(tmp_path / f"sample-{number}.png")) for number in range(3)]
+    for picture, colour in zip(drawn, ([230, 60, 60], [70, 110, 240], [240, 210, 60]), strict=True):
+        assert np.abs(picture[8, 8].astype(int) - colour).max() < 30  # the middle of a shape has its colour
 
 
 # --- OpenVINO --------------------------------------------------------------------------------------------------------

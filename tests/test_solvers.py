@@ -12,6 +12,9 @@ from torch import Tensor
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.solvers import COLUMNS, solver_table
 
+# diffusers' schedulers pass tensors to numpy.
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
 MakeModel = Callable[..., DiTTransformer]
 
 OFFICIAL = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
