@@ -1,7 +1,23 @@
 """Export to other runtimes, and those runtimes as components of a `DiTPipeline`."""
 
-from .onnx_export import DEFAULT_PARTS, export_onnx
+from .onnx_export import export_onnx
 from .openvino import OpenVINODiTTransformer
 from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
+from .parts import DEFAULT_PARTS
+from .tensorrt import TensorRTDiTTransformer, TensorRTSampler, TensorRTVAEDecoder
+from .tensorrt_export import export_tensorrt
+from .verify import verify_export
 
-__all__ = ["DEFAULT_PARTS", "ORTDiTTransformer", "ORTSampler", "ORTVAEDecoder", "OpenVINODiTTransformer", "export_onnx"]
+__all__ = [
+    "DEFAULT_PARTS",
+    "ORTDiTTransformer",
+    "ORTSampler",
+    "ORTVAEDecoder",
+    "OpenVINODiTTransformer",
+    "TensorRTDiTTransformer",
+    "TensorRTSampler",
+    "TensorRTVAEDecoder",
+    "export_onnx",
+    "export_tensorrt",
+    "verify_export",
+]

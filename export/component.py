@@ -1,8 +1,9 @@
-"""What the runtimes of ONNX files share: a component of a pipeline folder, and the denoiser.
+"""What the runtimes share: the denoiser, the whole sampler and the VAE decoder as components of a pipeline folder.
 
 A folder is as optimum's: `<component>/model.onnx` beside its config.json.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from dit_hub.configuration_dit import DiTConfig
@@ -19,8 +22,14 @@ from dit_hub.runtime import RuntimeOptions, current_options
 MODEL_FILE = "model.onnx"
 CONDITIONER_FILE = "conditioner.onnx"
 
-# A loaded file: arrays by input name -> its first output.
-Session = Callable[[dict[str, np.ndarray]], np.ndarray]
+# What the runtime must know of the file beyond config.json: {"dynamic_size": false}; for OpenVINO also "precision".
+SETTINGS_FILE = "runtime.json"
+
+# Most pairs of timestep and class that the conditioner takes at a time; engines are built for as many.
+MAX_PAIRS = 1024
+
+# A loaded file: contiguous tensors by input name, on the component's device -> its first output, there too.
+Session = Callable[[dict[str, Tensor]], Tensor]
 
 
 class RuntimeOutput(NamedTuple):
@@ -29,21 +38,26 @@ class RuntimeOutput(NamedTuple):
     sample: Tensor
 
 
-class OnnxComponent:
+class RuntimeComponent:
     """A file and its config.json, loaded by the runtime that a subclass's `_open` stands for."""
 
-    dtype = torch.float32
+    dtype = torch.float32  # of inputs and outputs, whatever the runtime computes in
     device = torch.device("cpu")
+    runtime = ""  # its name in reports
+    model_file = MODEL_FILE
+    conditioner_file = CONDITIONER_FILE
 
     def __init__(self, folder: Path, config: Any, options: RuntimeOptions):
         self.folder, self.config = folder, config
-        self._call = self._load(MODEL_FILE, options)
+        settings = folder / SETTINGS_FILE
+        self.settings: dict[str, Any] = json.loads(settings.read_text()) if settings.is_file() else {}
+        self._run = self._load(self.model_file, options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Copy the model files to another folder."""
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
-        for path in (*self.folder.glob("*.onnx*"), *self.folder.glob("*.json")):
+        for path in self.folder.iterdir():
             if path.is_file() and not (target / path.name).exists():
                 shutil.copyfile(path, target / path.name)
 
@@ -55,42 +69,59 @@ class OnnxComponent:
     def _open(self, path: Path, options: RuntimeOptions) -> Session:
         raise NotImplementedError
 
-    def _run(self, **inputs: np.ndarray) -> Tensor:
-        return torch.from_numpy(self._call(inputs))
+    def evaluate(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The part's output for a case of its reference."""
+        raise NotImplementedError
+
+    @classmethod
+    def load_config(cls, folder: str | os.PathLike) -> Any:
+        """What config.json says."""
+        return DiTConfig.from_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, options: RuntimeOptions | None = None, **kwargs: Any) -> Any:
+        """Load an exported component.
+
+        Args:
+            folder: with its file and config.json.
+            options: providers, threads, …; None means those given to `DiTPipeline.from_pretrained`, else the defaults.
+            kwargs: ignored; diffusers passes its loading options to every component.
+
+        Raises:
+            ValueError: a missing or damaged file, or one that does not run here.
+            ImportError: the runtime is not installed.
+        """
+        return cls(Path(folder), cls.load_config(folder), options or current_options())
+
+    def _floats(self, values: Tensor | float) -> Tensor:
+        return to_device(values, torch.float32, self.device)
+
+    def _integers(self, values: Tensor) -> Tensor:
+        return to_device(values, torch.int64, self.device)
 
 
-class OnnxDenoiser(OnnxComponent):
+class RuntimeDenoiser(RuntimeComponent):
     """The denoiser; as `DiTTransformer`, a component of a `DiTPipeline`."""
 
     config: DiTConfig
 
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, options: RuntimeOptions | None = None, **kwargs: Any) -> Any:
-        """Load an exported denoiser.
-
-        Args:
-            folder: the component's folder, with model.onnx and config.json.
-            options: providers and threads; None means those given to `DiTPipeline.from_pretrained`, else the defaults.
-            kwargs: ignored; diffusers passes its loading options to every component.
-
-        Raises:
-            ValueError: a missing or damaged file, or a provider that is not available.
-            ImportError: the runtime is not installed.
-        """
-        return cls(Path(folder), DiTConfig.from_pretrained(folder), options or current_options())
-
     def __init__(self, folder: Path, config: DiTConfig, options: RuntimeOptions):
         super().__init__(folder, config, options)
-        if (folder / CONDITIONER_FILE).is_file():  # exported with hoist: the pipeline then computes conditions ahead
-            self._conditioner = self._load(CONDITIONER_FILE, options)
+        if (folder / self.conditioner_file).is_file():  # exported with hoist; the pipeline computes them ahead
+            self._conditioner = self._load(self.conditioner_file, options)
             self.condition = self._condition
 
     def _condition(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """As `DiTTransformer.condition`: (N,) timesteps and labels -> (N, K, D)."""
-        inputs = {"timestep": to_array(timestep, np.float32)}
+        inputs = {"timestep": self._floats(timestep)}
         if class_labels is not None:
-            inputs["class_labels"] = to_array(class_labels, np.int64)
-        return torch.from_numpy(self._conditioner(inputs))
+            inputs["class_labels"] = self._integers(class_labels)
+        chunks = [{name: value[i : i + MAX_PAIRS] for name, value in inputs.items()}
+                  for i in range(0, len(inputs["timestep"]), MAX_PAIRS)]  # fmt: skip
+        return torch.cat([self._conditioner(chunk) for chunk in chunks])
+
+    def evaluate(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self(inputs["hidden_states"], inputs["timestep"], inputs.get("class_labels")).sample
 
     def __call__(
         self,
@@ -105,29 +136,87 @@ class OnnxDenoiser(OnnxComponent):
         `condition` is for exports with hoist. `return_dict` changes nothing: the output is a tuple whose only entry has
         a name.
         """
-        if tuple(hidden_states.shape[2:]) != self.config.sample_height_width:
+        fixed = not self.settings.get("dynamic_size")
+        if fixed and tuple(hidden_states.shape[2:]) != self.config.sample_height_width:
             height, width = self.config.sample_height_width
-            raise ValueError(f"This export takes inputs of {height}x{width}, not {list(hidden_states.shape[2:])}.")
-        inputs = {"hidden_states": to_array(hidden_states, np.float32)}
+            raise ValueError(
+                f"This export takes inputs of {height}x{width}, not {list(hidden_states.shape[2:])}; "
+                "export it with --dynamic-size for others."
+            )
+        inputs = {"hidden_states": self._floats(hidden_states)}
         if condition is None:
             if timestep is None:
                 raise ValueError("Give a timestep, or the condition that was computed from one.")
-            timesteps = to_array(timestep, np.float32)
-            if timesteps.size == 1:
-                timesteps = np.full(len(hidden_states), timesteps, np.float32)
+            timesteps = self._floats(timestep)
+            if timesteps.numel() == 1:
+                timesteps = timesteps.expand(len(hidden_states)).contiguous()
             if hasattr(self, "condition"):
-                condition = self._condition(torch.from_numpy(timesteps), class_labels)
+                condition = self._condition(timesteps, class_labels)
             else:
                 inputs["timestep"] = timesteps
                 if class_labels is not None:
-                    inputs["class_labels"] = to_array(class_labels, np.int64)
+                    inputs["class_labels"] = self._integers(class_labels)
         if condition is not None:
-            inputs["condition"] = to_array(condition, np.float32)
-        return RuntimeOutput(self._run(**inputs).to(hidden_states))
+            inputs["condition"] = self._floats(condition)
+        return RuntimeOutput(self._run(inputs).to(hidden_states))
 
 
-def to_array(tensor: Tensor | float, dtype: type) -> np.ndarray:
-    """A tensor or number as a contiguous array."""
-    # One call each into torch and numpy: between the runs of a small model every further one is felt.
-    values = tensor.numpy(force=True) if isinstance(tensor, Tensor) else tensor
-    return np.ascontiguousarray(values, dtype)
+class RuntimeSampler(RuntimeComponent):
+    """The whole denoising loop; in place of the denoiser, a component of a `DiTPipeline`."""
+
+    config: DiTConfig
+
+    def sample(
+        self, latents: Tensor, class_labels: Tensor | None, guidance_scale: float, table: np.ndarray, noise: Tensor
+    ) -> Tensor:
+        """Denoise from the first row of the table to the last.
+
+        Args:
+            latents: (N, C, H, W) noise.
+            class_labels: (N,) integers, or None for unconditional models.
+            guidance_scale: for models with a null class; 1 means no guidance and takes half the time.
+            table: (S, 9) of `dit_hub.solvers.solver_table`.
+            noise: (M, N, C, H, W), of each step of a stochastic solver; the last one stands for all further steps.
+
+        Returns:
+            (N, C, H, W) latents.
+        """
+        inputs = {
+            "latents": self._floats(latents),
+            "table": self._floats(torch.from_numpy(table)),
+            "noise": self._floats(noise),
+        }
+        if class_labels is not None:
+            inputs["class_labels"] = self._integers(class_labels)
+        if (null := self.config.null_class) is not None:
+            inputs["guidance_scale"] = self._floats(guidance_scale)
+            if guidance_scale != 1:
+                labels = inputs["class_labels"]
+                inputs["class_labels"] = torch.cat([labels, torch.full_like(labels, null)])
+        return self._run(inputs)
+
+    def evaluate(self, inputs: dict[str, Tensor]) -> Tensor:
+        scale = float(inputs.get("guidance_scale", 1.0))
+        return self.sample(
+            inputs["latents"], inputs.get("class_labels"), scale, inputs["table"].numpy(), inputs["noise"]
+        )
+
+
+class RuntimeDecoder(RuntimeComponent):
+    """The decoder of an `AutoencoderKL`, as the `vae` of a `DiTPipeline`."""
+
+    @classmethod
+    def load_config(cls, folder: str | os.PathLike) -> Any:
+        return FrozenDict(AutoencoderKL.load_config(folder))
+
+    def decode(self, latents: Tensor, return_dict: bool = True) -> RuntimeOutput:
+        """(N, C, H, W) latents, already divided by the scaling factor -> `sample` (N, 3, 8H, 8W) in -1..1."""
+        return RuntimeOutput(self._run({"latents": self._floats(latents)}).to(latents))
+
+    def evaluate(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.decode(inputs["latents"]).sample
+
+
+def to_device(values: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor or number as a contiguous tensor there."""
+    return torch.as_tensor(values, dtype=dtype, device=device).contiguous()

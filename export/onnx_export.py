@@ -1,76 +1,33 @@
-"""Export to ONNX: a pipeline folder that runs on ONNX Runtime, checked against PyTorch before it appears."""
+"""Export to ONNX: a pipeline folder for ONNX Runtime or OpenVINO, checked against PyTorch before it appears."""
 
 import copy
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit_hub.extras import require
 from dit_hub.files import check_free, new_folder
 from dit_hub.pipeline_dit import DiTPipeline
 
-from .component import CONDITIONER_FILE, OnnxDenoiser
-from .graphs import MAX_RELATIVE_ERROR, Parity, export_graph, in_float32, measure_parity
-from .openvino import RUNTIME_FILE, OpenVINODiTTransformer
+from .component import MODEL_FILE, SETTINGS_FILE, RuntimeDenoiser
+from .openvino import OpenVINODiTTransformer
 from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
-from .quantize import quantize_int8
-from .sampler import export_sampler
-
-# 23 is the first with an Attention operator, the fastest in ONNX Runtime; 20 has Gelu and runs nearly everywhere.
-# torch 2.13 writes invalid files from 26 on.
-DEFAULT_OPSET = 23
-OPSETS = range(20, 26)
-
-PARTS = ("denoiser", "decoder", "sampler")
-DEFAULT_PARTS = ("denoiser", "decoder")
+from .parts import DEFAULT_OPSET, DEFAULT_PARTS, OPSETS, PARTS, WEIGHT_TYPES, in_float32, write_decoder, write_denoiser
+from .quantize import calibrate, quantize_dynamic, quantize_static
+from .reference import MAX_RELATIVE_ERROR, Parity, measure_parity, read_reference, write_report
+from .sampler import sample_latents, write_sampler
 
 # What runs the denoiser, and its precisions there.
-RUNTIMES: dict[str, type[OnnxDenoiser]] = {"onnxruntime": ORTDiTTransformer, "openvino": OpenVINODiTTransformer}
+RUNTIMES: dict[str, type[RuntimeDenoiser]] = {"onnxruntime": ORTDiTTransformer, "openvino": OpenVINODiTTransformer}
 PRECISIONS = {"onnxruntime": ("fp32", "fp16", "int8"), "openvino": ("fp32", "bf16")}
 
-_PARITY_BATCHES = (1, 2, 5)
-
-
-class _Denoiser(nn.Module):
-    """The model with plain tensors in and out."""
-
-    def __init__(self, transformer: Any):
-        super().__init__()
-        self.transformer = transformer
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return self.transformer(hidden_states, timestep, class_labels).sample
-
-
-class _Conditioner(_Denoiser):
-    """What the model makes of timestep and class."""
-
-    def forward(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return self.transformer.condition(timestep, class_labels)
-
-
-class _HoistedDenoiser(_Denoiser):
-    """The model without it: the condition comes from `_Conditioner`."""
-
-    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        return self.transformer(hidden_states, condition=condition).sample
-
-
-class _Decoder(nn.Module):
-    """The decoding half of an `AutoencoderKL`."""
-
-    def __init__(self, vae: Any):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents).sample
+# The sampling run after which the error of 8 bits is reported: pictures and steps.
+_RUN_BATCH, _RUN_STEPS = 4, 20
 
 
 def export_onnx(
@@ -82,6 +39,8 @@ def export_onnx(
     hoist: bool = False,
     runtime: str = "onnxruntime",
     decode: bool = False,
+    dynamic_size: bool = False,
+    static: bool = False,
     max_error: float | None = None,
     overwrite: bool = False,
 ) -> dict[str, Parity]:
@@ -95,14 +54,17 @@ def export_onnx(
         output_dir: the new folder; it appears only when all checks have passed.
         parts: of `PARTS`, or "all". "denoiser": one pass. "decoder": the VAE's, where there is one. "sampler": the
             whole loop in one file, in the folder sampler, or, without the denoiser, as the pipeline's transformer.
-        precision: of the denoiser's weights and products, of `PRECISIONS`. "fp16" keeps the modulation, the gates and
-            the residual sum in float32; "int8" quantises while it runs, but for the modulation, the first and the last
-            layer; "bf16" leaves the file as it is and tells OpenVINO. The decoder and the sampler are float32.
+        precision: of the weights and products of denoiser and sampler, of `PRECISIONS`. "fp16" keeps the modulation,
+            the gates and the residual sum in float32; "int8" quantises all but the modulation, the first and the last
+            layer; "bf16" leaves the file as it is and tells OpenVINO. The decoder is float32.
         opset: version of the ONNX operators, 20 to 25; the sampler's is always 20.
         hoist: leave what depends on timestep and class alone to a file of its own, conditioner.onnx, a third of the
             weights of an adaLN model. The pipeline then computes it for all steps ahead, in float32.
         runtime: of the denoiser, "onnxruntime" or "openvino". The others run on ONNX Runtime.
         decode: put the VAE into the sampler's file, so that it draws pictures; models of pixels always do.
+        dynamic_size: accept every height and width that the patches tile; for models with sin-cos positions.
+        static: for "int8": the scales of the activations are fixed ahead, from sampling runs in PyTorch, rather than
+            found while it runs. Slower on ONNX Runtime, but the form (Q/DQ) that other runtimes read.
         max_error: bound of the relative error in place of that of `MAX_RELATIVE_ERROR`.
         overwrite: replace a folder that is there.
 
@@ -119,115 +81,117 @@ def export_onnx(
         raise ValueError(f"There is no runtime {runtime!r}; known: {', '.join(RUNTIMES)}.")
     if runtime == "openvino":
         require("openvino", "openvino")
-    chosen = PARTS if tuple(parts) == ("all",) else tuple(parts)
-    if unknown := [part for part in chosen if part not in PARTS]:
-        raise ValueError(f"There is no part {unknown[0]!r}; known: {', '.join(PARTS)}, all.")
+    chosen = check_parts(parts)
     if precision not in PRECISIONS[runtime]:
         known = ", ".join(PRECISIONS[runtime])
         raise ValueError(f"{runtime} does not run {precision!r} on a processor; it runs {known}.")
     if opset not in OPSETS:
         raise ValueError(f"opset must lie between {OPSETS[0]} and {OPSETS[-1]}, not {opset}.")
-    if not {"denoiser", "sampler"} & set(chosen):
-        raise ValueError("Without a denoiser or a sampler there is no pipeline; add one to the parts.")
+    if static and precision != "int8":
+        raise ValueError("static is for int8.")
     check_free(output_dir, overwrite)
-    pipeline: DiTPipeline = model if isinstance(model, DiTPipeline) else DiTPipeline.from_pretrained(model)
-    if not isinstance(pipeline.transformer, nn.Module):
-        raise ValueError(f"Only a PyTorch model can be exported, not {type(pipeline.transformer).__name__}.")
+    pipeline = exportable(model, dynamic_size)
 
     bound = MAX_RELATIVE_ERROR[precision] if max_error is None else max_error
     exact = MAX_RELATIVE_ERROR["fp32"] if max_error is None else max_error
+    exported = in_precision(pipeline, precision, static)
     report: dict[str, Parity] = {}
+    errors: dict[str, float] = {}
     with new_folder(output_dir, overwrite) as folder:
-        transformer = decoder = None
+        transformer: Any = None
+        decoder = None
         if "denoiser" in chosen:
-            report["transformer"] = _export_denoiser(
-                pipeline, folder / "transformer", opset, precision, hoist, RUNTIMES[runtime], bound
-            )
-            transformer = RUNTIMES[runtime].from_pretrained(folder / "transformer")
+            (place := folder / "transformer").mkdir()
+            write_denoiser(pipeline.transformer, exported, place, opset, hoist, dynamic_size)
+            if precision == "int8" and not static:
+                quantize_dynamic(place / MODEL_FILE)
+            settings = {"dynamic_size": dynamic_size, "precision": precision}
+            (place / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
+            transformer = RUNTIMES[runtime].from_pretrained(place)
+            report["transformer"] = measure_component("transformer", transformer, bound)
+            if precision == "int8":
+                errors["transformer"] = sampling_error(pipeline, transformer)
         if "decoder" in chosen and pipeline.vae is not None:
-            report["vae"] = _export_decoder(pipeline, folder / "vae", opset, exact)
-            decoder = ORTVAEDecoder.from_pretrained(folder / "vae")
+            (place := folder / "vae").mkdir()
+            write_decoder(in_float32(pipeline.vae), pipeline.transformer.config.sample_height_width, place, opset)
+            decoder = ORTVAEDecoder.from_pretrained(place)
+            report["vae"] = measure_component("vae", decoder, exact)
+        scheduler = pipeline.scheduler
         if "sampler" in chosen:
-            place = "transformer" if transformer is None else "sampler"
-            report["sampler"] = export_sampler(pipeline, folder / place, decode, exact)
-            transformer = transformer or ORTSampler.from_pretrained(folder / place)
-        exported = DiTPipeline(transformer, pipeline.scheduler, decoder, pipeline.id2label)
-        exported.save_pretrained(folder)
+            (place := folder / ("transformer" if transformer is None else "sampler")).mkdir()
+            scheduler_of_table = write_sampler(pipeline, exported, place, decode)
+            if precision == "int8" and not static:
+                quantize_dynamic(place / MODEL_FILE)
+            sampler = ORTSampler.from_pretrained(place)
+            report["sampler"] = measure_component("sampler", sampler, exact if precision == "bf16" else bound)
+            if precision == "int8":
+                errors["sampler"] = sampling_error(pipeline, sampler, scheduler_of_table)
+            if transformer is None:
+                transformer, scheduler = sampler, scheduler_of_table
+        DiTPipeline(transformer, scheduler, decoder, pipeline.id2label).save_pretrained(folder)
         pipeline.save_facts(folder)  # the licence goes where the weights go
-        settings = {"opset": opset, "precision": precision, "hoist": hoist, "runtime": runtime}
-        settings["max_relative_error"] = bound
+        settings = {"opset": opset, "precision": precision, "static": static, "hoist": hoist, "runtime": runtime}
         entries = {name: asdict(parity) for name, parity in report.items()}
-        (folder / "report.json").write_text(json.dumps({**settings, "parity": entries}, indent=2) + "\n")
+        for name, error in errors.items():
+            entries[name] |= {"sampling_error": error, "sampling_steps": _RUN_STEPS}
+        write_report(folder, settings, entries)
     return report
 
 
-@torch.no_grad()
-def _export_denoiser(
-    pipeline: DiTPipeline,
-    folder: Path,
-    opset: int,
-    precision: str,
-    hoist: bool,
-    runtime: type[OnnxDenoiser],
-    bound: float,
-) -> Parity:
-    transformer = in_float32(pipeline.transformer)
-    config = transformer.config
-    folder.mkdir()
-    config.save_pretrained(folder)
+def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts that are meant.
 
-    def inputs(batch: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(batch)
-        latents = torch.randn(batch, config.in_channels, *config.sample_height_width, generator=generator)
-        arguments = {"hidden_states": latents, "timestep": torch.rand(batch, generator=generator) * 999}
-        if config.num_classes:
-            labels = torch.randint(0, config.num_classes, (batch,), generator=generator)
-            # Also the null class, which guidance uses.
-            arguments["class_labels"] = (
-                labels if config.null_class is None else labels.where(labels % 2 == 0, config.null_class)
-            )
-        return arguments
-
-    # The model itself keeps modulation, gates and residual sum in float32 whatever its weights are.
-    exported: Any = copy.deepcopy(transformer).half() if precision == "fp16" else transformer
-    if hoist:
-        conditions = inputs(2)
-        latents = conditions.pop("hidden_states")
-        conditioner = _Conditioner(transformer)
-        export_graph(conditioner, conditions, _batched(conditions), ["condition"], folder, opset, file=CONDITIONER_FILE)
-        example = {"hidden_states": latents, "condition": transformer.condition(**conditions)}
-        path = export_graph(_HoistedDenoiser(exported), example, _batched(example), ["sample"], folder, opset)
-    else:
-        path = export_graph(_Denoiser(exported), inputs(2), _batched(inputs(2)), ["sample"], folder, opset)
-    if precision == "int8":
-        quantize_int8(path)
-    if runtime is OpenVINODiTTransformer:
-        (folder / RUNTIME_FILE).write_text(json.dumps({"precision": precision}) + "\n")
-    loaded = runtime.from_pretrained(folder)
-    batches = [inputs(batch) for batch in _PARITY_BATCHES]
-    pairs = [(transformer(**batch).sample, loaded(**batch).sample) for batch in batches]
-    return measure_parity("transformer", pairs, bound)
+    Raises:
+        ValueError: an unknown one, or none that a pipeline could run.
+    """
+    chosen = PARTS if tuple(parts) == ("all",) else tuple(parts)
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise ValueError(f"There is no part {unknown[0]!r}; known: {', '.join(PARTS)}, all.")
+    if not {"denoiser", "sampler"} & set(chosen):
+        raise ValueError("Without a denoiser or a sampler there is no pipeline; add one to the parts.")
+    return chosen
 
 
-def _batched(inputs: dict[str, Tensor]) -> dict[str, dict[int, str]]:
-    """The batch is dynamic in every input."""
-    return {name: {0: "batch"} for name in inputs}
+def exportable(model: str | os.PathLike | DiTPipeline, dynamic_size: bool) -> DiTPipeline:
+    """The pipeline, with its transformer in float32 on the CPU.
+
+    Raises:
+        ValueError: its transformer is not PyTorch, or takes one size only where all are asked for.
+    """
+    pipeline: DiTPipeline = model if isinstance(model, DiTPipeline) else DiTPipeline.from_pretrained(model)
+    if not isinstance(pipeline.transformer, nn.Module):
+        raise ValueError(f"Only a PyTorch model can be exported, not {type(pipeline.transformer).__name__}.")
+    config: Any = pipeline.transformer.config
+    if dynamic_size and config.pos_embed == "learned":
+        raise ValueError("This model has learned positions, which cover one height and width only.")
+    exact = DiTPipeline(in_float32(pipeline.transformer), pipeline.scheduler, pipeline.vae, pipeline.id2label)
+    exact.origin, exact._facts, exact._loaded_weights = pipeline.origin, pipeline._facts, pipeline._loaded_weights
+    return exact
 
 
-@torch.no_grad()
-def _export_decoder(pipeline: DiTPipeline, folder: Path, opset: int, bound: float) -> Parity:
-    vae = in_float32(pipeline.vae)
-    vae.save_config(folder)
-    height_width = pipeline.transformer.config.sample_height_width
+def in_precision(pipeline: DiTPipeline, precision: str, static: bool) -> Any:
+    """The transformer with weights of that type; modulation, gates and residual sum stay float32 in the model itself.
 
-    def latents(batch: int) -> Tensor:
-        shape = (batch, vae.config.latent_channels, *height_width)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+    With `static` the linear layers of "int8" and "fp8" round as their files will.
+    """
+    if precision not in WEIGHT_TYPES and not static:
+        return pipeline.transformer
+    exported: Any = copy.deepcopy(pipeline.transformer).to(WEIGHT_TYPES.get(precision, torch.float32))
+    if static:
+        quantize_static(exported, precision, calibrate(pipeline))
+    return exported
 
-    # diffusers' upsampling branches at a batch of 64, so the exporter must be told to stay below.
-    example = {"latents": latents(2)}
-    export_graph(_Decoder(vae), example, _batched(example), ["sample"], folder, opset, max_batch=63)
-    runtime = ORTVAEDecoder.from_pretrained(folder)
-    batches = [latents(batch) for batch in _PARITY_BATCHES]
-    pairs = [(vae.decode(batch).sample, runtime.decode(batch).sample) for batch in batches]
-    return measure_parity("vae", pairs, bound)
+
+def measure_component(name: str, component: Any, bound: float) -> Parity:
+    """The distance of a loaded component from the reference that lies beside it."""
+    return measure_parity(name, component.evaluate, read_reference(component.folder), bound, component.runtime)
+
+
+def sampling_error(pipeline: DiTPipeline, transformer: Any, scheduler: Any = None) -> float:
+    """The relative distance of what a runtime and PyTorch sample, after a whole run."""
+    scheduler = scheduler or pipeline.scheduler
+    expected, actual = (
+        sample_latents(DiTPipeline(component, scheduler), _RUN_BATCH, _RUN_STEPS)
+        for component in (pipeline.transformer, transformer)
+    )
+    return ((actual - expected).norm() / expected.norm()).item()

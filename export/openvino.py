@@ -1,26 +1,27 @@
 """OpenVINO as a runtime of `DiTPipeline`, for processors."""
 
-import json
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from dit_hub.extras import require
 from dit_hub.runtime import RuntimeOptions
 
-from .component import OnnxDenoiser, Session
+from .component import MODEL_FILE, RuntimeDenoiser, Session
 
-# Beside the model: what OpenVINO is to compute in, {"precision": "bf16"}. It would choose by the processor otherwise.
-RUNTIME_FILE = "runtime.json"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class OpenVINODiTTransformer(OnnxDenoiser):
+class OpenVINODiTTransformer(RuntimeDenoiser):
     """The denoiser on OpenVINO; as `DiTTransformer`, a component of a `DiTPipeline`."""
+
+    runtime = "openvino"
 
     def _open(self, path: Path, options: RuntimeOptions) -> Session:
         openvino = require("openvino", "openvino")
-        precision = "fp32"
-        if path.stem == "model" and (self.folder / RUNTIME_FILE).is_file():  # the conditioner stays in float32
-            precision = json.loads((self.folder / RUNTIME_FILE).read_text())["precision"]
+        # It would choose by the processor otherwise. The conditioner stays in float32.
+        precision = self.settings.get("precision", "fp32") if path.name == MODEL_FILE else "fp32"
         settings = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if options.num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = str(options.num_threads)
@@ -30,7 +31,8 @@ class OpenVINODiTTransformer(OnnxDenoiser):
             raise ValueError(f"OpenVINO cannot load {path}: {str(error).splitlines()[0]}") from error
         request = compiled.create_infer_request()
 
-        def run(inputs: dict) -> object:
-            return request.infer(inputs, share_inputs=True)[0]
+        def run(inputs: dict[str, Tensor]) -> Tensor:
+            arrays = {name: value.numpy() for name, value in inputs.items()}
+            return torch.from_numpy(request.infer(arrays, share_inputs=True)[0])
 
-        return run  # pyright: ignore[reportReturnType]
+        return run

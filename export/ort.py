@@ -3,23 +3,25 @@
 Names and folders follow optimum (`ORT…`), whose ONNX part cannot be installed beside transformers 5.
 """
 
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from diffusers import AutoencoderKL
-from diffusers.configuration_utils import FrozenDict
+import torch
 from torch import Tensor
 
-from dit_hub.configuration_dit import DiTConfig
 from dit_hub.extras import require
-from dit_hub.runtime import RuntimeOptions, current_options
+from dit_hub.runtime import RuntimeOptions
 
-from .component import OnnxComponent, OnnxDenoiser, RuntimeOutput, Session, to_array
+from .component import RuntimeComponent, RuntimeDecoder, RuntimeDenoiser, RuntimeSampler, Session
+
+# Providers whose inputs and outputs stay on an NVIDIA GPU.
+_ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+_TYPES = {torch.float32: np.float32, torch.int64: np.int64}
 
 
-class _ORTComponent(OnnxComponent):
+class _ORTComponent(RuntimeComponent):
+    runtime = "onnxruntime"
+
     def _open(self, path: Path, options: RuntimeOptions) -> Session:
         onnxruntime = require("onnxruntime", "onnx")
         session_options = onnxruntime.SessionOptions()
@@ -34,68 +36,33 @@ class _ORTComponent(OnnxComponent):
             session = onnxruntime.InferenceSession(path, session_options, providers=providers)
         except Exception as error:  # onnxruntime's errors share no public base class
             raise ValueError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
-        return lambda inputs: session.run(None, inputs)[0]
+        if session.get_providers()[0] != providers[0]:  # it only warns, and takes the next
+            raise ValueError(f"ONNX Runtime's {providers[0]} does not start here; are its driver and libraries there?")
+        if providers[0] in _ON_CUDA:
+            self.device = torch.device("cuda", 0)
+        name, kind = session.get_outputs()[0].name, self.device.type
+
+        def run(inputs: dict[str, Tensor]) -> Tensor:
+            """Bound to the tensors' own memory, so that nothing passes through the host."""
+            binding = session.io_binding()
+            for key, value in inputs.items():
+                binding.bind_input(key, kind, 0, _TYPES[value.dtype], tuple(value.shape), value.data_ptr())
+            binding.bind_output(name, kind)
+            if kind == "cuda":
+                torch.cuda.current_stream().synchronize()  # ONNX Runtime computes on a stream of its own
+            session.run_with_iobinding(binding)
+            return torch.from_dlpack(binding.get_outputs()[0]._ortvalue)
+
+        return run
 
 
-class ORTDiTTransformer(_ORTComponent, OnnxDenoiser):
+class ORTDiTTransformer(_ORTComponent, RuntimeDenoiser):
     """The denoiser on ONNX Runtime; as `DiTTransformer`, a component of a `DiTPipeline`."""
 
 
-class ORTSampler(_ORTComponent):
+class ORTSampler(_ORTComponent, RuntimeSampler):
     """The whole denoising loop on ONNX Runtime; in place of the denoiser, a component of a `DiTPipeline`."""
 
-    config: DiTConfig
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike,
-        options: RuntimeOptions | None = None,
-        **kwargs: Any,
-    ) -> "ORTSampler":
-        """Load an exported sampler; arguments and errors as for `ORTDiTTransformer.from_pretrained`."""
-        return cls(Path(folder), DiTConfig.from_pretrained(folder), options or current_options())
-
-    def sample(
-        self, latents: Tensor, class_labels: Tensor | None, guidance_scale: float, table: np.ndarray, noise: Tensor
-    ) -> Tensor:
-        """Denoise from the first row of the table to the last.
-
-        Args:
-            latents: (N, C, H, W) noise.
-            class_labels: (N,) integers, or None for unconditional models.
-            guidance_scale: for models with a null class; 1 means no guidance and takes half the time.
-            table: (S, 9) of `dit_hub.solvers.solver_table`.
-            noise: (M, N, C, H, W), of each step of a stochastic solver; the last one stands for all further steps.
-
-        Returns:
-            (N, C, H, W) latents.
-        """
-        inputs = {"latents": to_array(latents, np.float32), "table": table, "noise": to_array(noise, np.float32)}
-        if class_labels is not None:
-            inputs["class_labels"] = to_array(class_labels, np.int64)
-        if (null := self.config.null_class) is not None:
-            inputs["guidance_scale"] = to_array(guidance_scale, np.float32)
-            if guidance_scale != 1:
-                labels = inputs["class_labels"]
-                inputs["class_labels"] = np.concatenate([labels, np.full_like(labels, null)])
-        return self._run(**inputs)
-
-
-class ORTVAEDecoder(_ORTComponent):
+class ORTVAEDecoder(_ORTComponent, RuntimeDecoder):
     """The decoder of an `AutoencoderKL` on ONNX Runtime, as the `vae` of a `DiTPipeline`."""
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike,
-        options: RuntimeOptions | None = None,
-        **kwargs: Any,
-    ) -> "ORTVAEDecoder":
-        """Load an exported decoder; arguments and errors as for `ORTDiTTransformer.from_pretrained`."""
-        config = FrozenDict(AutoencoderKL.load_config(folder))
-        return cls(Path(folder), config, options or current_options())
-
-    def decode(self, latents: Tensor, return_dict: bool = True) -> RuntimeOutput:
-        """(N, C, H, W) latents, already divided by the scaling factor -> `sample` (N, 3, 8H, 8W) in -1..1."""
-        return RuntimeOutput(self._run(latents=to_array(latents, np.float32)).to(latents))

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
+from dit_hub.configuration_dit import DiTConfig
 from dit_hub.modeling_dit import DiTTransformer
 from dit_hub.pipeline_dit import DiTPipeline, guide
 from dit_hub.solvers import COLUMNS, solver_table
 
-from .graphs import Parity, export_graph, in_float32, measure_parity
-from .ort import ORTSampler
+from .component import MODEL_FILE
+from .graphs import export_graph
+from .parts import BATCHES, MAX_DECODED, in_float32
+from .reference import write_reference
 
 # Attention as one operator (opset 23) does not build inside a loop in TensorRT, and Scan does not run in OpenVINO; a
 # Loop of opset 20 runs everywhere.
@@ -23,15 +26,21 @@ SAMPLER_OPSET = 20
 # The table that the file carries for those who bring none.
 DEFAULT_STEPS = 50
 
-_PARITY_BATCHES, _PARITY_STEPS = (1, 2, 5), 4
+# Names of dynamic dimensions besides "batch".
+STEPS_DIMENSION = "steps"
+DRAWS_DIMENSION = "draws"  # of noise: one for each step, or a single one
+ROWS_DIMENSION = "rows"  # as many as the batch, or twice that for guidance
+
+_STEPS = 4  # of the reference
 
 
 class _Sampler(nn.Module):
     """The loop of `DiTPipeline` over a table of `dit_hub.solvers`, with the modulations computed before it."""
 
-    def __init__(self, transformer: DiTTransformer, vae: Any):
+    def __init__(self, transformer: DiTTransformer, vae: Any, draws_pictures: bool):
         super().__init__()
         self.transformer, self.vae, self.config = transformer, vae, transformer.config
+        self._draws_pictures = draws_pictures
 
     def forward(
         self,
@@ -75,10 +84,6 @@ class _Sampler(nn.Module):
         sample = while_loop(unfinished, advance, start)[1]
         return (sample, self._pictures(sample)) if self._draws_pictures else (sample,)
 
-    @property
-    def _draws_pictures(self) -> bool:
-        return self.vae is not None or self.config.in_channels in (1, 3)
-
     def _conditions(self, timesteps: Tensor, class_labels: Tensor | None) -> Tensor:
         """(S, rows, K, D): every pair of timestep and row, once."""
         steps = timesteps.shape[0]
@@ -106,14 +111,47 @@ class _Sampler(nn.Module):
         return ((sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
+class _Recorder:
+    """Stands for a sampler in a pipeline and keeps what it is given."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, config: DiTConfig):
+        self.config = config
+        self.inputs: dict[str, Any] = {}
+
+    def sample(self, latents: Tensor, class_labels: Any, guidance_scale: float, table: Any, noise: Tensor) -> Tensor:
+        self.inputs = {"latents": latents, "table": torch.from_numpy(table), "noise": noise}
+        if class_labels is not None:
+            self.inputs |= {"class_labels": class_labels, "guidance_scale": torch.tensor(guidance_scale)}
+        return latents
+
+
 @torch.no_grad()
-def export_sampler(pipeline: DiTPipeline, folder: Path, decode: bool, bound: float) -> Parity:
-    """Write the sampler of a pipeline into a component folder and compare it with the pipeline."""
-    transformer = in_float32(pipeline.transformer)
-    config = transformer.config
+def write_sampler(
+    pipeline: DiTPipeline,
+    exported: Any,
+    folder: Path,
+    decode: bool = False,
+    pictures: bool = True,
+    opset: int = SAMPLER_OPSET,
+) -> Any:
+    """Write the sampler of a pipeline into a component folder, there already.
+
+    Args:
+        pipeline: its transformer in float32; the reference is what it samples.
+        exported: the transformer in the precision of the file.
+        folder: of the component.
+        decode: put the VAE into the file.
+        pictures: also return pictures where the model is of pixels or the VAE is in the file.
+        opset: version of the ONNX operators.
+
+    Returns:
+        The scheduler whose table the file carries, and which a pipeline of it takes.
+    """
+    config: Any = pipeline.transformer.config
     vae = in_float32(pipeline.vae) if decode and pipeline.vae is not None else None
-    scheduler = table_scheduler(pipeline.scheduler)
-    folder.mkdir()
+    scheduler = _table_scheduler(pipeline.scheduler)
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
     shape = (2, config.in_channels, *config.sample_height_width)
@@ -122,15 +160,21 @@ def export_sampler(pipeline: DiTPipeline, folder: Path, decode: bool, bound: flo
         "table": torch.from_numpy(solver_table(scheduler, 3)),
         "noise": torch.randn(3, *shape, generator=generator),
     }
-    dimensions: dict[str, Any] = {"latents": {0: "batch"}, "table": {0: "steps"}, "noise": {0: "draws", 1: "batch"}}
+    batch = torch.export.Dim("batch", max=MAX_DECODED) if vae is not None else "batch"
+    dimensions: dict[str, Any] = {
+        "latents": {0: batch},
+        "table": {0: STEPS_DIMENSION},
+        "noise": {0: DRAWS_DIMENSION, 1: batch},
+    }
     if config.num_classes:
-        inputs["class_labels"], dimensions["class_labels"] = torch.tensor([0, config.num_classes - 1]), {0: "batch"}
+        inputs["class_labels"], dimensions["class_labels"] = torch.tensor([0, config.num_classes - 1]), {0: batch}
     if config.null_class is not None:
         inputs["class_labels"] = torch.tensor([0, config.num_classes - 1, config.null_class, config.null_class])
         inputs["guidance_scale"], dimensions["guidance_scale"] = torch.tensor(4.0), None
-        dimensions["class_labels"] = {0: "rows"}
-    sampler = _Sampler(transformer, vae)
-    outputs = ["sample", "images"][: 1 + sampler._draws_pictures]
+        dimensions["class_labels"] = {0: ROWS_DIMENSION}
+    draws = pictures and (vae is not None or config.in_channels in (1, 3))
+    sampler = _Sampler(exported, vae, draws)
+    outputs = ["sample", "images"][: 1 + draws]
     facts = {
         "id2label": pipeline.id2label,
         "null_class": config.null_class,
@@ -140,14 +184,18 @@ def export_sampler(pipeline: DiTPipeline, folder: Path, decode: bool, bound: flo
         "scheduler": type(scheduler).__name__,
     }
     metadata = {f"dit_hub.{name}": json.dumps(value) for name, value in facts.items()}
-    export_graph(sampler, inputs, dimensions, outputs, folder, SAMPLER_OPSET, 63 if vae is not None else None, metadata)
-    exported = DiTPipeline(ORTSampler.from_pretrained(folder), scheduler)
-    reference = DiTPipeline(transformer, scheduler)
-    pairs = [(_latents(reference, batch), _latents(exported, batch)) for batch in _PARITY_BATCHES]
-    return measure_parity("sampler", pairs, bound)
+    export_graph(sampler, inputs, dimensions, outputs, folder / MODEL_FILE, opset, metadata)
+    recorder = _Recorder(config)
+    recording, reference = DiTPipeline(recorder, scheduler), DiTPipeline(pipeline.transformer, scheduler)
+    cases = []
+    for count in BATCHES:
+        sample_latents(recording, count, _STEPS)
+        cases.append((recorder.inputs, sample_latents(reference, count, _STEPS)))
+    write_reference(folder, cases)
+    return scheduler
 
 
-def table_scheduler(scheduler: Any) -> Any:
+def _table_scheduler(scheduler: Any) -> Any:
     """The scheduler itself, or DPM-Solver++ for the same noise levels where it cannot be written as a table."""
     try:
         solver_table(scheduler, 2)
@@ -156,14 +204,19 @@ def table_scheduler(scheduler: Any) -> Any:
     return scheduler
 
 
-def _latents(pipeline: DiTPipeline, batch: int) -> Tensor:
+def sample_latents(pipeline: DiTPipeline, batch: int, steps: int) -> Tensor:
     """What a pipeline samples from a noise that depends on the batch alone."""
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.transformer.config
     return pipeline(
         [index % config.num_classes for index in range(batch)] if config.num_classes else None,
         num_images_per_label=1 if config.num_classes else batch,
-        num_inference_steps=_PARITY_STEPS,
+        num_inference_steps=steps,
         generator=torch.Generator().manual_seed(batch),
         output_type="latent",
     ).images
+
+
+def sample_reference(pipeline: DiTPipeline, inputs: dict[str, Tensor]) -> Tensor:
+    """What a pipeline makes of a case of the sampler's reference."""
+    return sample_latents(pipeline, len(inputs["latents"]), _STEPS)

@@ -134,6 +134,23 @@ def make_vae() -> Callable[..., Any]:
     return small_vae
 
 
+MakePipeline = Callable[..., Any]
+
+
+@pytest.fixture
+def make_pipeline(make_model: Callable[..., DiTTransformer], make_vae: Callable[..., Any]) -> MakePipeline:
+    """A function (latent: with a VAE?, scheduler, fields of the config) -> pipeline with random weights."""
+    from diffusers import DDIMScheduler
+
+    from dit_hub import DiTPipeline
+
+    def make(latent: bool = False, scheduler: Any = None, **fields: Any) -> DiTPipeline:
+        vae = make_vae() if latent else None
+        return DiTPipeline(make_model(**fields), scheduler or DDIMScheduler(clip_sample=False), vae)
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,13 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from dit_hub import DiTPipeline, DiTTransformer, ORTSampler
-from dit_hub.export import export_onnx
+from dit_hub import DiTPipeline, ORTSampler
+from dit_hub.export import export_onnx, verify_export
 
-from .conftest import dit_hub
+from .conftest import MakePipeline, dit_hub
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
-
-MakePipeline = Callable[..., DiTPipeline]
-
-
-@pytest.fixture
-def make_pipeline(make_model: Callable[..., DiTTransformer], make_vae: Callable[..., Any]) -> MakePipeline:
-    """A function (fields of the config) -> pipeline with random weights."""
-
-    def make(latent: bool = False, scheduler: Any = None, **fields: Any) -> DiTPipeline:
-        vae = make_vae() if latent else None
-        return DiTPipeline(make_model(**fields), scheduler or DDIMScheduler(clip_sample=False), vae)
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +213,7 @@ def test_int8_keeps_modulation_and_last_layer_in_float(tmp_path: Path, hoist: bo
     # Five modulations, two layers of the timestep and the last layer; or the last layer alone.
     assert kinds.count("MatMul") + kinds.count("Gemm") == (1 if hoist else 8)
     written = json.loads((tmp_path / "onnx" / "report.json").read_text())
-    assert (written["precision"], written["hoist"], written["max_relative_error"]) == ("int8", hoist, 5e-2)
+    assert (written["precision"], written["hoist"], written["parity"]["transformer"]["bound"]) == ("int8", hoist, 5e-2)
 
 
 def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeline, tmp_path: Path) -> None:
@@ -260,12 +246,113 @@ def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeli
         ),
         ({"runtime": "coreml"}, "There is no runtime 'coreml'; known: onnxruntime, openvino"),
         ({"opset": 26}, "opset must lie between 20 and 25"),
+        ({"static": True}, "static is for int8"),
+        ({"dynamic_size": True}, "learned positions, which cover one height and width only"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         export_onnx("dit-toy-shapes", tmp_path / "onnx", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hoisted_denoiser_takes_any_number_of_conditions(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    export_onnx(pipeline, tmp_path / "onnx", hoist=True)
+    exported = DiTPipeline.from_pretrained(tmp_path / "onnx").transformer
+    timesteps, labels = torch.rand(3000) * 999, torch.arange(3000) % 10
+    with torch.no_grad():
+        expected = pipeline.transformer.condition(timesteps, labels)
+    torch.testing.assert_close(exported.condition(timesteps, labels), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(("hoist", "opset"), [(False, 23), (True, 20)])
+def test_a_model_of_sincos_positions_can_take_every_size(
+    make_pipeline: MakePipeline, tmp_path: Path, runtime: str, hoist: bool, opset: int
+) -> None:
+    pipeline = make_pipeline(latent=True)
+    report = export_onnx(
+        pipeline, tmp_path / "onnx", ["denoiser"], runtime=runtime, hoist=hoist, opset=opset, dynamic_size=True
+    )
+    assert report["transformer"].batch_sizes == (1, 2, 5, 2)  # the last one of another size
+    exported = DiTPipeline.from_pretrained(tmp_path / "onnx", vae=pipeline.vae)
+    for height, width in ((16, 16), (8, 24), (32, 12)):
+        expected = latents(pipeline, [1, 2], height=height, width=width)
+        assert distance(latents(exported, [1, 2], height=height, width=width), expected) < 1e-5
+
+
+def test_without_it_another_size_is_refused(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    export_onnx(make_pipeline(), tmp_path / "onnx")
+    with pytest.raises(ValueError, match=r"takes inputs of 8x8, not \[16, 8\]"):
+        latents(DiTPipeline.from_pretrained(tmp_path / "onnx"), [1], height=16, width=8)
+
+
+@pytest.mark.parametrize("hoist", [False, True])
+def test_static_int8_rounds_all_but_what_is_kept(tmp_path: Path, hoist: bool) -> None:
+    report = export_onnx("dit-toy-shapes", tmp_path / "onnx", precision="int8", static=True, hoist=hoist)
+    assert 1e-4 < report["transformer"].relative_error < 5e-2
+    graph = onnx.load(tmp_path / "onnx" / "transformer" / "model.onnx").graph
+    # Of each of the four blocks: qkv, proj, fc1, fc2.
+    assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 16
+    assert (
+        sum(tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 2 for tensor in graph.initializer) == 16
+    )
+    written = json.loads((tmp_path / "onnx" / "report.json").read_text())["parity"]["transformer"]
+    assert written["sampling_steps"] == 20
+    assert 1e-4 < written["sampling_error"] < 5e-2
+    pictures = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
+    assert (pictures - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [
+        ({"precision": "fp16"}, 1e-5, 2e-2),
+        ({"precision": "int8"}, 1e-4, 5e-2),
+        ({"precision": "int8", "static": True}, 1e-4, 5e-2),
+    ],
+)
+def test_a_sampler_in_other_precisions(tmp_path: Path, options: dict[str, Any], low: float, high: float) -> None:
+    report = export_onnx("dit-toy-shapes", tmp_path / "onnx", ["sampler"], **options)
+    assert low < report["sampler"].relative_error < high
+    pictures = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
+    assert (pictures - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
+
+
+def test_verify_measures_an_export_again(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    exported = export_onnx(make_pipeline(latent=True), tmp_path / "onnx", ["all"])
+    assert set(exported) == {"transformer", "vae", "sampler"}
+    assert verify_export(tmp_path / "onnx") == exported
+    run = dit_hub("export", "verify", "onnx", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert all(name in run.stdout for name in exported)
+    run = dit_hub("export", "verify", "onnx", "--max-error", "1e-12", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "differs from PyTorch by" in run.stderr
+    # Another file in its place, as one that was exported from other weights would be.
+    other = make_pipeline(latent=True)
+    with torch.no_grad():
+        other.transformer.final_layer.linear.weight.mul_(1.5)
+    export_onnx(other, tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / "transformer" / "model.onnx", tmp_path / "onnx" / "transformer" / "model.onnx")
+    with pytest.raises(ValueError, match="transformer differs from PyTorch by"):
+        verify_export(tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("damage", ["report", "reference", "foreign"])
+def test_verify_says_what_is_missing(exported_toy: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(exported_toy, folder)
+    if damage == "report":
+        (folder / "report.json").write_text("[]")
+    elif damage == "reference":
+        (folder / "transformer" / "reference.safetensors").write_bytes(b"no tensors")
+    else:
+        (folder / "transformer" / "reference.safetensors").unlink()
+    run = dit_hub("export", "verify", "onnx", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert ("is no export" if damage == "report" else "nothing to compare with") in run.stderr
 
 
 # --- The sampler -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from .registration import register
 
 if TYPE_CHECKING:
     from dit_hub.configuration_dit import DiTConfig
-    from dit_hub.export import OpenVINODiTTransformer, ORTDiTTransformer, ORTSampler, ORTVAEDecoder
+    from dit_hub.export import (
+        OpenVINODiTTransformer,
+        ORTDiTTransformer,
+        ORTSampler,
+        ORTVAEDecoder,
+        TensorRTDiTTransformer,
+        TensorRTSampler,
+        TensorRTVAEDecoder,
+    )
     from dit_hub.modeling_dit import DiTTransformer, DiTTransformerOutput
     from dit_hub.pipeline_dit import DiTPipeline
 
@@ -28,6 +36,9 @@ _HOMES = {
     "ORTSampler": "export",
     "ORTVAEDecoder": "export",
     "OpenVINODiTTransformer": "export",
+    "TensorRTDiTTransformer": "export",
+    "TensorRTSampler": "export",
+    "TensorRTVAEDecoder": "export",
 }
 
 __all__ = [
@@ -39,6 +50,9 @@ __all__ = [
     "ORTSampler",
     "ORTVAEDecoder",
     "OpenVINODiTTransformer",
+    "TensorRTDiTTransformer",
+    "TensorRTSampler",
+    "TensorRTVAEDecoder",
     "__version__",
 ]
 

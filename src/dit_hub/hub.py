@@ -94,6 +94,7 @@ class HubPipeline(DiffusionPipeline):
         pretrained_model_name_or_path: str | os.PathLike,
         providers: Sequence[str] | None = None,
         num_threads: int | None = None,
+        cuda_graphs: bool = False,
         timestep_freq_shift: float | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -102,7 +103,7 @@ class HubPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a Hub id, a folder, or "dit-toy-shapes". A folder or repository in diffusers'
                 layout is converted while loading.
-            providers, num_threads: see `RuntimeOptions`; for components that run on ONNX Runtime.
+            providers, num_threads, cuda_graphs: see `RuntimeOptions`; for components of other runtimes.
             timestep_freq_shift: for diffusers' layout only, which does not say it. None: 0, the official numbers, for
                 repositories known to hold official weights; 1, diffusers' own, for all others.
             kwargs: as for `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `variant`, `token`, `cache_dir`,
@@ -124,7 +125,7 @@ class HubPipeline(DiffusionPipeline):
         if layout == "diffusers" and "transformer" not in kwargs:
             kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
         try:
-            with use_options(RuntimeOptions(providers, num_threads)):
+            with use_options(RuntimeOptions(providers, num_threads, cuda_graphs)):
                 pipeline = super().from_pretrained(folder, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
             reason = str(error).split("\n")[0]
@@ -232,7 +233,7 @@ class HubPipeline(DiffusionPipeline):
         wanted = [*FACT_FILES, CARD_FILE]
         ours = [entry[1] for entry in components.values() if entry[0] == "dit_hub"]
         if any(name != "DiTTransformer" for name in ours):
-            wanted += [cls.config_name, *(f"{name}/*" for name in components)]
+            wanted += [cls.config_name, "report.json", *(f"{name}/*" for name in components)]
         else:
             super().download(pretrained_model_name, **kwargs)
         with _plain_hub_errors(f"load {pretrained_model_name} from"):

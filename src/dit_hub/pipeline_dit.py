@@ -64,6 +64,12 @@ class DiTPipeline(HubPipeline):
         return {int(key): name for key, name in (self.config.get("id2label") or {}).items()}
 
     @property
+    def _execution_device(self) -> torch.device:
+        if isinstance(self.transformer, torch.nn.Module):
+            return super()._execution_device
+        return self.transformer.device  # other runtimes are no modules, so diffusers does not see where they compute
+
+    @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent pixel: 8 for Stable Diffusion's VAE, 1 for models of pixels."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
@@ -158,7 +164,7 @@ class DiTPipeline(HubPipeline):
         if self.vae is not None:
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
             latents = latents / self.vae.config.scaling_factor + shift
-            latents = self.vae.decode(latents.to(self.vae.dtype)).sample
+            latents = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
         images = (latents.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images

@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 # Classes that model_index.json may name as components of a pipeline folder, all living in `dit_hub`.
-COMPONENTS = ("DiTTransformer", "ORTDiTTransformer", "ORTSampler", "ORTVAEDecoder", "OpenVINODiTTransformer")
+COMPONENTS = (
+    "DiTTransformer",
+    "ORTDiTTransformer",
+    "ORTSampler",
+    "ORTVAEDecoder",
+    "OpenVINODiTTransformer",
+    "TensorRTDiTTransformer",
+    "TensorRTSampler",
+    "TensorRTVAEDecoder",
+)
 
 
 def _register_components(loading: ModuleType) -> None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """Options of an ONNX Runtime session.
+    """Options of runtimes other than PyTorch; each takes those that it has.
 
     Args:
-        providers: execution providers, the preferred first; None means the CPU.
-        num_threads: threads within an operator; None means one per core.
+        providers: ONNX Runtime's execution providers, the preferred first; None means the CPU.
+        num_threads: threads within an operator, on processors; None means one per core.
+        cuda_graphs: record TensorRT's launches once for each shape and replay them, which takes the processor out of
+            the loop; the inputs and outputs of each shape then stay on the GPU.
 
     Raises:
         ValueError: fewer than one thread.
@@ -23,6 +25,7 @@ class RuntimeOptions:
 
     providers: Sequence[str] | None = None
     num_threads: int | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:

@@ -1,0 +1,157 @@
+"""The parts of a pipeline as ONNX files: the denoiser, plain or hoisted, and the VAE decoder.
+
+Each is written into a component folder with its configuration and the reference to measure a runtime by.
+"""
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_hub.configuration_dit import DiTConfig
+from dit_hub.modeling_dit import DiTTransformer
+
+from .component import CONDITIONER_FILE, MODEL_FILE, SETTINGS_FILE
+from .graphs import export_graph, positions_of_any_size
+from .reference import write_reference
+
+# 23 is the first with an Attention operator, the fastest in ONNX Runtime; 20 has Gelu and runs nearly everywhere.
+# torch 2.13 writes invalid files from 26 on.
+DEFAULT_OPSET = 23
+OPSETS = range(20, 26)
+
+PARTS = ("denoiser", "decoder", "sampler")
+DEFAULT_PARTS = ("denoiser", "decoder")
+
+WEIGHT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Names of dynamic dimensions besides "batch".
+PAIRS_DIMENSION = "pairs"  # of timestep and class
+GRID_DIMENSIONS = ("grid_height", "grid_width")  # in patches
+
+# diffusers' upsampling branches at a batch of 64, so the exporter must be told to stay below.
+MAX_DECODED = 63
+
+BATCHES = (1, 2, 5)  # of the references
+_DECODER_BATCHES = (1, 2)  # pictures of 512 pixels are 3 MB each in the reference
+
+
+class _Denoiser(nn.Module):
+    """The model with plain tensors in and out."""
+
+    def __init__(self, transformer: Any):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.transformer(hidden_states, timestep, class_labels).sample
+
+
+class _Conditioner(_Denoiser):
+    """What the model makes of timestep and class."""
+
+    def forward(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return self.transformer.condition(timestep, class_labels)
+
+
+class _HoistedDenoiser(_Denoiser):
+    """The model without it: the condition comes from `_Conditioner`."""
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        return self.transformer(hidden_states, condition=condition).sample
+
+
+class _Decoder(nn.Module):
+    """The decoding half of an `AutoencoderKL`."""
+
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents).sample
+
+
+def in_float32(module: Any) -> Any:
+    """The module itself where it is float32, on the CPU and in evaluation mode; else a copy that is."""
+    if module.dtype == torch.float32 and module.device.type == "cpu" and not module.training:
+        return module
+    return copy.deepcopy(module).float().cpu().eval()
+
+
+@torch.no_grad()
+def write_denoiser(
+    transformer: DiTTransformer,
+    exported: nn.Module,
+    folder: Path,
+    opset: int,
+    hoist: bool = False,
+    dynamic_size: bool = False,
+) -> None:
+    """Write model.onnx, and conditioner.onnx with `hoist`.
+
+    Args:
+        transformer: in float32; the reference is its.
+        exported: the same in the precision of the file.
+        folder: of the component, there already.
+        opset: version of the ONNX operators.
+        hoist: leave timestep and class to the conditioner, in float32.
+        dynamic_size: accept every height and width that the patches tile.
+    """
+    config: Any = transformer.config
+    config.save_pretrained(folder)
+    (folder / SETTINGS_FILE).write_text(json.dumps({"dynamic_size": dynamic_size}) + "\n")
+    height, width = config.sample_height_width
+    patch = config.patch_size
+    larger = (height + patch, width + 2 * patch)
+    inputs = [denoiser_inputs(config, batch) for batch in BATCHES]
+    inputs += [denoiser_inputs(config, 2, larger)] * dynamic_size
+    write_reference(folder, [(case, transformer(**case).sample) for case in inputs])
+
+    example = inputs[-1] if dynamic_size else inputs[1]
+    dimensions: dict[str, dict[int, Any]] = {name: {0: "batch"} for name in (*example, "condition")}
+    if dynamic_size:  # counted in patches, since no other size has a meaning
+        grid = {axis + 2: patch * torch.export.Dim(name) for axis, name in enumerate(GRID_DIMENSIONS)}
+        dimensions["hidden_states"] |= grid
+    with positions_of_any_size() if dynamic_size else contextlib.nullcontext():
+        if hoist:
+            hidden_states = example.pop("hidden_states")
+            pairs = {name: {0: PAIRS_DIMENSION} for name in example}
+            export_graph(_Conditioner(transformer), example, pairs, ["condition"], folder / CONDITIONER_FILE, opset)
+            example = {"hidden_states": hidden_states, "condition": transformer.condition(**example)}
+        graph = (_HoistedDenoiser if hoist else _Denoiser)(exported)
+        export_graph(graph, example, dimensions, ["sample"], folder / MODEL_FILE, opset)
+
+
+@torch.no_grad()
+def write_decoder(vae: Any, height_width: tuple[int, int], folder: Path, opset: int) -> None:
+    """Write the decoding half of a float32 `AutoencoderKL`, for latents of one size, into a new folder."""
+    vae.save_config(folder)
+
+    def latents(batch: int) -> Tensor:
+        shape = (batch, vae.config.latent_channels, *height_width)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
+
+    cases = [({"latents": latents(batch)}, vae.decode(latents(batch)).sample) for batch in _DECODER_BATCHES]
+    write_reference(folder, cases)
+    dimensions = {"latents": {0: torch.export.Dim("batch", max=MAX_DECODED)}}
+    export_graph(_Decoder(vae), {"latents": latents(2)}, dimensions, ["sample"], folder / MODEL_FILE, opset)
+
+
+def denoiser_inputs(config: DiTConfig, batch: int, height_width: tuple[int, int] | None = None) -> dict[str, Tensor]:
+    """Random arguments of a forward pass, the same at each call."""
+    generator = torch.Generator().manual_seed(batch)
+    shape = (batch, config.in_channels, *(height_width or config.sample_height_width))
+    inputs = {"hidden_states": torch.randn(shape, generator=generator)}
+    inputs["timestep"] = torch.rand(batch, generator=generator) * 999
+    if config.num_classes:
+        labels = torch.randint(0, config.num_classes, (batch,), generator=generator)
+        # Also the null class, which guidance uses.
+        inputs["class_labels"] = (
+            labels if config.null_class is None else labels.where(labels % 2 == 0, config.null_class)
+        )
+    return inputs

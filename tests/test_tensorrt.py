@@ -1,0 +1,251 @@
+"""TensorRT engines: really built, by tensorrt_rtx, on any machine; and what must hold before one is run."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from dit_hub import DiTPipeline, DiTTransformer
+from dit_hub.export import TensorRTDiTTransformer, export_onnx, export_tensorrt, verify_export
+from dit_hub.export.tensorrt import check_shapes
+from dit_hub.export.tensorrt_build import Machine, Manifest, misfit
+
+from .conftest import MakePipeline, dit_hub
+
+pytest.importorskip("tensorrt_rtx", reason="waits for the package tensorrt_rtx, which has wheels for Linux and Windows")
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for an NVIDIA GPU")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as engines, to copy and damage."""
+    folder = tmp_path_factory.mktemp("engines") / "trt"
+    export_tensorrt("dit-toy-shapes", folder, runtime="rtx")
+    return folder
+
+
+def manifest_of(folder: Path, component: str = "transformer") -> dict[str, Any]:
+    return json.loads((folder / component / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("precision", "bound", "measured_on"),
+    [
+        ("fp32", 1e-5, "onnxruntime"),
+        ("fp16", 2e-2, "onnxruntime"),
+        ("bf16", 2e-2, "pytorch"),
+        ("int8", 5e-2, "onnxruntime"),
+        ("fp8", 5e-2, "pytorch"),
+    ],
+)
+def test_the_toy_builds_in_every_precision(tmp_path: Path, precision: str, bound: float, measured_on: str) -> None:
+    phases = []
+    report = export_tensorrt(
+        "dit-toy-shapes", tmp_path / "trt", precision=precision, runtime="rtx", profile=(1, 4, 32),
+        progress=lambda phase, done, total: phases.append((phase, done, total)),
+    )  # fmt: skip
+    parity = report["transformer"]
+    assert 0 < parity.relative_error < bound
+    if not torch.cuda.is_available():
+        assert parity.measured_on == measured_on
+    assert phases[-1][0] == "Building engine"
+    assert all(0 < done <= total for _, done, total in phases)
+    manifest = manifest_of(tmp_path / "trt")
+    assert (manifest["product"], manifest["precision"]) == ("tensorrt_rtx", precision)
+    assert manifest["parity"]["relative_error"] == parity.relative_error
+    assert manifest["engines"]["model.engine"]["profiles"]["hidden_states"] == [[n, 3, 16, 16] for n in (1, 4, 32)]
+    assert manifest["engines"]["conditioner.engine"]["profiles"]["timestep"] == [[1], [64], [1024]]
+    assert ("8.0" in manifest["compute_capabilities"]) == (precision != "fp8")
+    index = json.loads((tmp_path / "trt" / "model_index.json").read_text())
+    assert index["transformer"] == ["dit_hub", "TensorRTDiTTransformer"]
+    assert json.loads((tmp_path / "trt" / "origin.json").read_text())["license"] == "apache-2.0"
+    leftovers = {path.name for path in tmp_path.rglob("*") if path.suffix == ".onnx" or path.name.startswith(".")}
+    assert leftovers == set()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_whole_sampler_builds(tmp_path: Path, precision: str) -> None:
+    report = export_tensorrt(
+        "dit-toy-shapes", tmp_path / "trt", ["sampler"], precision, runtime="rtx", profile=(1, 2, 8)
+    )
+    assert report["transformer"].relative_error < 2e-2
+    profiles = manifest_of(tmp_path / "trt")["engines"]["model.engine"]["profiles"]
+    assert profiles["table"] == [[1, 9], [50, 9], [1000, 9]]
+    assert profiles["class_labels"] == [[1], [2], [8]]
+
+
+def test_a_latent_pipeline_builds_with_its_decoder_and_takes_sizes(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    report = export_tensorrt(make_pipeline(latent=True), tmp_path / "trt", ["all"], "fp32", (1, 2, 4), runtime="rtx")
+    assert {name: parity.relative_error < 1e-5 for name, parity in report.items()} == dict.fromkeys(
+        ("transformer", "vae", "sampler"), True
+    )
+    assert manifest_of(tmp_path / "trt", "vae")["engines"]["model.engine"]["profiles"]["latents"][2] == [4, 4, 8, 8]
+    profiles = manifest_of(tmp_path / "trt", "sampler")["engines"]["model.engine"]["profiles"]
+    assert profiles["class_labels"] == [[1], [4], [8]]  # guidance doubles them
+    assert profiles["guidance_scale"] == [[], [], []]
+    export_tensorrt(make_pipeline(), tmp_path / "sizes", profile=(1, 2, 4), size=(8, 16, 32), runtime="rtx")
+    profiles = manifest_of(tmp_path / "sizes")["engines"]["model.engine"]["profiles"]
+    assert profiles["hidden_states"] == [[1, 4, 8, 8], [2, 4, 16, 16], [4, 4, 32, 32]]
+
+
+def test_exports_to_onnx_build_as_they_are(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    exported = export_onnx(make_pipeline(latent=True), tmp_path / "onnx", hoist=True, precision="fp16")
+    assert export_tensorrt(tmp_path / "onnx", tmp_path / "trt", runtime="rtx", profile=(1, 2, 4)) == exported
+    assert set(manifest_of(tmp_path / "trt")["engines"]) == {"model.engine", "conditioner.engine"}
+    file = tmp_path / "onnx" / "transformer" / "model.onnx"
+    run = dit_hub("export", "tensorrt", file, "lone", "--runtime", "rtx", "--profile", "1,1,2", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in (tmp_path / "lone").iterdir()) == ["manifest.json", "model.engine"]
+    source = json.loads((tmp_path / "lone" / "manifest.json").read_text())["engines"]["model.engine"]["source_sha256"]
+    assert source == manifest_of(tmp_path / "trt")["engines"]["model.engine"]["source_sha256"]
+
+
+@pytest.mark.slow
+def test_s2_builds(tmp_path: Path) -> None:
+    from dit_hub import DiTConfig
+
+    pipeline = DiTPipeline(DiTTransformer(DiTConfig.from_name("DiT-S/2")), _ddim())
+    torch.nn.init.normal_(pipeline.transformer.final_layer.linear.weight, std=0.02)
+    report = export_tensorrt(pipeline, tmp_path / "trt", precision="fp16", runtime="rtx")
+    assert report["transformer"].relative_error < 2e-2
+    assert (tmp_path / "trt" / "transformer" / "model.engine").stat().st_size > 30e6
+
+
+def _ddim() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler()
+
+
+def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
+    node = helper.make_node("Mystery", ["x"], ["y"], name="the_culprit")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", values[:1], values[1:]))
+    onnx.save(model, tmp_path / "odd.onnx")
+    run = dit_hub("export", "tensorrt", "odd.onnx", "trt", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "cannot read odd.onnx: node 'the_culprit' (Mystery)" in run.stderr
+    export_onnx("dit-toy-shapes", tmp_path / "int8", precision="int8")
+    run = dit_hub("export", "tensorrt", "int8", "trt", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "(DynamicQuantizeLinear)" in run.stderr
+    assert "node '" in run.stderr
+    assert not (tmp_path / "trt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--profile", "8,1,4"], "profile must be three rising numbers"),
+        (["--profile", "0,1,4"], "profile must be three rising numbers"),
+        (["--profile", "1,2"], "--profile takes three numbers such as 1,8,64, not '1,2'"),
+        (["--precision", "fp4"], "There is no precision 'fp4'; known: fp32, fp16, bf16, fp8, int8"),
+        (["--runtime", "trt"], "There is no runtime 'trt'; known: auto, tensorrt, rtx"),
+        (["--compute-capability", "9.0"], "does not build for compute capability 9.0; it does for 7.5, 8.0"),
+        (["--precision", "fp8", "--compute-capability", "8.6"], "have no fp8; 8.9 and later have"),
+        (["--size", "16,16,32"], "learned positions, which cover one height and width only"),
+        (["--parts", "sampler", "--precision", "int8"], "weights of 8 bits outside of loops only"),
+        (["--parts", "encoder"], "There is no part 'encoder'"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+    run = dit_hub("export", "tensorrt", "dit-toy-shapes", "trt", *arguments, cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert words in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 200])
+def test_a_damaged_onnx_file_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.onnx").write_bytes(content)
+    run = dit_hub("export", "tensorrt", "model.onnx", "trt", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert not (tmp_path / "trt").exists()
+
+
+def test_an_engine_says_why_it_does_not_run_here(engines: Path) -> None:
+    manifest = Manifest.read(engines / "transformer")
+    fitting = Machine({"tensorrt_rtx": manifest.version}, "8.9")
+    assert misfit(manifest, fitting) is None
+    for machine, words in (
+        (Machine(fitting.products, None), "needs an NVIDIA GPU"),
+        (Machine({}, "8.9"), 'pip install "dit-hub[tensorrt-rtx]"'),
+        (
+            Machine({"tensorrt_rtx": "1.2.0"}, "8.9"),
+            f"built with tensorrt_rtx {manifest.version}, and 1.2.0 is installed",
+        ),
+        (Machine(fitting.products, "9.0"), "for compute capability 8.0, 8.6, 8.9, 12.0, 12.1, and this GPU has 9.0"),
+    ):
+        assert words in str(misfit(manifest, machine))
+
+
+@without_gpu
+def test_without_a_gpu_loading_is_one_sentence(engines: Path, tmp_path: Path) -> None:
+    for command in (["generate", engines], ["export", "verify", engines]):
+        run = dit_hub(*command, cwd=tmp_path)
+        assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+        assert "needs an NVIDIA GPU, and PyTorch sees none" in run.stderr
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"engines": 3}'])
+def test_a_damaged_manifest_is_one_sentence(engines: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(engines, tmp_path / "trt")
+    (tmp_path / "trt" / "transformer" / "manifest.json").write_text(content)
+    run = dit_hub("generate", "trt", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "manifest.json cannot be read" in run.stderr
+
+
+def test_inputs_outside_the_profile_are_refused() -> None:
+    profiles = {"x": [[1, 4], [2, 4], [8, 4]], "y": [[1], [2], [8]]}
+    check_shapes(profiles, {"x": torch.zeros(8, 4), "y": torch.zeros(8)})
+    with pytest.raises(ValueError, match=r"built for x of \[1, 4\] to \[8, 4\], not \[9, 4\]; guidance doubles"):
+        check_shapes(profiles, {"x": torch.zeros(9, 4), "y": torch.zeros(8)})
+    with pytest.raises(ValueError, match="no input z"):
+        check_shapes(profiles, {"z": torch.zeros(1)})
+    with pytest.raises(ValueError, match="needs the input y"):
+        check_shapes(profiles, {"x": torch.zeros(1, 4)})
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_is_stopped_leaves_no_result(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "dit_hub.cli", "export", "tensorrt", "dit-toy-shapes", "trt"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.rglob("*.engine")) and not list(tmp_path.rglob("model.onnx")):
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert not (tmp_path / "trt").exists()
+    if how == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == []
+
+
+# --- On a GPU that the engines are for -------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_engines_sample_as_pytorch_does(tmp_path: Path, cuda_graphs: bool) -> None:
+    export_tensorrt("dit-toy-shapes", tmp_path / "trt", precision="fp32")
+    assert verify_export(tmp_path / "trt")["transformer"].measured_on.startswith("tensorrt")
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "trt", cuda_graphs=cuda_graphs)
+    assert isinstance(pipeline.transformer, TensorRTDiTTransformer)
+    options: Any = {"num_inference_steps": 10, "output_type": "pt"}
+    ours = pipeline([0, 4, 8], generator=torch.Generator().manual_seed(0), **options).images.cpu()
+    reference = DiTPipeline.from_pretrained("dit-toy-shapes")
+    expected = reference([0, 4, 8], generator=torch.Generator().manual_seed(0), **options).images
+    assert (ours - expected).abs().max() < 2 / 255
