@@ -7,6 +7,7 @@ from .parts import DEFAULT_PARTS
 from .tensorrt import TensorRTDiTTransformer, TensorRTSampler, TensorRTVAEDecoder
 from .tensorrt_export import export_tensorrt
 from .verify import verify_export
+from .web import export_web
 
 __all__ = [
     "DEFAULT_PARTS",
@@ -19,5 +20,6 @@ __all__ = [
     "TensorRTVAEDecoder",
     "export_onnx",
     "export_tensorrt",
+    "export_web",
     "verify_export",
 ]

@@ -152,7 +152,7 @@ def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def exportable(model: str | os.PathLike | DiTPipeline, dynamic_size: bool) -> DiTPipeline:
+def exportable(model: str | os.PathLike | DiTPipeline, dynamic_size: bool = False) -> DiTPipeline:
     """The pipeline, with its transformer in float32 on the CPU.
 
     Raises:

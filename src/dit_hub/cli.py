@@ -258,6 +258,27 @@ def export_tensorrt_command(
     print(f"Exported to {out}")
 
 
+@export_app.command("web")
+def export_web_command(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to write; any file server serves it.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a page that samples in the browser."""
+    from .files import check_free
+
+    check_free(out, overwrite)
+    quiet_libraries()
+    from rich.console import Console
+
+    from dit_hub.export import export_web
+
+    with Console().status("Exporting and checking…"):
+        parity = export_web(model, out, overwrite)
+    _print_parity("Error against PyTorch", {"sampler": parity})
+    print(f"Exported to {out}; serve it with: {Path(sys.executable).name} -m http.server --directory {out}")
+
+
 @export_app.command("verify")
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="An export.")],

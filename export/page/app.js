@@ -1,0 +1,122 @@
+// Draws with model.onnx, the whole sampler in one file, one step a call so that each can be seen.
+// facts.json holds what is needed besides: class names, shapes and the solver's tables by number of steps.
+
+const SNAPSHOTS = 10; // pictures of a trajectory, besides the last
+const MOST_BUTTONS = 50;
+
+const byId = (id) => document.getElementById(id);
+const facts = await (await fetch("facts.json")).json();
+ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
+ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send
+ort.env.logLevel = "error";
+const session = await ort.InferenceSession.create("model.onnx");
+
+/** Uniform numbers in 0..1 of a 32-bit seed (mulberry32), so that a seed means the same picture in every browser. */
+function uniform(seed) {
+  let state = seed >>> 0;
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let mixed = Math.imul(state ^ (state >>> 15), state | 1);
+    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 4294967296;
+  };
+}
+
+/** An array of normal numbers (Box and Muller). */
+function normal(next, length) {
+  return Float32Array.from({ length }, () => Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next()));
+}
+
+/** Samples one picture; calls back with the step and its picture, (height, width, channels) bytes with dims. */
+async function sample(label, steps, seed, guidance, onStep) {
+  const table = facts.tables[steps];
+  const [channels, height, width] = facts.latents;
+  const size = channels * height * width;
+  const next = uniform(seed);
+  let latents = normal(next, size);
+  for (const [step, row] of table.entries()) {
+    const feeds = {
+      latents: new ort.Tensor("float32", latents, [1, channels, height, width]),
+      table: new ort.Tensor("float32", Float32Array.from(row), [1, row.length]),
+      noise: new ort.Tensor("float32", normal(next, size), [1, 1, channels, height, width]),
+    };
+    if (label !== null) {
+      const guided = facts.null_class !== null && guidance !== 1;
+      const labels = guided ? [label, facts.null_class] : [label];
+      feeds.class_labels = new ort.Tensor("int64", BigInt64Array.from(labels, BigInt), [labels.length]);
+    }
+    if (facts.null_class !== null) feeds.guidance_scale = new ort.Tensor("float32", [guidance], []);
+    const output = await session.run(feeds);
+    latents = output.sample.data;
+    await onStep(step + 1, output.images);
+  }
+}
+
+/** A canvas of a picture with its caption, at the end of a parent. */
+function show(parent, image, caption) {
+  const [, height, width, channels] = image.dims;
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const pixels = new ImageData(width, height);
+  for (let i = 0; i < width * height; i++) {
+    for (let c = 0; c < 3; c++) pixels.data[4 * i + c] = image.data[channels * i + Math.min(c, channels - 1)];
+    pixels.data[4 * i + 3] = 255;
+  }
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+  const figure = document.createElement("figure");
+  figure.dataset.caption = caption;
+  figure.append(canvas, Object.assign(document.createElement("figcaption"), { textContent: caption }));
+  parent.append(figure);
+}
+
+/** Draws classes one after the other. */
+async function draw(labels) {
+  for (const id of ["settings", "classes"]) byId(id).disabled = true;
+  const steps = Number(byId("steps").value);
+  const seed = Number(byId("seed").value) >>> 0;
+  const guidance = Number(byId("guidance").value);
+  byId("pictures").replaceChildren();
+  const started = performance.now();
+  for (const label of labels) {
+    const name = label === null ? "picture" : facts.names[label];
+    byId("trajectory").replaceChildren();
+    await sample(label, steps, seed, guidance, async (step, image) => {
+      byId("status").textContent = `${name}: step ${step} of ${steps}`;
+      const shown = Math.ceil((step * SNAPSHOTS) / steps) > Math.ceil(((step - 1) * SNAPSHOTS) / steps);
+      if (shown || step === steps) show(byId("trajectory"), image, `step ${step}`);
+      if (step === steps) show(byId("pictures"), image, name);
+      await new Promise((resolve) => setTimeout(resolve)); // let the browser paint
+    });
+  }
+  const seconds = ((performance.now() - started) / 1000).toFixed(2);
+  byId("status").textContent = `${labels.length} of ${labels.length} drawn in ${seconds} s`;
+  for (const id of ["settings", "classes"]) byId(id).disabled = false;
+}
+
+function button(text, chosen) {
+  const element = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  element.addEventListener("click", () => draw(chosen()).catch((error) => (byId("status").textContent = String(error))));
+  byId("classes").append(element);
+}
+
+/** A list to choose from, where buttons would fill the page. */
+function chooser(labels) {
+  const list = document.createElement("select");
+  for (const label of labels) list.add(new Option(facts.names[label], label));
+  byId("classes").append(list);
+  button("draw", () => [Number(list.value)]);
+}
+
+document.title = byId("name").textContent = facts.title;
+for (const steps of Object.keys(facts.tables)) byId("steps").add(new Option(steps));
+byId("steps").value = facts.default_steps;
+byId("guided").hidden = facts.null_class === null;
+if (facts.license) byId("about").textContent += ` Licence of the model: ${facts.license}.`;
+const labels = Object.keys(facts.names).map(Number);
+if (labels.length > MOST_BUTTONS) chooser(labels);
+else {
+  for (const label of labels) button(facts.names[label], () => [label]);
+  if (labels.length === 0) button("draw", () => [null]);
+  if (labels.length > 1) button("all", () => labels);
+}
+for (const id of ["settings", "classes"]) byId(id).disabled = false;
+byId("status").textContent = "Ready";

@@ -1,0 +1,146 @@
+"""Export for browsers: a folder of static files with a page that samples, through onnxruntime-web."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import urllib.request
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from huggingface_hub import cached_assets_path
+
+from dit_hub.extras import require
+from dit_hub.files import check_free, new_folder
+from dit_hub.pipeline_dit import DiTPipeline
+from dit_hub.solvers import COLUMNS, solver_table
+
+from .onnx_export import exportable, measure_component
+from .ort import ORTSampler
+from .reference import MAX_RELATIVE_ERROR, REFERENCE_FILE, Parity
+from .sampler import write_sampler
+
+# The package of npm's registry that runs the model, its hash, and what a page needs of it.
+ORT_WEB_VERSION = "1.30.0"
+_ORT_WEB_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+_ORT_WEB_FILES = (
+    "dist/ort.wasm.min.js",
+    "dist/ort-wasm-simd-threaded.mjs",
+    "dist/ort-wasm-simd-threaded.wasm",
+    "package.json",  # names its licence, MIT
+)
+
+# Numbers of steps to choose from, as far as the training schedule has them.
+_STEPS, DEFAULT_STEPS = (10, 20, 50, 100, 200), 50
+
+
+def export_web(
+    model: str | os.PathLike | DiTPipeline, output_dir: str | os.PathLike, overwrite: bool = False
+) -> Parity:
+    """Write a page that samples in the browser: class buttons, steps, seed, and the trajectory as it denoises.
+
+    The folder needs no build and any file server serves it, such as `python -m http.server` or a static Space of the
+    Hub. onnxruntime-web is fetched from npm's registry once and kept in the cache of huggingface_hub.
+
+    Args:
+        model: a pipeline in PyTorch, or what `DiTPipeline.from_pretrained` takes; with a VAE, this goes into the file.
+        output_dir: the new folder.
+        overwrite: replace a folder that is there.
+
+    Returns:
+        The error of the sampler on ONNX Runtime.
+
+    Raises:
+        ValueError: a model that cannot be exported, or that draws latents without a VAE.
+        OSError: onnxruntime-web cannot be fetched.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, "onnx")
+    check_free(output_dir, overwrite)
+    pipeline = exportable(model)
+    config: Any = pipeline.transformer.config
+    if pipeline.vae is None and config.in_channels not in (1, 3):
+        raise ValueError("This model draws latents and has no VAE to make pictures of them.")
+    pipeline.scheduler = _single_step_scheduler(pipeline.scheduler)
+    runtime = fetch_onnxruntime_web()
+    with new_folder(output_dir, overwrite) as folder:
+        write_sampler(pipeline, pipeline.transformer, folder, decode=True)
+        parity = measure_component("sampler", ORTSampler.from_pretrained(folder), MAX_RELATIVE_ERROR["fp32"])
+        for name in ("config.json", REFERENCE_FILE):  # for Python
+            (folder / name).unlink()
+        pipeline.save_facts(folder)
+        page = resources.files("dit_hub.export") / "page"
+        for name in ("index.html", "app.js"):
+            (folder / name).write_text((page / name).read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / "ort").mkdir()
+        for file in runtime.iterdir():
+            shutil.copyfile(file, folder / "ort" / file.name)
+        schedule = pipeline.scheduler.config.num_train_timesteps
+        steps = [count for count in _STEPS if count <= schedule] or [schedule]
+        facts = {
+            "title": pipeline.origin.source if pipeline.origin else "Diffusion Transformer",
+            "license": pipeline.origin.license if pipeline.origin else None,
+            "names": {index: pipeline.id2label.get(index, str(index)) for index in range(config.num_classes)},
+            "null_class": config.null_class,
+            "latents": [config.in_channels, *config.sample_height_width],
+            "tables": {count: solver_table(pipeline.scheduler, count).tolist() for count in steps},
+            "default_steps": min(steps, key=lambda count: abs(count - DEFAULT_STEPS)),
+        }
+        (folder / "facts.json").write_text(json.dumps(facts) + "\n")
+    return parity
+
+
+def _single_step_scheduler(scheduler: Any) -> Any:
+    """The scheduler itself where it needs no earlier estimate, so that a call can be a single step; else DDIM."""
+    try:
+        if not solver_table(scheduler, 4)[:, COLUMNS.index("c")].any():
+            return scheduler
+    except ValueError:
+        pass
+    return diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+
+
+def fetch_onnxruntime_web() -> Path:
+    """The folder with onnxruntime-web's files, fetched from npm's registry where they are not in the cache.
+
+    npm's own setting of the registry holds: NPM_CONFIG_REGISTRY, or what npm says where it is installed.
+
+    Raises:
+        OSError: they cannot be fetched, or are not what was published.
+    """
+    folder = cached_assets_path("dit-hub", "onnxruntime-web", ORT_WEB_VERSION)
+    if all((folder / Path(name).name).is_file() for name in _ORT_WEB_FILES):
+        return folder
+    url = f"{_npm_registry()}/onnxruntime-web/-/onnxruntime-web-{ORT_WEB_VERSION}.tgz"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response:
+            content = response.read()
+    except OSError as error:
+        raise OSError(
+            f"onnxruntime-web {ORT_WEB_VERSION} could not be fetched from npm's registry ({error}); "
+            "NPM_CONFIG_REGISTRY names another one."
+        ) from error
+    if base64.b64encode(hashlib.sha512(content).digest()).decode() != _ORT_WEB_SHA512:
+        raise OSError(f"What npm's registry sent is not onnxruntime-web {ORT_WEB_VERSION}: its hash differs.")
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for name in _ORT_WEB_FILES:
+            member = archive.extractfile(f"package/{name}")
+            assert member is not None  # the hash says so
+            building = folder / f".{Path(name).name}.{os.getpid()}"
+            building.write_bytes(member.read())
+            building.replace(folder / Path(name).name)
+    return folder
+
+
+def _npm_registry() -> str:
+    registry = os.environ.get("NPM_CONFIG_REGISTRY")
+    if registry is None and shutil.which("npm") is not None:
+        command = ["npm", "config", "get", "registry"]
+        registry = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return (registry or "https://registry.npmjs.org").rstrip("/")
