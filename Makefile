@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-checkpoints toy clean
+.PHONY: help demo test test-slow check format bench bench-checkpoints bench-gpu toy clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,9 @@ bench: .venv/.installed  ## Print the speed tables of benchmarks/README.md for t
 
 bench-checkpoints: .venv/.installed  ## Convert and load an XL/2 checkpoint beside a plain copy (11 GB of disk, 3 minutes).
 	$(BIN)/python benchmarks/checkpoints.py
+
+bench-gpu: .venv/.installed  ## Latency of XL/2 on an NVIDIA GPU: eager, compiled and TensorRT.
+	$(BIN)/python benchmarks/gpu.py
 
 toy: .venv/.installed  ## Train the embedded model anew, with its pictures and card.
 	$(BIN)/dit-hub train toy-shapes --out src/dit_hub/assets/dit-toy-shapes --overwrite

@@ -108,6 +108,7 @@ CONTENDERS: dict[str, Callable[[Any], Forward]] = {
     "dit-hub fp32 compiled": ours_compiled,
     "dit-hub bf16 compiled": ours_compiled_bf16,
     "dit-hub ONNX Runtime fp32": exported,
+    "dit-hub ONNX Runtime fp32, hoisted": partial(exported, hoist=True),
     "dit-hub ONNX Runtime int8": partial(exported, precision="int8"),
     "dit-hub ONNX Runtime int8, hoisted": partial(exported, precision="int8", hoist=True),
     "dit-hub OpenVINO bf16, hoisted": partial(exported, precision="bf16", hoist=True, runtime="openvino"),

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,12 @@ def diffusers_pipeline() -> Any:
     return diffusers.DiTPipeline(stock, Identity(), pipeline.scheduler)  # pyright: ignore[reportArgumentType]
 
 
-def sampler() -> Any:
+def sampler(**options: Any) -> Any:
     from dit_hub import DiTPipeline
     from dit_hub.export import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(ours(), Path(folder, "export"), parts=["sampler"])
+        export_onnx(ours(), Path(folder, "export"), parts=["sampler"], **options)
         return DiTPipeline.from_pretrained(Path(folder, "export"))
 
 
@@ -70,6 +71,7 @@ CONTENDERS: dict[str, Callable[[], Any]] = {
     BASELINE: diffusers_pipeline,
     "dit-hub, PyTorch": ours,
     "dit-hub, sampler in one ONNX file": sampler,
+    "the same, int8": partial(sampler, precision="int8"),
 }
 
 

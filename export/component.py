@@ -22,6 +22,13 @@ from dit_hub.runtime import RuntimeOptions, current_options
 MODEL_FILE = "model.onnx"
 CONDITIONER_FILE = "conditioner.onnx"
 
+# Names of dynamic dimensions besides "batch".
+PAIRS_DIMENSION = "pairs"  # of timestep and class
+GRID_DIMENSIONS = ("grid_height", "grid_width")  # in patches
+STEPS_DIMENSION = "steps"
+DRAWS_DIMENSION = "draws"  # of noise: one for each step, or a single one
+ROWS_DIMENSION = "rows"  # as many as the batch, or twice that for guidance
+
 # What the runtime must know of the file beyond config.json: {"dynamic_size": false}; for OpenVINO also "precision".
 SETTINGS_FILE = "runtime.json"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dit_hub.configuration_dit import DiTConfig
 from dit_hub.modeling_dit import DiTTransformer
 
-from .component import CONDITIONER_FILE, MODEL_FILE, SETTINGS_FILE
+from .component import CONDITIONER_FILE, GRID_DIMENSIONS, MODEL_FILE, PAIRS_DIMENSION, SETTINGS_FILE
 from .graphs import export_graph, positions_of_any_size
 from .reference import write_reference
 
@@ -28,10 +28,6 @@ PARTS = ("denoiser", "decoder", "sampler")
 DEFAULT_PARTS = ("denoiser", "decoder")
 
 WEIGHT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-# Names of dynamic dimensions besides "batch".
-PAIRS_DIMENSION = "pairs"  # of timestep and class
-GRID_DIMENSIONS = ("grid_height", "grid_width")  # in patches
 
 # diffusers' upsampling branches at a batch of 64, so the exporter must be told to stay below.
 MAX_DECODED = 63

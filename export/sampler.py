@@ -14,7 +14,7 @@ from dit_hub.modeling_dit import DiTTransformer
 from dit_hub.pipeline_dit import DiTPipeline, guide
 from dit_hub.solvers import COLUMNS, solver_table
 
-from .component import MODEL_FILE
+from .component import DRAWS_DIMENSION, MODEL_FILE, ROWS_DIMENSION, STEPS_DIMENSION
 from .graphs import export_graph
 from .parts import BATCHES, MAX_DECODED, in_float32
 from .reference import write_reference
@@ -25,11 +25,6 @@ SAMPLER_OPSET = 20
 
 # The table that the file carries for those who bring none.
 DEFAULT_STEPS = 50
-
-# Names of dynamic dimensions besides "batch".
-STEPS_DIMENSION = "steps"
-DRAWS_DIMENSION = "draws"  # of noise: one for each step, or a single one
-ROWS_DIMENSION = "rows"  # as many as the batch, or twice that for guidance
 
 _STEPS = 4  # of the reference
 
@@ -70,7 +65,8 @@ class _Sampler(nn.Module):
             return step < steps
 
         def advance(step: Tensor, sample: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
-            _, p, q, clip, a, b, c, scale, exponent = table.index_select(0, step.view(1)).view(-1).unbind(0)
+            # Each of shape (1,): split takes one operator, scalars would take two for each.
+            _, p, q, clip, a, b, c, scale, exponent = table.index_select(0, step.view(1)).view(-1).split(1)
             condition = conditions.index_select(0, step.view(1)).squeeze(0)
             prediction = self._predict(sample, condition, guidance_scale)
             estimate = p * sample + q * prediction[:, :channels]

@@ -18,9 +18,14 @@ import torch
 
 from dit_hub.extras import require
 
-from .component import MAX_PAIRS
-from .parts import GRID_DIMENSIONS, PAIRS_DIMENSION
-from .sampler import DRAWS_DIMENSION, ROWS_DIMENSION, STEPS_DIMENSION
+from .component import (
+    DRAWS_DIMENSION,
+    GRID_DIMENSIONS,
+    MAX_PAIRS,
+    PAIRS_DIMENSION,
+    ROWS_DIMENSION,
+    STEPS_DIMENSION,
+)
 
 MANIFEST_FILE = "manifest.json"
 TIMING_CACHE_FILE = "timing.cache"  # of tensorrt: what the builder measured, so that the next build is quick

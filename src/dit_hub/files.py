@@ -42,6 +42,8 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[P
         building.chmod(0o755)
         yield building
         for path in building.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes files that their owner alone can read
             _sync(path)
         if target.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

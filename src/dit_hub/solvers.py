@@ -12,6 +12,7 @@ that a scheduler that does anything else is found out.
 """
 
 import copy
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -32,6 +33,10 @@ _NO_CLIP = 1e30
 # Largest residue of the fit, relative to the step's output, above which a scheduler is of another form.
 _MAX_RESIDUE = 1e-5
 _EXPERIMENTS = (64, 1, 1, 1)  # a batch of one-pixel pictures
+
+# Tables by scheduler and steps: measuring 50 steps takes 6 ms, a tenth of sampling 16 toy pictures.
+_measured: dict[tuple, np.ndarray] = {}
+_MOST_MEASURED = 100
 
 _OTHER_FORM = (
     "{} cannot be written as a table: a step of it needs more than the sample, the prediction and one estimate before. "
@@ -57,6 +62,22 @@ def solver_table(
     """
     if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
         raise ValueError(_OTHER_FORM.format(type(scheduler).__name__))
+    visited = timesteps if timesteps is None or isinstance(timesteps, str) else tuple(map(float, timesteps))
+    key = (
+        type(scheduler),
+        json.dumps(dict(scheduler.config), sort_keys=True, default=str),
+        num_inference_steps,
+        visited,
+    )
+    if key not in _measured:
+        if len(_measured) >= _MOST_MEASURED:
+            _measured.clear()
+        _measured[key] = _measure(scheduler, num_inference_steps, timesteps)
+    return _measured[key].copy()
+
+
+def _measure(scheduler: Any, num_inference_steps: int, timesteps: Any) -> np.ndarray:
+    """The table, by running each step of the scheduler on random numbers."""
     probe = copy.deepcopy(without_foreign_variance(scheduler))
     set_timesteps(probe, num_inference_steps, timesteps, "cpu")
     clip = _take_clip(probe)
