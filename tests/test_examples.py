@@ -1,5 +1,6 @@
 """The examples run, and the documents show what they print."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,10 @@ def test_two_people_and_a_hub_get_equal_pictures(tmp_path: Path) -> None:
     for command in ("dit-hub push my-dit me/my-dit --private", "dit-hub generate me/my-dit"):
         assert command in output
         assert command in (ROOT / "docs" / "checkpoints.md").read_text()
+
+
+def test_the_tests_that_the_export_matrix_names_are_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "export.md").read_text()))
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 10
+    assert {name for name in named if f"def {name}(" not in written} == set()

@@ -1,9 +1,12 @@
 """ONNX export and ONNX Runtime as a runtime of the pipeline."""
 
 import json
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +341,49 @@ def test_verify_measures_an_export_again(make_pipeline: MakePipeline, tmp_path: 
     shutil.copyfile(tmp_path / "other" / "transformer" / "model.onnx", tmp_path / "onnx" / "transformer" / "model.onnx")
     with pytest.raises(ValueError, match="transformer differs from PyTorch by"):
         verify_export(tmp_path / "onnx")
+
+
+@pytest.mark.parametrize(
+    ("command", "limit"),
+    [
+        (["onnx"], 100_000),
+        (["onnx", "--precision", "int8", "--hoist"], 300_000),
+        (["tensorrt", "--runtime", "rtx"], 3_000_000),
+        (["web"], 1_000_000),
+    ],
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, command: list[str], limit: int) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "dit_hub.cli", "export", command[0], "dit-toy-shapes", "out", *command[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert run.returncode == 2, run.stderr
+    assert run.stderr == "error: out could not be written: the disk is full or a limit is reached.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_export_that_is_stopped_leaves_no_result(tmp_path: Path, how: signal.Signals) -> None:
+    command = [sys.executable, "-m", "dit_hub.cli", "export", "onnx", "dit-toy-shapes", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.rglob("config.json")):
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert not (tmp_path / "out").exists()
+    if how == signal.SIGINT:
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_provider_that_is_not_there_is_one_sentence(exported_toy: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no provider 'CUDAExecutionProvider' here; available: .*CPUExecution"):
+        DiTPipeline.from_pretrained(exported_toy, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("damage", ["report", "reference", "foreign"])
