@@ -43,9 +43,10 @@ def tensorrt(model: Any, precision: str, rows: int) -> Forward:
     from dit_hub import DiTPipeline
     from dit_hub.export import export_tensorrt
 
-    folder = Path(tempfile.mkdtemp()) / "engine"
-    export_tensorrt(DiTPipeline(model, DDIMScheduler()), folder, precision=precision, profile=(1, rows, rows))
-    denoiser = DiTPipeline.from_pretrained(folder, cuda_graphs=True).transformer
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "engine"
+        export_tensorrt(DiTPipeline(model, DDIMScheduler()), folder, precision=precision, profile=(1, rows, rows))
+        denoiser = DiTPipeline.from_pretrained(folder, cuda_graphs=True).transformer
     return lambda latents, condition: denoiser(latents, condition=condition).sample
 
 

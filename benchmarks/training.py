@@ -12,18 +12,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dit_hub.training.recipe import RECIPES, Recipe
+from dit_hub.training.recipe import Recipe, get_recipe
 
 
 def bare_loop(recipe: Recipe) -> float:
     """Steps per second of a loop without accelerate, data loader or progress, on the same model and data."""
     from diffusers import DDPMScheduler
 
-    from dit_hub import DiTConfig, DiTTransformer
+    from dit_hub import DiTTransformer
     from dit_hub.training.shapes import shapes
 
     torch.manual_seed(recipe.seed)
-    model = DiTTransformer(DiTConfig.from_name(recipe.model)).train()
+    model = DiTTransformer(recipe.config).train()
     scheduler = DDPMScheduler(recipe.num_train_timesteps)
     pictures, labels = shapes(recipe.images_per_class, recipe.seed)
     steps = recipe.epochs * (len(pictures) // recipe.batch_size)
@@ -50,9 +50,10 @@ def bare_loop(recipe: Recipe) -> float:
 
 def dit_hub_loop(recipe: Recipe) -> float:
     """Steps per second of `dit_hub.training.loop.train`."""
-    from dit_hub.training.loop import steps_per_epoch, train
+    from dit_hub.training.loop import total_steps, train
 
-    return recipe.epochs * steps_per_epoch(recipe) / train(recipe).seconds
+    result = train(recipe)
+    return total_steps(recipe, result.dataset) / result.seconds
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of 25 steps in a turn (default 4)")
     arguments = parser.parse_args()
-    recipe = RECIPES["toy"].with_settings({"epochs": arguments.epochs})
+    recipe = get_recipe("toy").with_settings({"epochs": arguments.epochs})
     contenders = {"bare PyTorch loop": bare_loop, "dit-hub train": dit_hub_loop}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     context = multiprocessing.get_context("spawn")

@@ -29,7 +29,8 @@ STEPS_DIMENSION = "steps"
 DRAWS_DIMENSION = "draws"  # of noise: one for each step, or a single one
 ROWS_DIMENSION = "rows"  # as many as the batch, or twice that for guidance
 
-# What the runtime must know of the file beyond config.json: {"dynamic_size": false}; for OpenVINO also "precision".
+# What the runtime must know of the file beyond config.json: "height_width", the only size it takes, or null for every
+# one; and for OpenVINO "precision", in which to compute.
 SETTINGS_FILE = "runtime.json"
 
 # Most pairs of timestep and class that the conditioner takes at a time; engines are built for as many.
@@ -79,6 +80,15 @@ class RuntimeComponent:
     def evaluate(self, inputs: dict[str, Tensor]) -> Tensor:
         """The part's output for a case of its reference."""
         raise NotImplementedError
+
+    def _check_size(self, latents: Tensor) -> None:
+        """Raise ValueError for another height and width than the file's, where it has one."""
+        size = self.settings.get("height_width")
+        if size is not None and list(latents.shape[2:]) != size:
+            raise ValueError(
+                f"This export takes inputs of {size[0]}x{size[1]}, not {list(latents.shape[2:])}; "
+                "a denoiser and a decoder exported with --dynamic-size take others."
+            )
 
     @classmethod
     def load_config(cls, folder: str | os.PathLike) -> Any:
@@ -143,13 +153,7 @@ class RuntimeDenoiser(RuntimeComponent):
         `condition` is for exports with hoist. `return_dict` changes nothing: the output is a tuple whose only entry has
         a name.
         """
-        fixed = not self.settings.get("dynamic_size")
-        if fixed and tuple(hidden_states.shape[2:]) != self.config.sample_height_width:
-            height, width = self.config.sample_height_width
-            raise ValueError(
-                f"This export takes inputs of {height}x{width}, not {list(hidden_states.shape[2:])}; "
-                "export it with --dynamic-size for others."
-            )
+        self._check_size(hidden_states)
         inputs = {"hidden_states": self._floats(hidden_states)}
         if condition is None:
             if timestep is None:
@@ -188,6 +192,7 @@ class RuntimeSampler(RuntimeComponent):
         Returns:
             (N, C, H, W) latents.
         """
+        self._check_size(latents)
         inputs = {
             "latents": self._floats(latents),
             "table": self._floats(torch.from_numpy(table)),
@@ -218,6 +223,7 @@ class RuntimeDecoder(RuntimeComponent):
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> RuntimeOutput:
         """(N, C, H, W) latents, already divided by the scaling factor -> `sample` (N, 3, 8H, 8W) in -1..1."""
+        self._check_size(latents)
         return RuntimeOutput(self._run({"latents": self._floats(latents)}).to(latents))
 
     def evaluate(self, inputs: dict[str, Tensor]) -> Tensor:

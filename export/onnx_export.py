@@ -1,10 +1,10 @@
 """Export to ONNX: a pipeline folder for ONNX Runtime or OpenVINO, checked against PyTorch before it appears."""
 
 import copy
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +14,13 @@ from dit_hub.extras import require
 from dit_hub.files import check_free, new_folder
 from dit_hub.pipeline_dit import DiTPipeline
 
-from .component import MODEL_FILE, SETTINGS_FILE, RuntimeDenoiser
+from .component import MODEL_FILE, RuntimeDenoiser
 from .openvino import OpenVINODiTTransformer
 from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
 from .parts import DEFAULT_OPSET, DEFAULT_PARTS, OPSETS, PARTS, WEIGHT_TYPES, in_float32, write_decoder, write_denoiser
 from .quantize import calibrate, quantize_dynamic, quantize_static
 from .reference import MAX_RELATIVE_ERROR, Parity, measure_parity, read_reference, write_report
-from .sampler import sample_latents, write_sampler
+from .sampler import SAMPLER_OPSET, sample_latents, write_sampler
 
 # What runs the denoiser, and its precisions there.
 RUNTIMES: dict[str, type[RuntimeDenoiser]] = {"onnxruntime": ORTDiTTransformer, "openvino": OpenVINODiTTransformer}
@@ -82,6 +82,14 @@ def export_onnx(
     if runtime == "openvino":
         require("openvino", "openvino")
     chosen = check_parts(parts)
+    check_other_folder(model, output_dir)
+    for given, name, part in (
+        (hoist, "hoist", "denoiser"),
+        (dynamic_size, "dynamic_size", "denoiser"),
+        (decode, "decode", "sampler"),
+    ):
+        if given and part not in chosen:
+            raise ValueError(f"{name} is for the {part}, which is not among the parts.")
     if precision not in PRECISIONS[runtime]:
         known = ", ".join(PRECISIONS[runtime])
         raise ValueError(f"{runtime} does not run {precision!r} on a processor; it runs {known}.")
@@ -90,11 +98,12 @@ def export_onnx(
     if static and precision != "int8":
         raise ValueError("static is for int8.")
     check_free(output_dir, overwrite)
-    pipeline = exportable(model, dynamic_size)
+    source, pipeline = exportable(model, dynamic_size)
 
     bound = MAX_RELATIVE_ERROR[precision] if max_error is None else max_error
     exact = MAX_RELATIVE_ERROR["fp32"] if max_error is None else max_error
-    exported = in_precision(pipeline, precision, static)
+    # OpenVINO computes in bf16 by itself, of a file in float32.
+    exported = in_precision(pipeline, "fp32" if precision == "bf16" else precision, static)
     report: dict[str, Parity] = {}
     errors: dict[str, float] = {}
     with new_folder(output_dir, overwrite) as folder:
@@ -102,18 +111,17 @@ def export_onnx(
         decoder = None
         if "denoiser" in chosen:
             (place := folder / "transformer").mkdir()
-            write_denoiser(pipeline.transformer, exported, place, opset, hoist, dynamic_size)
+            write_denoiser(pipeline.transformer, exported, place, opset, hoist, dynamic_size, precision)
             if precision == "int8" and not static:
                 quantize_dynamic(place / MODEL_FILE)
-            settings = {"dynamic_size": dynamic_size, "precision": precision}
-            (place / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
             transformer = RUNTIMES[runtime].from_pretrained(place)
             report["transformer"] = measure_component("transformer", transformer, bound)
             if precision == "int8":
                 errors["transformer"] = sampling_error(pipeline, transformer)
         if "decoder" in chosen and pipeline.vae is not None:
             (place := folder / "vae").mkdir()
-            write_decoder(in_float32(pipeline.vae), pipeline.transformer.config.sample_height_width, place, opset)
+            size = pipeline.transformer.config.sample_height_width
+            write_decoder(in_float32(pipeline.vae), size, place, opset, dynamic_size)
             decoder = ORTVAEDecoder.from_pretrained(place)
             report["vae"] = measure_component("vae", decoder, exact)
         scheduler = pipeline.scheduler
@@ -123,14 +131,16 @@ def export_onnx(
             if precision == "int8" and not static:
                 quantize_dynamic(place / MODEL_FILE)
             sampler = ORTSampler.from_pretrained(place)
-            report["sampler"] = measure_component("sampler", sampler, exact if precision == "bf16" else bound)
+            report[place.name] = measure_component("sampler", sampler, exact if precision == "bf16" else bound)
             if precision == "int8":
-                errors["sampler"] = sampling_error(pipeline, sampler, scheduler_of_table)
+                errors[place.name] = sampling_error(pipeline, sampler, scheduler_of_table)
             if transformer is None:
                 transformer, scheduler = sampler, scheduler_of_table
         DiTPipeline(transformer, scheduler, decoder, pipeline.id2label).save_pretrained(folder)
-        pipeline.save_facts(folder)  # the licence goes where the weights go
-        settings = {"opset": opset, "precision": precision, "static": static, "hoist": hoist, "runtime": runtime}
+        source.save_facts(folder)  # the licence goes where the weights go
+        opsets = {"sampler": SAMPLER_OPSET} if "sampler" in chosen else {}
+        opsets |= {"denoiser": opset} if "denoiser" in chosen else {}
+        settings = {"opset": opsets, "precision": precision, "static": static, "hoist": hoist, "runtime": runtime}
         entries = {name: asdict(parity) for name, parity in report.items()}
         for name, error in errors.items():
             entries[name] |= {"sampling_error": error, "sampling_steps": _RUN_STEPS}
@@ -144,7 +154,7 @@ def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: an unknown one, or none that a pipeline could run.
     """
-    chosen = PARTS if tuple(parts) == ("all",) else tuple(parts)
+    chosen = PARTS if "all" in parts else tuple(parts)
     if unknown := [part for part in chosen if part not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}; known: {', '.join(PARTS)}, all.")
     if not {"denoiser", "sampler"} & set(chosen):
@@ -152,21 +162,27 @@ def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def exportable(model: str | os.PathLike | DiTPipeline, dynamic_size: bool = False) -> DiTPipeline:
-    """The pipeline, with its transformer in float32 on the CPU.
+def check_other_folder(model: str | os.PathLike | DiTPipeline, output_dir: str | os.PathLike) -> None:
+    """Raise ValueError where an export would replace what it is made of."""
+    if not isinstance(model, DiTPipeline) and Path(model).exists():
+        source, target = Path(model).resolve(), Path(output_dir).resolve()
+        if source == target or target in source.parents:
+            raise ValueError(f"{output_dir} is the model itself, or holds it; choose another folder.")
+
+
+def exportable(model: str | os.PathLike | DiTPipeline, dynamic_size: bool = False) -> tuple[DiTPipeline, DiTPipeline]:
+    """The pipeline, and the same with its transformer in float32 on the CPU.
 
     Raises:
         ValueError: its transformer is not PyTorch, or takes one size only where all are asked for.
     """
-    pipeline: DiTPipeline = model if isinstance(model, DiTPipeline) else DiTPipeline.from_pretrained(model)
-    if not isinstance(pipeline.transformer, nn.Module):
-        raise ValueError(f"Only a PyTorch model can be exported, not {type(pipeline.transformer).__name__}.")
-    config: Any = pipeline.transformer.config
+    source: DiTPipeline = model if isinstance(model, DiTPipeline) else DiTPipeline.from_pretrained(model)
+    if not isinstance(source.transformer, nn.Module):
+        raise ValueError(f"Only a PyTorch model can be exported, not {type(source.transformer).__name__}.")
+    config: Any = source.transformer.config
     if dynamic_size and config.pos_embed == "learned":
         raise ValueError("This model has learned positions, which cover one height and width only.")
-    exact = DiTPipeline(in_float32(pipeline.transformer), pipeline.scheduler, pipeline.vae, pipeline.id2label)
-    exact.origin, exact._facts, exact._loaded_weights = pipeline.origin, pipeline._facts, pipeline._loaded_weights
-    return exact
+    return source, DiTPipeline(in_float32(source.transformer), source.scheduler, source.vae, source.id2label)
 
 
 def in_precision(pipeline: DiTPipeline, precision: str, static: bool) -> Any:

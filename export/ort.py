@@ -56,25 +56,30 @@ class _ORTComponent(RuntimeComponent):
         if providers[0] in _ON_CUDA:
             self.device = torch.device("cuda", 0)
 
+        # TensorFloat-32 would be 1e-3 off; it is for those who ask for fp16.
+        exact = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+        configured = [(name, exact[name]) if name in exact else name for name in providers]
+
         def session(num_threads: int | None) -> Any:
             session_options = onnxruntime.SessionOptions()
             session_options.log_severity_level = 3  # errors; warnings tell of what its own optimiser removes
             if num_threads is not None:
                 session_options.intra_op_num_threads = num_threads
             try:
-                return onnxruntime.InferenceSession(path, session_options, providers=providers)
+                return onnxruntime.InferenceSession(path, session_options, providers=configured)
             except Exception as error:  # onnxruntime's errors share no public base class
                 raise ValueError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
 
-        cores = options.num_threads or len(os.sched_getaffinity(0))
-        small = self.splits_batch and providers == ["CPUExecutionProvider"] and path.stat().st_size <= _SMALL_BYTES
-        tiny = options.num_threads is None and path.stat().st_size <= _TINY_BYTES
+        size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))  # with weights beside the graph
+        on_processor = providers == ["CPUExecutionProvider"]
+        small = self.splits_batch and on_processor and size <= _SMALL_BYTES
+        tiny = options.num_threads is None and on_processor and size <= _TINY_BYTES
         sessions = [session(1 if small or tiny else options.num_threads)]
         if sessions[0].get_providers()[0] != providers[0]:  # it only warns, and takes the next
             raise ValueError(f"ONNX Runtime's {providers[0]} does not start here; are its driver and libraries there?")
         axes = _batch_axes(sessions[0])
         if small and axes:
-            sessions += [session(1) for _ in range(min(cores, _MOST_SESSIONS) - 1)]
+            sessions += [session(1) for _ in range(min(options.num_threads or _cores(), _MOST_SESSIONS) - 1)]
         return _Sessions(sessions, axes, self.device.type)
 
 
@@ -116,8 +121,16 @@ class _Sessions:
         binding.bind_output(self._output, self._kind)
         if self._kind == "cuda":
             torch.cuda.current_stream().synchronize()  # ONNX Runtime computes on a stream of its own
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's errors share no public base class
+            raise ValueError(f"ONNX Runtime cannot run this: {str(error).splitlines()[0]}") from error
         return torch.from_dlpack(binding.get_outputs()[0]._ortvalue)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batch_axes(session: Any) -> dict[str, int]:

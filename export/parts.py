@@ -87,6 +87,7 @@ def write_denoiser(
     opset: int,
     hoist: bool = False,
     dynamic_size: bool = False,
+    precision: str = "fp32",
 ) -> None:
     """Write model.onnx, and conditioner.onnx with `hoist`.
 
@@ -97,10 +98,11 @@ def write_denoiser(
         opset: version of the ONNX operators.
         hoist: leave timestep and class to the conditioner, in float32.
         dynamic_size: accept every height and width that the patches tile.
+        precision: that the runtime is told, see `SETTINGS_FILE`.
     """
     config: Any = transformer.config
     config.save_pretrained(folder)
-    (folder / SETTINGS_FILE).write_text(json.dumps({"dynamic_size": dynamic_size}) + "\n")
+    write_settings(folder, None if dynamic_size else config.sample_height_width, precision)
     height, width = config.sample_height_width
     patch = config.patch_size
     larger = (height + patch, width + 2 * patch)
@@ -124,18 +126,31 @@ def write_denoiser(
 
 
 @torch.no_grad()
-def write_decoder(vae: Any, height_width: tuple[int, int], folder: Path, opset: int) -> None:
-    """Write the decoding half of a float32 `AutoencoderKL`, for latents of one size, into a new folder."""
+def write_decoder(
+    vae: Any, height_width: tuple[int, int], folder: Path, opset: int, dynamic_size: bool = False
+) -> None:
+    """Write the decoding half of a float32 `AutoencoderKL` into a component's folder, for one size or every one."""
     vae.save_config(folder)
+    write_settings(folder, None if dynamic_size else height_width)
+    height, width = height_width
 
-    def latents(batch: int) -> Tensor:
-        shape = (batch, vae.config.latent_channels, *height_width)
+    def latents(batch: int, larger: int = 0) -> Tensor:
+        shape = (batch, vae.config.latent_channels, height + larger, width + 2 * larger)
         return torch.randn(shape, generator=torch.Generator().manual_seed(batch))
 
-    cases = [({"latents": latents(batch)}, vae.decode(latents(batch)).sample) for batch in _DECODER_BATCHES]
-    write_reference(folder, cases)
-    dimensions = {"latents": {0: torch.export.Dim("batch", max=MAX_DECODED)}}
-    export_graph(_Decoder(vae), {"latents": latents(2)}, dimensions, ["sample"], folder / MODEL_FILE, opset)
+    inputs = [*(latents(batch) for batch in _DECODER_BATCHES), *[latents(1, larger=1)] * dynamic_size]
+    write_reference(folder, [({"latents": each}, vae.decode(each).sample) for each in inputs])
+    dimensions: dict[int, Any] = {0: torch.export.Dim("batch", max=MAX_DECODED)}
+    if dynamic_size:
+        dimensions |= {axis + 2: name for axis, name in enumerate(GRID_DIMENSIONS)}
+    example = {"latents": latents(2, larger=int(dynamic_size))}
+    export_graph(_Decoder(vae), example, {"latents": dimensions}, ["sample"], folder / MODEL_FILE, opset)
+
+
+def write_settings(folder: Path, height_width: tuple[int, int] | None, precision: str = "fp32") -> None:
+    """Write `SETTINGS_FILE`: the only size that the file takes, or None for every one, and its precision."""
+    settings = {"height_width": height_width, "precision": precision}
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
 
 
 def denoiser_inputs(config: DiTConfig, batch: int, height_width: tuple[int, int] | None = None) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ def quantize_dynamic(path: Path) -> None:
         )
     finally:
         logging.disable(level)
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # the float weights of a large model
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

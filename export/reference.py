@@ -84,7 +84,7 @@ def read_reference(folder: Path) -> list[Case]:
             inputs[name] = value
         else:
             expected.append(value)
-    if not all(len(expected) == 1 for _, expected in cases.values()):
+    if not cases or not all(inputs and len(expected) == 1 for inputs, expected in cases.values()):
         raise ValueError(f"{path} is no reference of an export.")
     return [(inputs, expected[0]) for _, (inputs, expected) in sorted(cases.items())]
 
@@ -99,7 +99,14 @@ def measure_parity(
     """
     relative_error, max_abs_error = 0.0, 0.0
     for inputs, expected in cases:
-        difference = (evaluate(inputs).to(expected) - expected).double()
+        try:
+            actual = evaluate(inputs).to(expected)
+        except KeyError as error:
+            raise ValueError(f"The reference of the {name} is not of this export: it lacks {error}.") from None
+        if actual.shape != expected.shape:
+            raise ValueError(f"The reference of the {name} is not of this export: it has the shape "
+                             f"{list(expected.shape)}, not {list(actual.shape)}.")  # fmt: skip
+        difference = (actual - expected).double()
         norm = expected.double().norm().item() or 1.0  # a fresh model predicts exactly zero
         error = difference.norm().item() / norm
         if not error <= bound:  # also catches NaN

@@ -16,7 +16,7 @@ from dit_hub.solvers import COLUMNS, solver_table
 
 from .component import DRAWS_DIMENSION, MODEL_FILE, ROWS_DIMENSION, STEPS_DIMENSION
 from .graphs import export_graph
-from .parts import BATCHES, MAX_DECODED, in_float32
+from .parts import BATCHES, MAX_DECODED, in_float32, write_settings
 from .reference import write_reference
 
 # Attention as one operator (opset 23) does not build inside a loop in TensorRT, and Scan does not run in OpenVINO; a
@@ -149,6 +149,7 @@ def write_sampler(
     vae = in_float32(pipeline.vae) if decode and pipeline.vae is not None else None
     scheduler = _table_scheduler(pipeline.scheduler)
     config.save_pretrained(folder)
+    write_settings(folder, config.sample_height_width)
     generator = torch.Generator().manual_seed(0)
     shape = (2, config.in_channels, *config.sample_height_width)
     inputs = {

@@ -6,6 +6,7 @@ Tensors of torch are the engine's buffers and torch's stream its stream; nothing
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dit_hub.extras import require
 from dit_hub.runtime import RuntimeOptions
 
 from .component import RuntimeComponent, RuntimeDecoder, RuntimeDenoiser, RuntimeSampler, Session
-from .tensorrt_build import RUNTIME_CACHE_FILE, Machine, Manifest, file_sha256, misfit
+from .tensorrt_build import Machine, Manifest, file_sha256, misfit
 
 ENGINE_FILE = "model.engine"
 CONDITIONER_ENGINE_FILE = "conditioner.engine"
@@ -76,10 +77,11 @@ def check_shapes(profiles: Mapping[str, list[list[int]]], inputs: Mapping[str, T
 
 
 class _Engine:
-    """A loaded engine: tensors by input name -> its first output.
+    """A loaded engine: tensors by input name -> its first output, on PyTorch's stream.
 
-    With CUDA graphs, the second call of the same shapes is recorded and later ones are replayed, with inputs copied
-    into the recording's own; the result is then copied out of it.
+    With CUDA graphs each set of shapes has a context and buffers of its own, as the addresses that a graph holds must
+    stay; inputs are copied in and the output is copied out. TensorRT for RTX records by itself; for TensorRT, PyTorch
+    records the second call. What cannot be recorded, such as a loop, runs without.
     """
 
     def __init__(
@@ -91,23 +93,24 @@ class _Engine:
         cuda_graphs: bool,
     ):
         trt = require(manifest.product, manifest.product.replace("_", "-"))
-        self._profiles, self._device, self._cuda_graphs = profiles, device, cuda_graphs
+        self._name, self._profiles, self._device, self._cuda_graphs = manifest.product, profiles, device, cuda_graphs
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise ValueError(f"{manifest.product} cannot load {path}.")
+            raise ValueError(f"{self._name} cannot load {path}.")
         if manifest.weight_streaming:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
-        config = self._engine.create_runtime_config()
-        self._cache, self._cache_file = None, path.with_name(RUNTIME_CACHE_FILE)
-        if hasattr(config, "create_runtime_cache"):  # tensorrt_rtx compiles for the GPU when it first runs
-            self._cache = config.create_runtime_cache()
+        self._config = self._engine.create_runtime_config()
+        self._records_itself = cuda_graphs and hasattr(trt, "CudaGraphStrategy")
+        if self._records_itself:
+            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # tensorrt_rtx compiles for the GPU when it first runs; what it compiled lies beside the engine.
+        self._cache, self._cache_file = None, path.with_suffix(".cache")
+        if hasattr(self._config, "create_runtime_cache"):
+            self._cache = self._config.create_runtime_cache()
             if self._cache_file.is_file():
                 self._cache.deserialize(self._cache_file.read_bytes())
-            config.set_runtime_cache(self._cache)
-        self._context = self._engine.create_execution_context(config)
-        if self._context is None:
-            raise ValueError(f"{manifest.product} cannot run {path}; does the GPU have the memory for it?")
+            self._config.set_runtime_cache(self._cache)
         types = {
             trt.DataType.FLOAT: torch.float32,
             trt.DataType.HALF: torch.float16,
@@ -117,42 +120,70 @@ class _Engine:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         outputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         self._outputs = {name: types[self._engine.get_tensor_dtype(name)] for name in outputs}
+        self._stream = torch.cuda.Stream(device)  # on the default one TensorRT synchronises the device each time
+        self._context = self._new_context()
+        self._recordings: dict[tuple, _Recording] = {}
         self._calls: dict[tuple, int] = {}
-        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, dict[str, Tensor], Tensor]] = {}
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         check_shapes(self._profiles, inputs)
         shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items())
+        waiting = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(waiting)
+        with torch.cuda.stream(self._stream):
+            if self._cuda_graphs:
+                if shapes not in self._recordings:
+                    held = {name: value.clone() for name, value in inputs.items()}
+                    context = self._new_context()
+                    self._recordings[shapes] = _Recording(context, held, self._bind(context, held))
+                output = self._replay(self._recordings[shapes], inputs)
+            else:
+                output = self._bind(self._context, inputs)
+                self._enqueue(self._context)
+        waiting.wait_stream(self._stream)
+        output.record_stream(waiting)
         calls = self._calls[shapes] = self._calls.get(shapes, 0) + 1
-        if not self._cuda_graphs or calls == 1:  # the first call compiles and allocates, which no graph can hold
-            output = self._enqueue(inputs)
-            if calls == 1:
-                self._save_cache()
-            return output
-        if shapes not in self._graphs:
-            held = {name: value.clone() for name, value in inputs.items()}
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = self._enqueue(held)
-            self._graphs[shapes] = graph, held, output
-        graph, held, output = self._graphs[shapes]
-        for name, value in inputs.items():
-            held[name].copy_(value)
-        graph.replay()
-        return output.clone()
+        if calls <= 2:  # kernels for a shape may be compiled after its first call
+            self._save_cache()
+        return output
 
-    def _enqueue(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _replay(self, recording: "_Recording", inputs: dict[str, Tensor]) -> Tensor:
         for name, value in inputs.items():
-            self._context.set_input_shape(name, tuple(value.shape))
-            self._context.set_tensor_address(name, value.data_ptr())
-        outputs = {}
+            recording.inputs[name].copy_(value)
+        if recording.graph is not None:
+            recording.graph.replay()
+        else:
+            self._enqueue(recording.context)
+            if not self._records_itself and not recording.tried:
+                recording.tried = True  # after a plain call, which updates what depends on the shapes
+                self._stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with contextlib.suppress(RuntimeError):
+                    with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                        self._enqueue(recording.context)
+                    recording.graph = graph
+        return recording.output.clone()
+
+    def _new_context(self) -> Any:
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise ValueError(f"{self._name} cannot run this engine; does the GPU have the memory for it?")
+        return context
+
+    def _bind(self, context: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """Give a context its inputs and new memory for its outputs; the first of these."""
+        for name, value in inputs.items():
+            context.set_input_shape(name, tuple(value.shape))
+            context.set_tensor_address(name, value.data_ptr())
+        outputs = []
         for name, dtype in self._outputs.items():
-            shape = tuple(self._context.get_tensor_shape(name))
-            outputs[name] = torch.empty(shape, dtype=dtype, device=self._device)
-            self._context.set_tensor_address(name, outputs[name].data_ptr())
-        if not self._context.execute_async_v3(torch.cuda.current_stream(self._device).cuda_stream):
-            raise RuntimeError("TensorRT could not run the engine.")
-        return next(iter(outputs.values()))
+            outputs.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=self._device))
+            context.set_tensor_address(name, outputs[-1].data_ptr())
+        return outputs[0]
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.cuda_stream):
+            raise ValueError(f"{self._name} could not run the engine.")
 
     def _save_cache(self) -> None:
         if self._cache is None:
@@ -161,3 +192,14 @@ class _Engine:
         with contextlib.suppress(OSError):  # a folder that cannot be written to only starts slowly each time
             building.write_bytes(memoryview(self._cache.serialize()))
             building.replace(self._cache_file)
+
+
+@dataclass
+class _Recording:
+    """A context with buffers of its own, and its graph once there is one."""
+
+    context: Any
+    inputs: dict[str, Tensor]
+    output: Tensor
+    graph: Any = None
+    tried: bool = False

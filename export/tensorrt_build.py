@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import cached_assets_path
 
 from dit_hub.extras import require
 
@@ -28,8 +29,8 @@ from .component import (
 )
 
 MANIFEST_FILE = "manifest.json"
-TIMING_CACHE_FILE = "timing.cache"  # of tensorrt: what the builder measured, so that the next build is quick
-RUNTIME_CACHE_FILE = "runtime.cache"  # of tensorrt_rtx: what it compiled for this GPU, so that the next start is quick
+# Of tensorrt: what the builder measured. Also in the cache of huggingface_hub, so that the next build is quick.
+TIMING_CACHE_FILE = "timing.cache"
 
 PRODUCTS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # by the name of the runtime; both are import names
 
@@ -186,7 +187,9 @@ def dimension_profile(name: str, batch: Profile, size: Profile | None) -> Profil
         return batch[0], 2 * batch[1], 2 * batch[2]
     if base in _PROFILES:
         return _PROFILES[base]
-    if base in GRID_DIMENSIONS and size is not None:
+    if base in GRID_DIMENSIONS:
+        if size is None:
+            raise ValueError("The file takes every height and width; say which with size (smallest, usual, largest).")
         return size
     raise ValueError(f"The file has a dynamic dimension {name!r}, whose extents are unknown.")
 
@@ -250,17 +253,19 @@ def build_engine(
             profile.set_shape(tensor.name, *profiles[tensor.name])
     if config.add_optimization_profile(profile) < 0:
         raise ValueError(f"{trt.__name__} refuses the profile {profiles}.")
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 1e-3 off; fp16 is for those who want less
     if weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    timing_cache = None
+    timing_cache = timings = None
     if hasattr(trt, "ComputeCapability"):
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
             member = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""))
             config.set_compute_capability(member, index)
     else:
-        path = target.parent / TIMING_CACHE_FILE
-        timing_cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        place = cached_assets_path("dit-hub", trt.__name__, f"{trt.__version__}-{capabilities[0]}")
+        timings = place / TIMING_CACHE_FILE
+        timing_cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
         config.set_timing_cache(timing_cache, ignore_mismatch=True)
 
     with _watched(trt, config, progress):
@@ -270,8 +275,10 @@ def build_engine(
             f"{trt.__name__} cannot build {source.name}: {messages[-1] if messages else 'no reason given'}"
         )
     target.write_bytes(memoryview(engine))
-    if timing_cache is not None:
-        (target.parent / TIMING_CACHE_FILE).write_bytes(memoryview(timing_cache.serialize()))
+    if timing_cache is not None and timings is not None:
+        measured = bytes(memoryview(timing_cache.serialize()))
+        timings.write_bytes(measured)
+        (target.parent / TIMING_CACHE_FILE).write_bytes(measured)
     return EngineFacts(file_sha256(target), source_sha256(source), profiles)
 
 

@@ -14,7 +14,7 @@ from dit_hub.files import check_free, new_folder
 from dit_hub.pipeline_dit import DiTPipeline
 
 from .component import CONDITIONER_FILE, MODEL_FILE
-from .onnx_export import check_parts, exportable, in_precision, measure_component
+from .onnx_export import check_other_folder, check_parts, exportable, in_precision, measure_component
 from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
 from .parts import DEFAULT_OPSET, DEFAULT_PARTS, in_float32, write_decoder, write_denoiser
 from .reference import (
@@ -105,6 +105,7 @@ def export_tensorrt(
         raise ValueError("TensorRT takes weights of 8 bits outside of loops only, so there is no such sampler.")
     trt = load_product(runtime)
     check_free(output_dir, overwrite)
+    check_other_folder(model, output_dir)
     path = None if isinstance(model, DiTPipeline) else Path(model)
     if path is not None and path.suffix == ".onnx":
         pipeline, of_onnx = None, True
@@ -113,8 +114,8 @@ def export_tensorrt(
     else:
         pipeline = model if isinstance(model, DiTPipeline) else DiTPipeline.from_pretrained(model)
         of_onnx = isinstance(pipeline.transformer, ORTDiTTransformer | ORTSampler)
-    if of_onnx and (precision is not None or size is not None):
-        raise ValueError("An ONNX file has its precision and size already; leave these options out.")
+    if of_onnx and precision is not None:
+        raise ValueError("An ONNX file has its precision already; leave this option out.")
     precision = precision or ("fp32" if of_onnx else "fp16")
     build = _Build(
         trt,
@@ -125,6 +126,14 @@ def export_tensorrt(
         weight_streaming,
         progress,
     )
+    if size is not None:
+        _check_profile("size", size)
+        fixed = of_onnx and pipeline is not None and pipeline.transformer.settings.get("height_width")
+        patch = 1 if pipeline is None else pipeline.transformer.config.patch_size
+        if fixed:
+            raise ValueError("This export takes one size only; make it with --dynamic-size for others.")
+        if any(side % patch for side in size):
+            raise ValueError(f"size {size} is not divisible by the patch size {patch}.")
     bound = MAX_RELATIVE_ERROR[precision] if max_error is None else max_error
     report: dict[str, Parity] = {}
     with new_folder(output_dir, overwrite) as folder:
@@ -137,7 +146,8 @@ def export_tensorrt(
         if of_onnx:
             staged = _stage_onnx(pipeline)
         else:
-            staged = _stage(exportable(pipeline, size is not None), staging, chosen, precision, size, hoist, bound)
+            exact = exportable(pipeline, size is not None)[1]
+            staged = _stage(exact, staging, chosen, precision, size, hoist, bound)
         components: dict[str, Any] = {}
         for part in staged:
             (target := folder / part.name).mkdir()
@@ -228,7 +238,9 @@ def _stage(
         staged.append(_Part("transformer", folder, TensorRTDiTTransformer, *measure, bound, pipeline.scheduler))
     if "decoder" in parts and pipeline.vae is not None:
         (folder := staging / "vae").mkdir()
-        write_decoder(in_float32(pipeline.vae), config.sample_height_width, folder, DEFAULT_OPSET)
+        write_decoder(
+            in_float32(pipeline.vae), config.sample_height_width, folder, DEFAULT_OPSET, dynamic_size=size is not None
+        )
         measure = _on_processor(folder, ORTVAEDecoder, "fp32")
         staged.append(_Part("vae", folder, TensorRTVAEDecoder, *measure, MAX_RELATIVE_ERROR["fp32"]))
     if "sampler" in parts:
@@ -254,9 +266,11 @@ def _stage_onnx(pipeline: DiTPipeline) -> list[_Part]:
     """The components of a pipeline that runs on ONNX Runtime."""
     classes = {
         ORTDiTTransformer: TensorRTDiTTransformer,
-        ORTSampler: TensorRTSampler,
         ORTVAEDecoder: TensorRTVAEDecoder,
     }
+    if isinstance(pipeline.transformer, ORTSampler):
+        raise ValueError("A sampler's file draws pictures of bytes, which TensorRT does not know; build the sampler of "
+                         "the model in PyTorch.")  # fmt: skip
     components = {"transformer": pipeline.transformer, "vae": pipeline.vae}
     bounds = read_bounds(pipeline.transformer.folder.parent)
     return [
@@ -276,5 +290,5 @@ def _stage_onnx(pipeline: DiTPipeline) -> list[_Part]:
 
 def _check_profile(name: str, profile: Profile) -> None:
     smallest, usual, largest = profile
-    if not 1 <= smallest <= usual <= largest:
+    if not 1 <= smallest <= usual <= largest < 2**31:
         raise ValueError(f"{name} must be three rising numbers (smallest, usual, largest), not {profile}.")

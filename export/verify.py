@@ -18,7 +18,7 @@ def verify_export(folder: str | os.PathLike, max_error: float | None = None) -> 
     """Run the components of an export on its references.
 
     Args:
-        folder: of `export_onnx` or `export_tensorrt`.
+        folder: of `export_onnx` or `export_tensorrt`; a page for browsers holds no reference.
         max_error: bound of the relative error; None means those of the export's report.
 
     Returns:
@@ -34,8 +34,10 @@ def verify_export(folder: str | os.PathLike, max_error: float | None = None) -> 
     if (path / "sampler").is_dir():
         in_tensorrt = (path / "sampler" / MANIFEST_FILE).is_file()
         components["sampler"] = (TensorRTSampler if in_tensorrt else ORTSampler).from_pretrained(path / "sampler")
+    components = {name: each for name, each in components.items() if isinstance(each, RuntimeComponent)}
+    if missing := [name for name in components if name not in bounds]:
+        raise ValueError(f"The report of {path} says nothing of its {missing[0]}.")
     return {
-        name: measure_component(name, component, bounds.get(name, 0.0) if max_error is None else max_error)
+        name: measure_component(name, component, bounds[name] if max_error is None else max_error)
         for name, component in components.items()
-        if isinstance(component, RuntimeComponent)
     }

@@ -21,7 +21,8 @@ from dit_hub.files import check_free, new_folder
 from dit_hub.pipeline_dit import DiTPipeline
 from dit_hub.solvers import COLUMNS, solver_table
 
-from .onnx_export import exportable, measure_component
+from .component import MODEL_FILE, SETTINGS_FILE
+from .onnx_export import check_other_folder, exportable, measure_component
 from .ort import ORTSampler
 from .reference import MAX_RELATIVE_ERROR, REFERENCE_FILE, Parity
 from .sampler import write_sampler
@@ -63,7 +64,8 @@ def export_web(
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
     check_free(output_dir, overwrite)
-    pipeline = exportable(model)
+    check_other_folder(model, output_dir)
+    source, pipeline = exportable(model)
     config: Any = pipeline.transformer.config
     if pipeline.vae is None and config.in_channels not in (1, 3):
         raise ValueError("This model draws latents and has no VAE to make pictures of them.")
@@ -72,9 +74,11 @@ def export_web(
     with new_folder(output_dir, overwrite) as folder:
         write_sampler(pipeline, pipeline.transformer, folder, decode=True)
         parity = measure_component("sampler", ORTSampler.from_pretrained(folder), MAX_RELATIVE_ERROR["fp32"])
-        for name in ("config.json", REFERENCE_FILE):  # for Python
+        if (folder / f"{MODEL_FILE}.data").exists():
+            raise ValueError("This model is larger than 2 GB, which no browser holds.")
+        for name in ("config.json", SETTINGS_FILE, REFERENCE_FILE):  # for Python
             (folder / name).unlink()
-        pipeline.save_facts(folder)
+        source.save_facts(folder)
         page = resources.files("dit_hub.export") / "page"
         for name in ("index.html", "app.js"):
             (folder / name).write_text((page / name).read_text(encoding="utf-8"), encoding="utf-8")
@@ -84,8 +88,8 @@ def export_web(
         schedule = pipeline.scheduler.config.num_train_timesteps
         steps = [count for count in _STEPS if count <= schedule] or [schedule]
         facts = {
-            "title": pipeline.origin.source if pipeline.origin else "Diffusion Transformer",
-            "license": pipeline.origin.license if pipeline.origin else None,
+            "title": source.origin.source if source.origin else "Diffusion Transformer",
+            "license": source.origin.license if source.origin else None,
             "names": {index: pipeline.id2label.get(index, str(index)) for index in range(config.num_classes)},
             "null_class": config.null_class,
             "latents": [config.in_channels, *config.sample_height_width],

@@ -75,7 +75,7 @@ def test_a_latent_pipeline_runs_on_onnx_runtime(make_pipeline: MakePipeline, tmp
     assert difference <= 1 / 255
     assert report["transformer"].relative_error < 1e-5
     written = json.loads((tmp_path / "onnx" / "report.json").read_text())
-    assert written["opset"] == opset
+    assert written["opset"] == {"denoiser": opset}
     assert written["parity"]["vae"]["relative_error"] == report["vae"].relative_error
     assert ("Attention" in operators(tmp_path / "onnx" / "transformer" / "model.onnx")) == (opset == 23)
 
@@ -138,7 +138,7 @@ def test_overwrite_replaces_the_folder_and_a_failed_one_keeps_it(make_pipeline: 
         export_onnx(make_pipeline(), tmp_path / "onnx", max_error=1e-12, overwrite=True)
     assert (tmp_path / "onnx" / "report.json").read_text() == before
     export_onnx(make_pipeline(), tmp_path / "onnx", overwrite=True)
-    assert json.loads((tmp_path / "onnx" / "report.json").read_text())["opset"] == 23
+    assert json.loads((tmp_path / "onnx" / "report.json").read_text())["opset"] == {"denoiser": 23}
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
 
@@ -250,6 +250,8 @@ def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeli
         ({"runtime": "coreml"}, "There is no runtime 'coreml'; known: onnxruntime, openvino"),
         ({"opset": 26}, "opset must lie between 20 and 25"),
         ({"static": True}, "static is for int8"),
+        ({"decode": True}, "decode is for the sampler, which is not among the parts"),
+        ({"hoist": True, "parts": ["sampler"]}, "hoist is for the denoiser, which is not among the parts"),
         ({"dynamic_size": True}, "learned positions, which cover one height and width only"),
     ],
 )
@@ -269,8 +271,9 @@ def test_a_hoisted_denoiser_takes_any_number_of_conditions(make_pipeline: MakePi
     torch.testing.assert_close(exported.condition(timesteps, labels), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize(("hoist", "opset"), [(False, 23), (True, 20)])
+@pytest.mark.parametrize(
+    ("runtime", "hoist", "opset"), [("onnxruntime", False, 23), ("onnxruntime", True, 20), ("openvino", True, 23)]
+)
 def test_a_model_of_sincos_positions_can_take_every_size(
     make_pipeline: MakePipeline, tmp_path: Path, runtime: str, hoist: bool, opset: int
 ) -> None:
@@ -285,10 +288,41 @@ def test_a_model_of_sincos_positions_can_take_every_size(
         assert distance(latents(exported, [1, 2], height=height, width=width), expected) < 1e-5
 
 
-def test_without_it_another_size_is_refused(make_pipeline: MakePipeline, tmp_path: Path) -> None:
-    export_onnx(make_pipeline(), tmp_path / "onnx")
+@pytest.mark.parametrize("part", ["denoiser", "sampler"])
+def test_without_it_another_size_is_refused(make_pipeline: MakePipeline, tmp_path: Path, part: str) -> None:
+    export_onnx(make_pipeline(latent=True), tmp_path / "onnx", [part, "decoder"])
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "onnx")
     with pytest.raises(ValueError, match=r"takes inputs of 8x8, not \[16, 8\]"):
-        latents(DiTPipeline.from_pretrained(tmp_path / "onnx"), [1], height=16, width=8)
+        latents(pipeline, [1], height=32, width=16)
+    with pytest.raises(ValueError, match=r"takes inputs of 8x8, not \[16, 8\]"):
+        pipeline.decode(torch.zeros(1, 4, 16, 8))
+
+
+def test_a_pipeline_of_every_size_decodes_them(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline(latent=True)
+    export_onnx(pipeline, tmp_path / "onnx", dynamic_size=True)
+    exported = DiTPipeline.from_pretrained(tmp_path / "onnx")
+    assert type(exported.vae).__name__ == "ORTVAEDecoder"
+    expected = sample(pipeline, [1, 2], height=24, width=32)
+    assert (sample(exported, [1, 2], height=24, width=32) - expected).abs().max() < 1e-4
+
+
+def test_weights_outside_the_file_count_for_its_size(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for models of more than 2 GB: weights in model.onnx.data, dropped with int8, and one session only."""
+    monkeypatch.setattr("dit_hub.export.graphs._LARGEST_PROTOBUF", 0)
+    monkeypatch.setattr("dit_hub.export.ort._SMALL_BYTES", 150_000)
+    pipeline = make_pipeline(hidden_size=64)
+    for precision, has_weights in (("fp32", True), ("int8", False)):
+        export_onnx(pipeline, tmp_path / precision, ["sampler"], precision=precision, max_error=1.0)
+        folder = tmp_path / precision / "transformer"
+        assert (folder / "model.onnx.data").exists() == has_weights
+        loaded = DiTPipeline.from_pretrained(tmp_path / precision)
+        assert distance(latents(loaded, [1, 2, 3]), latents(pipeline, [1, 2, 3])) < 0.2
+        if has_weights:
+            assert (folder / "model.onnx").stat().st_size < 150_000
+            assert len(loaded.transformer._run._sessions) == 1
 
 
 @pytest.mark.parametrize("hoist", [False, True])
@@ -318,7 +352,8 @@ def test_static_int8_rounds_all_but_what_is_kept(tmp_path: Path, hoist: bool) ->
 )
 def test_a_sampler_in_other_precisions(tmp_path: Path, options: dict[str, Any], low: float, high: float) -> None:
     report = export_onnx("dit-toy-shapes", tmp_path / "onnx", ["sampler"], **options)
-    assert low < report["sampler"].relative_error < high
+    assert low < report["transformer"].relative_error < high
+    assert verify_export(tmp_path / "onnx").keys() == {"transformer"}
     pictures = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
     assert (pictures - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
 
@@ -384,6 +419,20 @@ def test_an_export_that_is_stopped_leaves_no_result(tmp_path: Path, how: signal.
 def test_a_provider_that_is_not_there_is_one_sentence(exported_toy: Path) -> None:
     with pytest.raises(ValueError, match=r"has no provider 'CUDAExecutionProvider' here; available: .*CPUExecution"):
         DiTPipeline.from_pretrained(exported_toy, providers=["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_the_model_itself_is_not_replaced(tmp_path: Path) -> None:
+    DiTPipeline.from_pretrained("dit-toy-shapes").save_pretrained(tmp_path / "toy")
+    for target in (tmp_path / "toy", tmp_path):
+        with pytest.raises(ValueError, match="is the model itself, or holds it"):
+            export_onnx(tmp_path / "toy", target, overwrite=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_facts_of_the_weights_go_with_an_export(tmp_path: Path, dtype: torch.dtype) -> None:
+    export_onnx(DiTPipeline.from_pretrained("dit-toy-shapes", dtype=dtype), tmp_path / "onnx", max_error=0.1)
+    assert (tmp_path / "onnx" / "training.json").is_file()
+    assert not json.loads((tmp_path / "onnx" / "origin.json").read_text()).get("modified")
 
 
 @pytest.mark.parametrize("damage", ["report", "reference", "foreign"])
@@ -462,7 +511,7 @@ def test_all_parts_lie_side_by_side(make_pipeline: MakePipeline, tmp_path: Path)
 def test_the_sampler_file_draws_in_the_pipeline_and_with_onnxruntime_alone(tmp_path: Path) -> None:
     run = dit_hub("export", "onnx", "dit-toy-shapes", "onnx", "--parts", "sampler", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "sampler" in run.stdout
+    assert "transformer" in run.stdout
     for model, name in (("onnx", "ort.png"), ("dit-toy-shapes", "torch.png")):
         run = dit_hub("generate", model, "red-circle", "--steps", 10, "--out", name, cwd=tmp_path)
         assert run.returncode == 0, run.stderr

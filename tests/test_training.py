@@ -3,11 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,11 +20,23 @@ from dit_hub import DiTPipeline
 from dit_hub.files import new_folder
 from dit_hub.hub import EMBEDDED_MODELS
 from dit_hub.model_cards import render_card
-from dit_hub.objectives import noise_prediction, uniform_timesteps
-from dit_hub.training.loop import TrainingResult, train
+from dit_hub.objectives import (
+    flow_matching,
+    flow_timesteps,
+    min_snr_weight,
+    noise_and_variance,
+    noise_prediction,
+    uniform_timesteps,
+    v_prediction,
+)
+from dit_hub.training.data import CachedLatents, ImageFolder, Pictures, Schedule, center_crop, open_dataset
+from dit_hub.training.latents import cache_latents
+from dit_hub.training.loop import TrainingError, TrainingResult, train
 from dit_hub.training.output import save_result
-from dit_hub.training.recipe import RECIPES, Recipe, get_recipe
+from dit_hub.training.recipe import Recipe, get_recipe, shipped_recipes
 from dit_hub.training.shapes import COLOURS, ID2LABEL, SHAPES, shapes
+
+from .conftest import Golden, dit_hub
 
 SHORT = Recipe(images_per_class=16, epochs=3, batch_size=64)
 
@@ -74,10 +91,10 @@ def test_timesteps_cover_the_whole_schedule() -> None:
 
 @pytest.mark.parametrize("recipe", [SHORT, Recipe(images_per_class=16, epochs=3, batch_size=64, ema_decay=0.5)])
 def test_training_learns_and_repeats_itself_bit_for_bit(recipe: Recipe) -> None:
-    steps: list[tuple[int, int]] = []
-    first = train(recipe, lambda step, epoch, loss: steps.append((step, epoch)))
+    steps: list[tuple[int, int, int]] = []
+    first = train(recipe, lambda progress: steps.append(progress[:3]))
     second = train(recipe)
-    assert steps == [(step, 1 + (step - 1) // 4) for step in range(1, 13)]
+    assert steps == [(step, 12, 1 + (step - 1) // 4) for step in range(1, 13)]
     assert len(first.epoch_losses) == 3
     assert first.epoch_losses == second.epoch_losses
     assert first.epoch_losses[-1] < first.epoch_losses[0] < 1.2
@@ -140,7 +157,7 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
     folder = EMBEDDED_MODELS["dit-toy-shapes"]
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 2e6
     training = json.loads((folder / "training.json").read_text())
-    assert Recipe(**training["recipe"]) == RECIPES["toy-shapes"]
+    assert Recipe(**training["recipe"]) == get_recipe("toy-shapes")
     assert str(render_card(folder, "dit-toy-shapes")) == (folder / "README.md").read_text()
     pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
     assert sum(weight.numel() for weight in pipeline.transformer.parameters()) == 323_696
@@ -155,7 +172,13 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
         ({"epochs": 0}, "epochs must be above 0"),
         ({"ema_decay": 1}, "ema_decay"),
         ({"beta_start": 0.5}, "beta_start"),
-        ({"mixed_precision": "fp8"}, "mixed_precision"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be no, bf16 or fp16, not 'fp8'"),
+        ({"objective": "score"}, "objective must be noise, v or flow"),
+        ({"mirror": "perhaps"}, "mirror must be true or false, not 'perhaps'"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
+        ({"model": 3}, "model must be a name or fields of a configuration"),
+        ({"objective": "flow", "min_snr_gamma": 5}, "min_snr_gamma is for the objectives noise and v"),
     ],
 )
 def test_a_recipe_refuses_what_it_cannot_do(settings: dict[str, object], message: str) -> None:
@@ -164,7 +187,7 @@ def test_a_recipe_refuses_what_it_cannot_do(settings: dict[str, object], message
 
 
 def test_a_model_of_other_pictures_is_refused_before_the_work() -> None:
-    with pytest.raises(ValueError, match=r"The shapes are 16x16 .* which DiT-S/2 does not take"):
+    with pytest.raises(ValueError, match=r"The data are 16x16 in 3 channels, and the model takes 32x32 in 4"):
         train(get_recipe("toy").with_settings({"model": "DiT-S/2"}))
 
 
@@ -190,3 +213,274 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 def weights(result: TrainingResult) -> list[nn.Parameter]:
     return list(result.pipeline.transformer.parameters())
+
+
+# --- Objectives ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_with_a_learned_variance_is_the_official_one(golden_a: Golden) -> None:
+    model, expected = golden_a.model(), golden_a.expected
+    scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear")
+    clean, noise, timestep = (expected[f"loss.{name}"] for name in ("x_start", "noise", "t"))
+    labels = {"class_labels": expected["loss.y"]}
+
+    def denoiser(noisy: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        return model(noisy, timestep, **conditions).sample
+
+    with torch.no_grad():
+        loss = noise_and_variance(denoiser, scheduler, clean, noise, timestep, **labels)
+        simple = noise_prediction(
+            lambda noisy, timestep, **conditions: denoiser(noisy, timestep, **conditions).chunk(2, dim=1)[0],
+            scheduler, clean, noise, timestep, **labels,
+        )  # fmt: skip
+    torch.testing.assert_close(simple, expected["loss.mse"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss - simple, expected["loss.vb"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, expected["loss.loss"], atol=1e-5, rtol=0)
+    assert 0 in timestep  # the likelihood of the first step is among them
+
+
+def test_the_bound_trains_the_variance_alone(golden_a: Golden) -> None:
+    scheduler = DDPMScheduler(1000)
+    clean, noise, timestep = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0, 5, 900])
+    output = torch.randn(3, 4, 4, 4, requires_grad=True)
+    loss = noise_and_variance(lambda noisy, timestep: output, scheduler, clean, noise, timestep)
+    simple = (output[:, :2] - noise).square().flatten(1).mean(1)
+    of_loss, of_simple = (torch.autograd.grad(value.sum(), output, retain_graph=True)[0] for value in (loss, simple))
+    torch.testing.assert_close(of_loss[:, :2], of_simple[:, :2])
+    assert (of_loss[:, 2:] != 0).any()
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 8, 8)])
+def test_exact_networks_have_no_loss_whatever_the_shape(shape: tuple[int, ...]) -> None:
+    scheduler = DDPMScheduler(1000, prediction_type="v_prediction")
+    clean, noise = torch.randn(shape), torch.randn(shape)
+    timestep = torch.tensor([0, 10, 500, 900, 999])
+    level = (
+        (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64))
+        .cumprod(0)[timestep]
+        .float()
+        .view(-1, *[1] * (len(shape) - 1))
+    )
+    velocity = level.sqrt() * noise - (1 - level).sqrt() * clean
+    assert v_prediction(lambda noisy, timestep: velocity, scheduler, clean, noise, timestep).max() < 1e-10
+    assert v_prediction(lambda noisy, timestep: noise, scheduler, clean, noise, timestep).min() > 1e-3
+    # Along the straight path, a step of the predicted velocity leads from noisy data to clean ones.
+    times = torch.tensor([1.0, 250.0, 500.0, 999.0, 1000.0])
+    seen = {}
+
+    def straight(noisy: Tensor, timestep: Tensor) -> Tensor:
+        seen["clean"] = noisy - (timestep / 1000).view(-1, *[1] * (len(shape) - 1)) * (noise - clean)
+        return noise - clean
+
+    assert flow_matching(straight, scheduler, clean, noise, times).max() == 0
+    torch.testing.assert_close(seen["clean"], clean, atol=1e-5, rtol=0)
+
+
+def test_weights_and_times() -> None:
+    scheduler = DDPMScheduler(1000)
+    timestep = torch.arange(1000)
+    ratio = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weights = min_snr_weight(scheduler, timestep, gamma=5.0)
+    assert weights[ratio < 5].eq(1).all()  # as without, where there is much noise
+    assert weights[0] < 1e-3
+    torch.testing.assert_close(min_snr_weight(scheduler, timestep, 5.0, "v") * (ratio + 1), ratio.clamp(max=5.0))
+    even, middle = flow_timesteps(20_000, scheduler), flow_timesteps(20_000, scheduler, logit_normal=True)
+    assert 280 < even.std() < 300  # 1000 / sqrt(12)
+    assert middle.std() < 220
+    assert min(even.min(), middle.min()) >= 0
+    assert max(even.max(), middle.max()) <= 1000
+
+
+# --- Recipes and data ------------------------------------------------------------------------------------------------
+
+
+def test_every_shipped_recipe_loads_and_names_a_model() -> None:
+    names = shipped_recipes()
+    assert {"toy", "toy-shapes", "digits", "finetune", "imagenet-256-flow"} <= set(names)
+    assert sum(name.startswith("imagenet-256-") for name in names) == 13
+    for name in names:
+        recipe = get_recipe(name)
+        if name.startswith("imagenet-256-") and name != "imagenet-256-flow":  # as the paper trains (Section 4)
+            assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (400_000, 256, 1e-4)
+            assert (recipe.ema_decay, recipe.weight_decay, recipe.mirror) == (0.9999, 0, True)
+            assert recipe.config.learn_sigma
+        assert recipe.config.num_hidden_layers > 0
+    assert get_recipe("imagenet-256-flow").config.parameterization == "flow"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", "A recipe has no field 'epoch'. The nearest names: epochs"),
+        ("[1, 2]", "must hold fields of a recipe"),
+        ("a: [", "is no YAML"),
+        ("model: {hiden_size: 3}", "A model has no field 'hiden_size'. The nearest names: hidden_size"),
+        ("data: nowhere", "There is no data 'nowhere'"),
+        ("batch_size: 5000", "batch_size 5000 is larger than the data set of 3200"),
+        ("gradient_accumulation: 3", "batch_size 128 cannot be shared equally"),
+        ("data: one", "The data have one class only"),
+        ("data: empty", "has no images"),
+        ("{data: mixed.npz}", "must hold images"),
+        (
+            "{data: labels.npz, model: {sample_size: 16, in_channels: 3, num_classes: 3, learn_sigma: false}}",
+            "5 classes",
+        ),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "empty" / "cats").mkdir(parents=True)
+    (tmp_path / "one" / "cats").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "one" / "cats" / "1.png")
+    np.savez(tmp_path / "mixed.npz", images=np.zeros((4, 16, 16)), labels=np.zeros(3))
+    np.savez(tmp_path / "labels.npz", images=np.zeros((200, 16, 16, 3), np.uint8), labels=np.arange(200) % 5)
+    (tmp_path / "mine.yaml").write_text(text)
+    run = dit_hub("train", "mine.yaml", "--out", "out", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert words in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def picture_folder(folder: Path, count: int = 20, size: int = 24) -> Path:
+    """Two classes of random pictures, wider than high."""
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            noise = np.random.default_rng(index).integers(0, 256, (size, size + 8, 3), np.uint8)
+            Image.fromarray(noise).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_a_folder_of_images_trains_and_unreadable_ones_are_left_out(tmp_path: Path) -> None:
+    folder = picture_folder(tmp_path / "pets", count=100)
+    (folder / "dogs" / "7.png").write_bytes(b"no picture")
+    dataset = ImageFolder(folder, 16)
+    assert (len(dataset), dataset.id2label, dataset.sample_shape) == (200, {0: "cats", 1: "dogs"}, (3, 16, 16))
+    model = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_classes": 2, "learn_sigma": False}  # fmt: skip
+    recipe = Recipe(model=model, data=str(folder), epochs=2, batch_size=20, mirror=True)
+    result = train(recipe)
+    assert len(result.epoch_losses) == 2
+    assert result.pipeline.id2label == {0: "cats", 1: "dogs"}
+    for index in range(5):
+        (folder / "cats" / f"{index}.png").write_bytes(b"no picture")
+    with pytest.raises(TrainingError, match=r"of 200 files cannot be read, more than 1%; the last one is .*png"):
+        train(recipe)
+
+
+def test_the_crop_is_the_middle_square_and_mirroring_mirrors(tmp_path: Path) -> None:
+    image = Image.new("RGB", (300, 100), (0, 0, 0))
+    image.paste((255, 0, 0), (100, 0, 150, 100))  # the left half of the middle square
+    cropped = np.asarray(center_crop(image, 20))
+    assert cropped.shape == (20, 20, 3)
+    assert cropped[:, 2:8, 0].min() > 200
+    assert cropped[:, 12:18, 0].max() < 50
+    image.save(tmp_path / "1.png")
+    (tmp_path / "pets" / "cats").mkdir(parents=True)
+    image.save(tmp_path / "pets" / "cats" / "1.png")
+    upright, mirrored = (ImageFolder(tmp_path / "pets", 20).read([(0, flip)]).data[0] for flip in (False, True))
+    assert torch.equal(upright.flip(2), mirrored)
+
+
+def test_a_schedule_is_a_function_of_seed_and_step() -> None:
+    def keys(first: int, last: int, parts: int = 1, mine: tuple[int, ...] = (0,)) -> list:
+        return list(Schedule(50, 12, parts, mine, True, 3, first, last))
+
+    whole = keys(0, 12)
+    assert keys(5, 12) == whole[5:]  # resumed
+    two = [keys(0, 12, 2, (rank,)) for rank in (0, 1)]  # two processes
+    assert [first + second for first, second in zip(*two, strict=True)] == whole
+    for epoch in range(3):  # every sample at most once in a pass of four steps
+        positions = [position for step in whole[4 * epoch : 4 * epoch + 4] for position, _ in step]
+        assert len(set(positions)) == 48
+    assert 0.3 < np.mean([mirrored for step in whole for _, mirrored in step]) < 0.7
+
+
+def test_latents_are_cached_once_and_trained_from(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    folder, vae = picture_folder(tmp_path / "pets"), make_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    run = dit_hub("latents", folder, "latents", "--vae", "vae", "--size", "16", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    cached = CachedLatents(tmp_path / "latents")
+    assert (len(cached), cached.sample_shape, cached.id2label) == (40, (4, 8, 8), {0: "cats", 1: "dogs"})
+    pictures = ImageFolder(folder, 16).read([(3, False), (30, True)])
+    with torch.no_grad():
+        latents = vae.encode(pictures.data).latent_dist
+    read = cached.read([(3, False), (30, True)])
+    torch.testing.assert_close(read.data, torch.cat([latents.mean, latents.std], dim=1), atol=5e-3, rtol=2e-3)
+    assert read.labels.tolist() == [0, 1]
+    model = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_classes": 2}  # fmt: skip
+    result = train(Recipe(model=model, data=str(tmp_path / "latents"), steps=4, batch_size=8, num_train_timesteps=1000))
+    assert result.pipeline.scheduler.config["variance_type"] == "learned_range"
+
+
+def test_latents_go_on_where_they_stopped(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    dataset, vae = ImageFolder(picture_folder(tmp_path / "pets"), 16), make_vae()
+    whole = cache_latents(dataset, vae, tmp_path / "whole", shard_size=16)
+    cut = cache_latents(dataset, vae, tmp_path / "cut", shard_size=16)
+    (cut / "latents.json").unlink()
+    (cut / "shard-00002.safetensors").unlink()
+    (cut / "shard-00001.safetensors").write_bytes(b"torn")
+    kept = (cut / "shard-00000.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="There is no data"):
+        open_dataset(str(cut / "nothing"), 16, 1, 0)
+    cache_latents(dataset, vae, cut, shard_size=16)
+    assert (cut / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert (cut / "latents.json").read_text() == (whole / "latents.json").read_text()
+    with pytest.raises(ValueError, match="latents of other data"):
+        cache_latents(dataset, vae, cut, shard_size=8)
+
+
+# --- Kinds of training -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "v"},
+        {"objective": "flow", "logit_normal": True, "num_train_timesteps": 1000},
+        {"min_snr_gamma": 5.0},
+        {"gradient_accumulation": 4},
+        {"gradient_checkpointing": True},
+        {"learning_rate_schedule": "constant", "weight_decay": 0.01},
+    ],
+)
+def test_settings_train_and_their_pipeline_samples(settings: dict[str, Any], tmp_path: Path) -> None:
+    recipe = replace(SHORT, **settings)
+    result = train(recipe)
+    assert result.epoch_losses[-1] < result.epoch_losses[0]
+    if set(settings) & {"gradient_accumulation", "gradient_checkpointing"}:  # the same sums in another order
+        torch.testing.assert_close(
+            torch.tensor(result.epoch_losses), torch.tensor(train(SHORT).epoch_losses), atol=1e-4, rtol=0
+        )
+    result.pipeline.save_pretrained(tmp_path / "out")
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline(["red-circle"], num_inference_steps=3).images) == 1
+
+
+def test_fine_tuning_keeps_what_it_does_not_train(tmp_path: Path) -> None:
+    picture_folder(tmp_path / "pets", size=16)
+    recipe = Recipe(init_from="dit-toy-shapes", data=str(tmp_path / "pets"), steps=3, batch_size=8, lora_rank=2)
+    trained = dict(train(recipe).pipeline.transformer.state_dict())
+    before = DiTPipeline.from_pretrained("dit-toy-shapes").transformer.state_dict()
+    assert trained.keys() == before.keys()  # adapters are merged
+    changed = {
+        name for name in trained if trained[name].shape != before[name].shape or not trained[name].equal(before[name])
+    }
+    assert changed == {name for name in trained if name.startswith("y_embedder") or name.endswith(
+        ("qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight"))}  # fmt: skip
+    whole = train(replace(recipe, lora_rank=0)).pipeline
+    assert whole.transformer.config.num_classes == 2
+    assert whole.id2label == {0: "cats", 1: "dogs"}
+
+
+def test_a_loss_that_is_not_finite_stops_or_is_skipped() -> None:
+    pictures, labels = shapes(16, 0)
+    pictures[37] = float("nan")
+    dataset = Pictures(pictures, labels, ID2LABEL, "", "")
+    with pytest.raises(TrainingError, match=r"The loss of step \d+ is nan, on the samples .* There is no checkpoint."):
+        train(SHORT, dataset=dataset)
+    result = train(replace(SHORT, skip_nan=True), dataset=dataset)
+    assert all(np.isfinite(result.epoch_losses))
+    assert all(weight.isfinite().all() for weight in result.pipeline.transformer.parameters())

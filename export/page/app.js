@@ -9,7 +9,10 @@ const facts = await (await fetch("facts.json")).json();
 ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
 ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send
 ort.env.logLevel = "error";
-const session = await ort.InferenceSession.create("model.onnx");
+const session = await ort.InferenceSession.create("model.onnx").catch((error) => {
+  byId("status").textContent = `The model does not load: ${error.message}`;
+  throw error;
+});
 
 /** Uniform numbers in 0..1 of a 32-bit seed (mulberry32), so that a seed means the same picture in every browser. */
 function uniform(seed) {
@@ -76,6 +79,16 @@ async function draw(labels) {
   const guidance = Number(byId("guidance").value);
   byId("pictures").replaceChildren();
   const started = performance.now();
+  try {
+    await drawEach(labels, steps, seed, guidance);
+    const seconds = ((performance.now() - started) / 1000).toFixed(2);
+    byId("status").textContent = `${labels.length} of ${labels.length} drawn in ${seconds} s`;
+  } finally {
+    for (const id of ["settings", "classes"]) byId(id).disabled = false;
+  }
+}
+
+async function drawEach(labels, steps, seed, guidance) {
   for (const label of labels) {
     const name = label === null ? "picture" : facts.names[label];
     byId("trajectory").replaceChildren();
@@ -87,9 +100,6 @@ async function draw(labels) {
       await new Promise((resolve) => setTimeout(resolve)); // let the browser paint
     });
   }
-  const seconds = ((performance.now() - started) / 1000).toFixed(2);
-  byId("status").textContent = `${labels.length} of ${labels.length} drawn in ${seconds} s`;
-  for (const id of ["settings", "classes"]) byId(id).disabled = false;
 }
 
 function button(text, chosen) {

@@ -125,14 +125,23 @@ def info(
     epilog="Settings are fields of the recipe: epochs=60, ema_decay=0.999, learning_rate=1e-3, seed=1, …",
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe: toy, toy-shapes.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe: toy, digits, imagenet-256-xl-2, …")],
     settings: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the trained pipeline.")] = Path("outputs/toy"),
+    out: Annotated[Path | None, typer.Option(help="Folder for the trained pipeline; default: outputs/RECIPE.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the last checkpoint of a run that was cut; never: start anew.")
+    ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a model and save it as a pipeline folder."""
+    """Train a model and save it as a pipeline folder.
+
+    With save_every above 0, a run that was cut goes on where it stopped when the same command is given again.
+    """
     from .files import check_free
 
+    if resume not in ("auto", "never"):
+        raise ValueError(f"--resume is auto or never, not {resume!r}.")
+    out = Path("outputs", Path(recipe).stem) if out is None else out
     check_free(out, overwrite)
     quiet_libraries()
     from .training.recipe import get_recipe
@@ -145,7 +154,38 @@ def train(
     from .training.console import train_and_save
 
     command = " ".join(["dit-hub train", recipe, *(settings or [])])
-    train_and_save(chosen, out, command, overwrite)
+    train_and_save(chosen, out, command, overwrite, resume == "auto")
+
+
+@app.command()
+def latents(
+    data: Annotated[str, typer.Argument(help="A folder of images for each class, or an .npz archive.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the latents; one that was cut goes on.")],
+    vae: Annotated[str, typer.Option(help="A folder or Hub id of an AutoencoderKL.")] = "stabilityai/sd-vae-ft-mse",
+    size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
+) -> None:
+    """Encode pictures and their mirror images once, to train from without the VAE."""
+    quiet_libraries()
+    require("accelerate", "train")
+    from diffusers import AutoencoderKL
+    from rich.progress import Progress
+
+    from .training.data import open_dataset
+    from .training.latents import cache_latents
+
+    if size < 8 or batch_size < 1:
+        raise ValueError("--size must be 8 or more and --batch-size 1 or more.")
+    dataset = open_dataset(data, size, 1, 0)
+    if dataset.is_latent:
+        raise ValueError(f"{data} holds latents already.")
+    encoder: Any = AutoencoderKL.from_pretrained(vae)
+    with Progress() as bar:
+        task = bar.add_task("encoding")
+        cache_latents(dataset, encoder.eval().to(device), out, batch_size,
+                      progress=lambda done, count: bar.update(task, completed=done, total=count))  # fmt: skip
+    print(f"{len(dataset)} pictures are encoded in {out}; train from them with data={out}")
 
 
 @export_app.command("onnx")

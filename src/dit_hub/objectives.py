@@ -1,6 +1,11 @@
-"""What training regresses, as pure functions of tensors of any shape (N, ...)."""
+"""What training regresses, as pure functions of tensors of any shape (N, ...).
 
+Each takes the network, the schedule, clean data, noise and times, and returns the loss of each sample, (N,).
+"""
+
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -31,12 +36,179 @@ def noise_prediction(
     Returns:
         The loss of each sample, (N,).
     """
-    # q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (equation 4)
-    noisy = scheduler.add_noise(clean, noise, timestep)  # pyright: ignore[reportArgumentType]
-    prediction = denoiser(noisy, timestep, **conditions)
-    return (prediction - noise).square().flatten(1).mean(dim=1)
+    noisy = _noisy(scheduler, clean, noise, timestep)
+    return _mean_square(denoiser(noisy, timestep, **conditions) - noise)
 
 
-def uniform_timesteps(count: int, scheduler: DDPMScheduler, device: torch.device | str = "cpu") -> Tensor:
+def noise_and_variance(
+    denoiser: Denoiser,
+    scheduler: DDPMScheduler,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    **conditions: Tensor,
+) -> Tensor:
+    """L_simple plus the variational bound of a learned variance (Nichol and Dhariwal 2021, Section 3.1; the paper's).
+
+    Arguments as for `noise_prediction`; the denoiser returns twice the channels (dimension 1): the noise, then where
+    the log variance lies between its bounds, in -1..1. The bound trains the variance alone.
+    """
+    noisy = _noisy(scheduler, clean, noise, timestep)
+    predicted, fraction = denoiser(noisy, timestep, **conditions).chunk(2, dim=1)
+    bound = variational_bound(scheduler, clean, noisy, timestep, predicted.detach(), fraction)
+    return _mean_square(predicted - noise) + bound
+
+
+def variational_bound(
+    scheduler: DDPMScheduler, clean: Tensor, noisy: Tensor, timestep: Tensor, predicted: Tensor, fraction: Tensor
+) -> Tensor:
+    """A term of the variational bound, in bits per dimension: (N,).
+
+    For t > 0 the divergence of the model's step from the true posterior (Ho et al. 2020, equations 5 to 7); at t = 0
+    the likelihood of data in steps of 1/127.5 (their Section 3.3).
+
+    Args:
+        scheduler, clean, timestep: as for `noise_prediction`.
+        noisy: data at `timestep`.
+        predicted: noise (N, ...).
+        fraction: (N, ...) in -1..1, between the posterior's log variance and that of beta (Nichol and Dhariwal,
+            equation 15).
+    """
+    betas = _exact_betas(scheduler)
+    alpha_bar = (1 - betas).cumprod(0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    variance = betas * (1 - before) / (1 - alpha_bar)
+    log_variance = torch.cat([variance[1:2], variance[1:]]).log()  # that of t = 0 is zero: the next one stands for it
+
+    def at(values: Tensor) -> Tensor:
+        return values.to(clean.device)[timestep].float().view(-1, *[1] * (clean.dim() - 1))
+
+    of_clean = at(betas * before.sqrt() / (1 - alpha_bar))
+    of_noisy = at((1 - before) * (1 - betas).sqrt() / (1 - alpha_bar))
+    estimate = (noisy - at((1 - alpha_bar).sqrt()) * predicted) / at(alpha_bar.sqrt())
+    mean = of_clean * estimate + of_noisy * noisy
+    true_mean, true_log_variance = of_clean * clean + of_noisy * noisy, at(log_variance)
+    share = (fraction + 1) / 2
+    model_log_variance = share * at(betas.log()) + (1 - share) * true_log_variance
+
+    divergence = 0.5 * (
+        model_log_variance
+        - true_log_variance
+        + (true_log_variance - model_log_variance).exp()
+        + (true_mean - mean).square() * (-model_log_variance).exp()
+        - 1
+    )
+    surprise = -_log_likelihood(clean, mean, (0.5 * model_log_variance).exp())
+    first = (timestep == 0).view(-1, *[1] * (clean.dim() - 1))
+    return torch.where(first, surprise, divergence).flatten(1).mean(dim=1) / math.log(2)
+
+
+def v_prediction(
+    denoiser: Denoiser,
+    scheduler: DDPMScheduler,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    **conditions: Tensor,
+) -> Tensor:
+    """The mean squared error of v = sqrt(abar) noise - sqrt(1 - abar) data (Salimans and Ho 2022, Section 4).
+
+    Arguments as for `noise_prediction`.
+    """
+    signal, deviation = _levels(scheduler, clean, timestep)
+    noisy, target = signal * clean + deviation * noise, signal * noise - deviation * clean
+    return _mean_square(denoiser(noisy, timestep, **conditions) - target)
+
+
+def flow_matching(
+    denoiser: Denoiser,
+    scheduler: Any,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    **conditions: Tensor,
+) -> Tensor:
+    """The mean squared error of the velocity, noise - data, along the straight path (Lipman et al. 2023).
+
+    Arguments as for `noise_prediction`, but `timestep` is a float from 0 (data) to `num_train_timesteps` (noise).
+    """
+    time = timestep / scheduler.config["num_train_timesteps"]
+    time = time.view(-1, *[1] * (clean.dim() - 1))
+    noisy = (1 - time) * clean + time * noise
+    return _mean_square(denoiser(noisy, timestep, **conditions) - (noise - clean))
+
+
+def min_snr_weight(scheduler: DDPMScheduler, timestep: Tensor, gamma: float, prediction: str = "noise") -> Tensor:
+    """(N,) weights that stop easy, nearly clean samples from ruling the loss (Hang et al. 2023, Section 3.4).
+
+    Args:
+        scheduler, timestep: as for `noise_prediction`.
+        gamma: bound of the signal-to-noise ratio; the paper takes 5.
+        prediction: "noise" or "v".
+    """
+    alpha_bar = scheduler.alphas_cumprod.to(timestep.device)[timestep]
+    ratio = alpha_bar / (1 - alpha_bar)
+    return ratio.clamp(max=gamma) / (ratio if prediction == "noise" else ratio + 1)
+
+
+def uniform_timesteps(
+    count: int, scheduler: Any, device: torch.device | str = "cpu", generator: torch.Generator | None = None
+) -> Tensor:
     """(count,) timesteps, each equally likely."""
-    return torch.randint(0, scheduler.config["num_train_timesteps"], (count,), device=device)
+    steps = scheduler.config["num_train_timesteps"]
+    return torch.randint(0, steps, (count,), device=device, generator=generator)
+
+
+def flow_timesteps(
+    count: int,
+    scheduler: Any,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+    logit_normal: bool = False,
+) -> Tensor:
+    """(count,) times of `flow_matching`: uniform, or logit-normal, for the middle (Esser et al. 2024, Section 3.1)."""
+    draw = torch.randn if logit_normal else torch.rand
+    times = draw(count, device=device, generator=generator)
+    return (times.sigmoid() if logit_normal else times) * scheduler.config["num_train_timesteps"]
+
+
+def _noisy(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4)."""
+    signal, deviation = _levels(scheduler, clean, timestep)
+    return signal * clean + deviation * noise
+
+
+def _levels(scheduler: DDPMScheduler, clean: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, ...): as the scheduler's, but exact, as in the official code."""
+    alpha_bar = (1 - _exact_betas(scheduler)).cumprod(0)
+    signal, deviation = (
+        values.sqrt().to(clean.device)[timestep].to(clean.dtype).view(-1, *[1] * (clean.dim() - 1))
+        for values in (alpha_bar, 1 - alpha_bar)
+    )
+    return signal, deviation
+
+
+def _exact_betas(scheduler: DDPMScheduler) -> Tensor:
+    """(T,) in float64; the scheduler's are rounded to float32, which moves the bound by 1e-4 at the first step."""
+    config = scheduler.config
+    if config["beta_schedule"] == "linear" and config.get("trained_betas") is None:
+        steps = config["num_train_timesteps"]
+        return torch.linspace(config["beta_start"], config["beta_end"], steps, dtype=torch.float64)
+    return scheduler.betas.double()
+
+
+def _mean_square(difference: Tensor) -> Tensor:
+    return difference.square().flatten(1).mean(dim=1)
+
+
+def _log_likelihood(data: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Of data in -1..1 on a grid of 1/127.5, under a normal distribution whose ends take what lies outside."""
+
+    def below(edge: Tensor) -> Tensor:
+        """The normal distribution function, in the tanh form that the official numbers have."""
+        scaled = (edge - mean) / deviation
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (scaled + 0.044715 * scaled**3)))
+
+    upper, lower = below(data + 1 / 255), below(data - 1 / 255)
+    inside = torch.where(data < -0.999, upper, torch.where(data > 0.999, 1 - lower, upper - lower))
+    return inside.clamp_min(1e-12).log()

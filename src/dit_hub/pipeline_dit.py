@@ -275,7 +275,8 @@ class DiTPipeline(HubPipeline):
         scales = table[:, COLUMNS.index("noise")]
         # Drawn as the scheduler would: nothing for a step without noise. One of zeros is enough where none has any.
         draws = [
-            randn_tensor(sample.shape, generator=generator) if scale else torch.zeros_like(sample) for scale in scales
+            randn_tensor(sample.shape, generator=generator, device=sample.device) if scale else torch.zeros_like(sample)
+            for scale in scales
         ]
         noise = torch.stack(draws if scales.any() else draws[:1])
         class_labels = None if labels[0] is None else torch.tensor(labels)

@@ -12,6 +12,7 @@ that a scheduler that does anything else is found out.
 """
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -100,7 +101,8 @@ def _take_clip(scheduler: Any) -> float:
     config = scheduler.config
     if config.get("thresholding"):
         raise ValueError(f"{type(scheduler).__name__} thresholds, which no table can say; set thresholding=False.")
-    if not config.get("clip_sample"):
+    # A scheduler made from another's config keeps fields that it does not heed.
+    if not config.get("clip_sample") or "clip_sample" not in inspect.signature(type(scheduler).__init__).parameters:
         return _NO_CLIP
     if isinstance(scheduler, diffusers.DDIMScheduler):  # mixes a clipped estimate with an unclipped prediction
         raise ValueError("DDIMScheduler clips, which no table can say; set clip_sample=False.")

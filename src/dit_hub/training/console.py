@@ -1,33 +1,51 @@
 """Training at the command line: progress, the loss table, the pictures."""
 
 import os
+import shutil
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .loop import TrainingResult, steps_per_epoch, train
+from .loop import Progress as TrainingProgress
+from .loop import TrainingResult, train
 from .output import published_losses, save_result
 from .recipe import Recipe
 
 
-def train_and_save(recipe: Recipe, output_dir: str | os.PathLike, command: str, overwrite: bool = False) -> None:
-    """Train with a progress bar, save the pipeline folder and print what was reached; see `save_result`."""
+def train_and_save(
+    recipe: Recipe, output_dir: str | os.PathLike, command: str, overwrite: bool = False, resume: bool = True
+) -> None:
+    """Train with a progress bar, save the pipeline folder and print what was reached; see `train` and `save_result`.
+
+    Checkpoints lie beside the output, in `<output_dir>.run`, and go when the pipeline is there.
+    """
     console = Console()
+    run_folder = Path(f"{str(output_dir).rstrip('/')}.run")
+    if overwrite and not resume:
+        shutil.rmtree(run_folder, ignore_errors=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(
         TextColumn("{task.description}"), *columns, TextColumn("{task.fields[rate]}"), console=console
     ) as bar:
-        task = bar.add_task("training", total=recipe.epochs * steps_per_epoch(recipe), rate="")
+        task = bar.add_task("training", total=None, rate="")
 
-        def report(step: int, epoch: int, loss: float) -> None:
+        def report(progress: TrainingProgress) -> None:
             speed = bar.tasks[task].speed
-            rate = f"{speed:.1f} steps/s" if speed else ""
-            bar.update(task, completed=step, description=f"epoch {epoch}  loss {loss:.4f}", rate=rate)
+            rate = f"{speed:.1f} steps/s, {speed * recipe.batch_size:.0f} pictures/s" if speed else ""
+            description = f"epoch {progress.epoch}  loss {progress.loss:.4f}"
+            bar.update(task, total=progress.last, completed=progress.step, description=description, rate=rate)
 
-        result = train(recipe, report)
+        result = train(recipe, report, run_folder, resume)
+    if not result.main_process:
+        return
+    if not result.finished:
+        print(f"Stopped; the checkpoint is in {run_folder}, and the same command goes on from it.")
+        return
     with console.status("Drawing samples…"):
         save_result(result, output_dir, command, overwrite)
+    shutil.rmtree(run_folder, ignore_errors=True)
     console.print(_loss_table(result))
     print(f"Trained in {result.seconds:.1f} s; the pipeline is in {output_dir}")
 

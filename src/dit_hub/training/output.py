@@ -11,7 +11,7 @@ from ..files import new_folder
 from ..hub import CARD_FILE, EMBEDDED_MODELS, SAMPLES_FILE
 from ..visualize import Trajectory, loss_curve, sample_grid
 from .loop import TrainingResult
-from .recipe import RECIPES
+from .recipe import get_recipe
 
 # Mean loss by epoch that the published series reports for its toy.
 PUBLISHED_TOY_LOSSES = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
@@ -19,7 +19,7 @@ PUBLISHED_TOY_LOSSES = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262,
 
 def published_losses(result: TrainingResult) -> dict[int, float]:
     """The published losses by epoch, where the recipe is the published one."""
-    return PUBLISHED_TOY_LOSSES if result.recipe == RECIPES["toy"] else {}
+    return PUBLISHED_TOY_LOSSES if result.recipe == get_recipe("toy") else {}
 
 
 def save_result(result: TrainingResult, output_dir: str | os.PathLike, command: str, overwrite: bool = False) -> None:
@@ -35,8 +35,8 @@ def save_result(result: TrainingResult, output_dir: str | os.PathLike, command: 
         result.pipeline.save_pretrained(folder)
         training = {
             "command": command,
-            "license": "apache-2.0",  # the pictures are drawn by this package
-            "data": "Its data set is drawn from a seed by `dit_hub.training.shapes`.",
+            "license": "apache-2.0" if result.dataset.license == "apache-2.0" else "unknown",
+            "data": result.dataset.description,
             "recipe": asdict(result.recipe),
             "epoch_losses": [round(loss, 6) for loss in result.epoch_losses],
         }

@@ -1,9 +1,16 @@
-"""A training run as data: one short dataclass."""
+"""A training run as data: one short dataclass, one short YAML file."""
 
+import types
 from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from ..configuration_dit import nearest
+import yaml
+
+from ..configuration_dit import DiTConfig, nearest
+
+OBJECTIVES = ("noise", "v", "flow")
 
 
 @dataclass(frozen=True)
@@ -11,82 +18,186 @@ class Recipe:
     """What a training run does. The defaults are the toy's, after a published build-in-public series.
 
     Args:
-        model: name of a size, as `DiTConfig.from_name` takes it.
-        images_per_class: size of the data set.
+        model: name of a size, as `DiTConfig.from_name` takes it, or fields of `DiTConfig`.
+        init_from: start from this pipeline (a folder, Hub id or checkpoint file) rather than `model`.
+        data: "shapes", "digits", a folder of class folders, an .npz archive or a folder of `dit-hub latents`.
+        images_per_class: of the shapes.
+        mirror: mirror half of the pictures.
+        objective: "noise" (with the variational bound where the model learns its variance), "v" or "flow".
+        logit_normal: draw the times of "flow" from the middle rather than evenly.
+        min_snr_gamma: bound of the signal-to-noise ratio in the loss of "noise" and "v"; 0 for none.
         epochs: passes over the data.
-        batch_size: pictures per step.
-        learning_rate: AdamW's, at the start; it falls to zero along a cosine.
-        max_grad_norm: gradients are clipped to this norm.
+        steps: optimizer steps, in place of `epochs` where above 0.
+        batch_size: pictures per step, in all processes together.
+        gradient_accumulation: parts in which each process takes its share of a batch, to save memory.
+        learning_rate: AdamW's.
+        learning_rate_schedule: "cosine", which falls to zero at the end, or "constant".
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are clipped to this norm; 0 for not at all.
         num_train_timesteps: noise levels T.
         beta_start, beta_end: the linear noise schedule.
         ema_decay: keep an exponential moving average of the weights, and save it instead; 0 for none.
+        lora_rank: train low-rank adapters of the blocks' linear layers alone and merge them at the end; 0 for none.
         mixed_precision: "no", "bf16" or "fp16".
-        seed: seeds data, weights and noise.
+        fsdp: shard weights and optimizer among the processes (FSDP2).
+        gradient_checkpointing: compute activations twice, to save memory.
+        compile: compile each block.
+        save_every: steps between checkpoints; 0 for none.
+        keep_last: how many checkpoints to keep.
+        skip_nan: skip and count steps whose loss is not finite, rather than stop.
+        workers: processes that read data, for each process that trains.
+        seed: seeds data, order, weights and noise.
     """
 
-    model: str = "toy"
+    model: str | dict[str, Any] = "toy"
+    init_from: str = ""
+    data: str = "shapes"
     images_per_class: int = 200
+    mirror: bool = False
+    objective: str = "noise"
+    logit_normal: bool = False
+    min_snr_gamma: float = 0.0
     epochs: int = 30
+    steps: int = 0
     batch_size: int = 128
+    gradient_accumulation: int = 1
     learning_rate: float = 5e-4
+    learning_rate_schedule: str = "cosine"
+    weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     num_train_timesteps: int = 200
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     ema_decay: float = 0.0
+    lora_rank: int = 0
     mixed_precision: str = "no"
+    fsdp: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    save_every: int = 0
+    keep_last: int = 2
+    skip_nan: bool = False
+    workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
+        above_zero = (
             "images_per_class",
             "epochs",
             "batch_size",
+            "gradient_accumulation",
             "num_train_timesteps",
             "learning_rate",
-            "max_grad_norm",
-        ):
-            if getattr(self, name) <= 0:
+            "keep_last",
+        )
+        for name in above_zero:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        at_least_zero = (
+            "steps",
+            "max_grad_norm",
+            "weight_decay",
+            "min_snr_gamma",
+            "lora_rank",
+            "save_every",
+            "workers",
+        )
+        for name in at_least_zero:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or above, not {getattr(self, name)}.")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be 0 (off) or below 1, not {self.ema_decay}.")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be no, bf16 or fp16, not {self.mixed_precision!r}.")
+        for name, known in (
+            ("mixed_precision", ("no", "bf16", "fp16")),
+            ("objective", OBJECTIVES),
+            ("learning_rate_schedule", ("cosine", "constant")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}.")
+        if self.min_snr_gamma and self.objective == "flow":
+            raise ValueError("min_snr_gamma is for the objectives noise and v.")
+
+    @property
+    def config(self) -> DiTConfig:
+        """Of the model.
+
+        Raises:
+            ValueError: an unknown size or field.
+        """
+        parameterization: dict[str, Any] = {"parameterization": "flow"} if self.objective == "flow" else {}
+        if isinstance(self.model, str):
+            return DiTConfig.from_name(self.model, **parameterization)
+        known = [name for name in DiTConfig.__init__.__annotations__ if name != "return"] or list(vars(DiTConfig()))
+        if unknown := [name for name in self.model if name not in known]:
+            raise ValueError(f"A model has no field {unknown[0]!r}. The nearest names: {nearest(unknown[0], known)}.")
+        return DiTConfig(**self.model, **parameterization)
 
     def with_settings(self, settings: dict[str, Any]) -> "Recipe":
-        """The recipe with some fields changed; text is read as the field's type.
+        """The recipe with some fields changed; text is read as YAML would.
 
         Raises:
             ValueError: a field that does not exist, or a value of the wrong type.
         """
-        types = {field.name: type(getattr(self, field.name)) for field in fields(self)}
+        kinds = {field.name: field.type for field in fields(self)}
         changes = {}
         for name, value in settings.items():
-            if name not in types:
-                raise ValueError(f"A recipe has no field {name!r}. The nearest names: {nearest(name, list(types))}.")
-            try:
-                changes[name] = types[name](value)
-            except ValueError:
-                kind = {int: "a whole number", float: "a number"}[types[name]]
-                raise ValueError(f"{name} must be {kind}, not {value!r}.") from None
+            if name not in kinds:
+                raise ValueError(f"A recipe has no field {name!r}. The nearest names: {nearest(name, list(kinds))}.")
+            changes[name] = _read(name, value, kinds[name])
         return replace(self, **changes)
 
 
-RECIPES = {
-    "toy": Recipe(),
-    # The embedded model: the same data and noise, trained until shapes and colours come out right every time.
-    "toy-shapes": Recipe(epochs=600, learning_rate=1e-3, ema_decay=0.999),
-}
+def _read(name: str, value: Any, kind: Any) -> Any:
+    """A value of a recipe's file or of the command line, as its field's type."""
+    if isinstance(kind, types.UnionType):  # the model: a name or fields
+        parsed = yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+        if not isinstance(parsed, (str, dict)):
+            raise ValueError(f"{name} must be a name or fields of a configuration, not {value!r}.")
+        return parsed
+    if kind is str:
+        return str(value)
+    words = {"true": True, "yes": True, "false": False, "no": False}
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise ValueError(f"{name} must be true or false, not {value!r}.")
+    try:
+        if isinstance(value, bool) or (kind is int and float(value) != int(float(value))):
+            raise ValueError
+        return kind(float(value))
+    except (ValueError, TypeError, OverflowError):
+        what = {int: "a whole number", float: "a number"}[kind]
+        raise ValueError(f"{name} must be {what}, not {value!r}.") from None
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    folder = resources.files("dit_hub.training") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def get_recipe(name: str) -> Recipe:
-    """A shipped recipe by name.
+    """A shipped recipe by name, or one of a YAML file.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is none, it is damaged, or it has a field that does not exist.
     """
-    if name not in RECIPES:
-        raise ValueError(f"There is no recipe named {name!r}; shipped: {', '.join(RECIPES)}.")
-    return RECIPES[name]
+    shipped = shipped_recipes()
+    if name in shipped:
+        text = (resources.files("dit_hub.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        known = ", ".join(shipped)
+        raise ValueError(f"There is no recipe {name!r}; shipped: {known}. A file of your own ends in .yaml.")
+    try:
+        settings = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is no YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name} must hold fields of a recipe, not {type(settings).__name__}.")
+    return Recipe().with_settings(settings)

@@ -1,0 +1,77 @@
+"""Checkpoints of a run: whole or absent, and enough to go on as if nothing had happened."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import new_folder
+
+STATE_FILE = "state.json"
+_NAME = "step-{:08d}"
+
+
+@dataclass
+class Checkpoint:
+    """A moment of a run.
+
+    Args:
+        step: optimizer steps done.
+        tensors: by part ("model", "ema", "optimizer") and name.
+        facts: of JSON: the recipe, the losses so far, counters.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    facts: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint, then remove all but the last `keep`. The disk is synced before an older one goes.
+
+    Raises:
+        OSError: it cannot be written; those that are there stay.
+    """
+    target = folder / _NAME.format(checkpoint.step)
+    with new_folder(target, overwrite=True) as building:
+        for part, tensors in checkpoint.tensors.items():
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, building / f"{part}.safetensors")
+        facts = {"step": checkpoint.step, **checkpoint.facts}
+        (building / STATE_FILE).write_text(json.dumps(facts) + "\n")
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, the oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        facts = json.loads((path / STATE_FILE).read_text())
+        tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        return Checkpoint(int(facts.pop("step")), {"model": tensors.pop("model"), **tensors}, facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"The checkpoint {path} is damaged ({error}); remove it to go on from an older one.") from None
+
+
+def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A flat optimizer state as tensors and numbers."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return tensors, {name: value for name, value in state.items() if name not in tensors}

@@ -1,0 +1,114 @@
+"""Latents cached once: what a VAE makes of each picture and of its mirror image, in shards."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .data import LATENTS_FILE, Dataset
+
+# Called with the number of pictures done and of all.
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def cache_latents(
+    dataset: Dataset,
+    vae: Any,
+    output_dir: str | os.PathLike,
+    batch_size: int = 16,
+    shard_size: int = 1024,
+    progress: Progress = lambda done, count: None,
+) -> Path:
+    """Encode a data set; one that was cut goes on with the first shard that is missing or damaged.
+
+    Memory holds one shard, whatever the size of the data set.
+
+    Args:
+        dataset: pictures.
+        vae: an `AutoencoderKL`, on the device to encode on.
+        output_dir: gets shard-00000.safetensors and so on (`upright` and `mirrored`: (n, 2C, h, w) means and deviations
+            in float16; `labels`), and at the end latents.json.
+        batch_size: pictures at a time.
+        shard_size: pictures of a shard.
+        progress: called after each batch.
+
+    Returns:
+        The folder, which a recipe may name as its data.
+
+    Raises:
+        ValueError: the folder holds latents of other data.
+        OSError: the disk is full; what is written stays for the next attempt.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = len(dataset)
+    facts: dict[str, Any] = {
+        "count": count,
+        "shard_size": shard_size,
+        "id2label": dataset.id2label,
+        "scaling_factor": vae.config.scaling_factor,
+        "description": dataset.description,
+        "license": dataset.license,
+    }
+    plan, digest = folder / "plan.json", json.dumps(facts, sort_keys=True)
+    if plan.is_file() and plan.read_text() != digest:
+        raise ValueError(f"{folder} holds latents of other data; choose another folder.")
+    plan.write_text(digest)
+    shards, shape = [], None
+    for index, start in enumerate(range(0, count, shard_size)):
+        end = min(start + shard_size, count)
+        path = folder / f"shard-{index:05d}.safetensors"
+        tensors = _finished(path)
+        if tensors is None:
+            tensors = _encode(dataset, vae, range(start, end), batch_size, lambda done: progress(done, count))
+            building = path.with_suffix(".part")
+            try:
+                save_file(tensors, building)
+                with building.open("rb") as file:
+                    os.fsync(file.fileno())
+                building.replace(path)
+            finally:
+                building.unlink(missing_ok=True)
+        shape = tensors["upright"].shape[1:]
+        digest_of_shard = hashlib.sha256(path.read_bytes()).hexdigest()
+        shards.append({"file": path.name, "count": len(tensors["labels"]), "sha256": digest_of_shard})
+        progress(end, count)
+    assert shape is not None
+    facts |= {"shape": [shape[0] // 2, *shape[1:]], "shards": shards}
+    (folder / LATENTS_FILE).write_text(json.dumps(facts) + "\n")
+    return folder
+
+
+def _finished(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a shard that is whole."""
+    try:
+        tensors = load_file(path)
+        return tensors if tensors.keys() == {"upright", "mirrored", "labels"} else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _encode(
+    dataset: Dataset, vae: Any, positions: range, batch_size: int, progress: Callable[[int], None]
+) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {"upright": [], "mirrored": [], "labels": []}
+    for start in range(positions.start, positions.stop, batch_size):
+        end = min(start + batch_size, positions.stop)
+        batch = dataset.read([(position, False) for position in range(start, end)])
+        for name, data in (("upright", batch.data), ("mirrored", batch.data.flip(3))):
+            if len(data):
+                latents = vae.encode(data.to(vae.device, vae.dtype)).latent_dist
+                parts[name].append(torch.cat([latents.mean, latents.std], dim=1).half().cpu())
+        parts["labels"].append(batch.labels)
+        progress(end)
+    if not parts["upright"]:
+        raise ValueError(f"None of the pictures {positions.start} to {positions.stop - 1} can be read.")
+    return {name: torch.cat(values).contiguous() for name, values in parts.items()}
