@@ -263,7 +263,7 @@ def test_exact_networks_have_no_loss_whatever_the_shape(shape: tuple[int, ...]) 
     )
     velocity = level.sqrt() * noise - (1 - level).sqrt() * clean
     assert v_prediction(lambda noisy, timestep: velocity, scheduler, clean, noise, timestep).max() < 1e-10
-    assert v_prediction(lambda noisy, timestep: noise, scheduler, clean, noise, timestep).min() > 1e-3
+    assert v_prediction(lambda noisy, timestep: noise, scheduler, clean, noise, timestep).mean() > 0.1
     # Along the straight path, a step of the predicted velocity leads from noisy data to clean ones.
     times = torch.tensor([1.0, 250.0, 500.0, 999.0, 1000.0])
     seen = {}

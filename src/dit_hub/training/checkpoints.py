@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -71,7 +70,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"The checkpoint {path} is damaged ({error}); remove it to go on from an older one.") from None
 
 
-def split_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A flat optimizer state as tensors and numbers."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return tensors, {name: value for name, value in state.items() if name not in tensors}
+def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state by names of parameters, as tensors "name/key" and the settings of its groups."""
+    tensors = {f"{name}/{key}": value for name, values in state["state"].items() for key, value in values.items()}
+    return tensors, state["param_groups"]
+
+
+def unflatten_optimizer(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer`."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        name, _, key = path.rpartition("/")
+        state.setdefault(name, {})[key] = value
+    return {"state": state, "param_groups": groups}
