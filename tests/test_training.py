@@ -305,7 +305,8 @@ def test_every_shipped_recipe_loads_and_names_a_model() -> None:
             assert (recipe.ema_decay, recipe.weight_decay, recipe.mirror) == (0.9999, 0, True)
             assert recipe.config.learn_sigma
         assert recipe.config.num_hidden_layers > 0
-    assert get_recipe("imagenet-256-flow").config.parameterization == "flow"
+    flow = get_recipe("imagenet-256-flow").config
+    assert (flow.parameterization, flow.learn_sigma) == ("flow", False)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +413,12 @@ def test_latents_are_cached_once_and_trained_from(tmp_path: Path, make_vae: Call
              "num_classes": 2}  # fmt: skip
     result = train(Recipe(model=model, data=str(tmp_path / "latents"), steps=4, batch_size=8, num_train_timesteps=1000))
     assert result.pipeline.scheduler.config["variance_type"] == "learned_range"
+    # The whole command, which has no decoder to draw pictures with at its end.
+    (tmp_path / "mine.yaml").write_text(json.dumps({"model": model, "data": "latents", "steps": 4, "batch_size": 8,
+                                                    "objective": "flow", "num_train_timesteps": 1000}))  # fmt: skip
+    run = dit_hub("train", "mine.yaml", "--out", "out", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert DiTPipeline.from_pretrained(tmp_path / "out").transformer.config.out_channels == 4
 
 
 def test_latents_go_on_where_they_stopped(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
@@ -470,7 +477,12 @@ def test_fine_tuning_keeps_what_it_does_not_train(tmp_path: Path) -> None:
     }
     assert changed == {name for name in trained if name.startswith("y_embedder") or name.endswith(
         ("qkv.weight", "attn.proj.weight", "fc1.weight", "fc2.weight"))}  # fmt: skip
-    whole = train(replace(recipe, lora_rank=0)).pipeline
+    DiTPipeline.from_pretrained("dit-toy-shapes").save_pretrained(tmp_path / "base")
+    origin = {"source": "x", "layout": "dit-hub", "license": "cc-by-nc-4.0"}
+    (tmp_path / "base" / "origin.json").write_text(json.dumps(origin))
+    whole = train(replace(recipe, lora_rank=0, init_from=str(tmp_path / "base"))).pipeline
+    whole.save_pretrained(tmp_path / "tuned")
+    assert json.loads((tmp_path / "tuned" / "origin.json").read_text())["license"] == "cc-by-nc-4.0"
     assert whole.transformer.config.num_classes == 2
     assert whole.id2label == {0: "cats", 1: "dogs"}
 

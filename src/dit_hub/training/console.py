@@ -23,7 +23,7 @@ def train_and_save(
     """
     console = Console()
     run_folder = Path(f"{str(output_dir).rstrip('/')}.run")
-    if overwrite and not resume:
+    if not resume:  # or its checkpoints would be taken for those of this run
         shutil.rmtree(run_folder, ignore_errors=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(

@@ -130,11 +130,11 @@ def train(
     """
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     torch.manual_seed(recipe.seed)
-    start_model = _load_start(recipe.init_from) if recipe.init_from else None
-    config: Any = recipe.config if start_model is None else start_model.config
+    base = _load_start(recipe.init_from) if recipe.init_from else None
+    config: Any = recipe.config if base is None else base.transformer.config
     if dataset is None:
         dataset = open_dataset(recipe.data, config.sample_height_width[0], recipe.images_per_class, recipe.seed)
-    model = make_model(recipe, dataset, start_model)
+    model = make_model(recipe, dataset, None if base is None else base.transformer)
     check_fit(recipe, model, dataset, accelerator.num_processes)
     run = _Run(recipe, model, dataset, accelerator, run_folder)
     if resume:
@@ -145,12 +145,17 @@ def train(
             loss = run.step_on(batches)
             if accelerator.is_main_process:
                 report(Progress(run.step, run.last, run.epoch, loss))
-            stopping = asked_to_stop.is_set()
-            if stopping or (recipe.save_every and run.step % recipe.save_every == 0 and run.step < run.last):
+            stopping = run.agree(asked_to_stop.is_set())
+            due = recipe.save_every and (run.step % recipe.save_every == 0 or run.step == run.last)
+            if stopping or due:
                 run.save()
             if stopping:
                 break
-    return run.result(time.perf_counter() - start)
+    result = run.result(time.perf_counter() - start)
+    if base is not None:  # the licence stays with the weights
+        result.pipeline.origin = base.origin
+        result.pipeline.register_modules(vae=base.vae)
+    return result
 
 
 class _Run:
@@ -248,6 +253,13 @@ class _Run:
             self.losses = []
         return loss
 
+    def agree(self, asked: bool) -> bool:
+        """Whether any process was asked to stop, so that all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=self.accelerator.device)
+        return float(self.accelerator.reduce(flag)) > 0  # pyright: ignore[reportArgumentType]
+
     @property
     def epoch(self) -> int:
         """Of the step just done, counted from 1."""
@@ -288,7 +300,9 @@ class _Run:
             conditions["class_labels"] = labels if self.null_class is None else labels.where(~dropped, self.null_class)
 
         def denoiser(noisy: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
-            return self.model(noisy, timestep, **conditions).sample
+            output = self.model(noisy, timestep, **conditions).sample
+            # A model that was made to learn its variance has channels that the other objectives leave alone.
+            return output if self.recipe.objective == "noise" else output[:, : clean.shape[1]]
 
         with self.accelerator.autocast():
             losses = self._objective()(denoiser, self.scheduler, clean, noise, times, **conditions)
@@ -447,7 +461,7 @@ def check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> Non
     names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
     if names:
         differences = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in names)
-        raise ValueError(f"{path} is of another recipe: {differences}. Train to another --out, or pass --overwrite.")
+        raise ValueError(f"{path} is of another recipe: {differences}. Train to another --out, or start anew with --resume never.")
 
 
 # Settings that change where and when work is done, not what comes of it.
@@ -473,11 +487,11 @@ def make_scheduler(recipe: Recipe, config: Any) -> Any:
     )
 
 
-def _load_start(source: str) -> DiTTransformer:
-    """The transformer of a pipeline folder, a Hub id or a checkpoint file."""
+def _load_start(source: str) -> DiTPipeline:
+    """A pipeline folder, a Hub id or a checkpoint file."""
     if Path(source).is_file():
-        return DiTPipeline.from_single_file(source, vae=None).transformer
-    return DiTPipeline.from_pretrained(source).transformer
+        return DiTPipeline.from_single_file(source)
+    return DiTPipeline.from_pretrained(source)
 
 
 def make_model(recipe: Recipe, dataset: Dataset, start: DiTTransformer | None) -> DiTTransformer:

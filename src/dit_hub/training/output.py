@@ -49,6 +49,7 @@ def save_result(result: TrainingResult, output_dir: str | os.PathLike, command: 
 def _draw(result: TrainingResult, folder: Path) -> None:
     pipeline, trajectory = result.pipeline, Trajectory()
     pipeline.set_progress_bar_config(disable=True)
-    sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
-    trajectory.picture(pipeline).save(folder / "trajectory.png")
+    if pipeline.vae is not None or pipeline.transformer.config.in_channels in (1, 3):  # else there is no decoder
+        sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
+        trajectory.picture(pipeline).save(folder / "trajectory.png")
     loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result))

@@ -126,7 +126,9 @@ class Recipe:
         Raises:
             ValueError: an unknown size or field.
         """
-        parameterization: dict[str, Any] = {"parameterization": "flow"} if self.objective == "flow" else {}
+        parameterization: dict[str, Any] = {} if self.objective == "noise" else {"learn_sigma": False}
+        if self.objective == "flow":
+            parameterization["parameterization"] = "flow"
         if isinstance(self.model, str):
             return DiTConfig.from_name(self.model, **parameterization)
         known = [name for name in DiTConfig.__init__.__annotations__ if name != "return"] or list(vars(DiTConfig()))
