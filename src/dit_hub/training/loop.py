@@ -461,7 +461,9 @@ def check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> Non
     names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
     if names:
         differences = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in names)
-        raise ValueError(f"{path} is of another recipe: {differences}. Train to another --out, or start anew with --resume never.")
+        raise ValueError(
+            f"{path} is of another recipe: {differences}. Train to another --out, or start anew with --resume never."
+        )
 
 
 # Settings that change where and when work is done, not what comes of it.
