@@ -21,7 +21,7 @@ demo: .venv/.installed  ## Sample the embedded toy in PyTorch and on ONNX Runtim
 	$(BIN)/python examples/demo.py
 
 test: .venv/.installed  ## Run the tests (under 10 minutes on 2 cores).
-	$(BIN)/python -m pytest -n 2 --dist loadfile  # most of the time is in processes that import torch
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/.installed  ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m slow

@@ -7,10 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# The models are so small that more threads only get into each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_hub import DiTConfig, DiTTransformer
-
-# The models are so small that more threads only get into each other's way.
-torch.set_num_threads(1)
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 
@@ -65,12 +62,6 @@ class Golden:
     def inputs(self, test: str) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents, timesteps and labels of a test."""
         return self.expected[f"{test}.x"], self.expected[f"{test}.t"], self.expected[f"{test}.y"]
-
-
-def dit_hub(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user runs it."""
-    command = [sys.executable, "-m", "dit_hub.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def load_golden(name: str) -> Golden:

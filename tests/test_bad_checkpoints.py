@@ -5,9 +5,7 @@ import json
 import os
 import pickle
 import random
-import resource
 import struct
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -22,6 +20,8 @@ from torch import Tensor
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.cli import main
 from dit_hub.conversion import to_official
+
+from .command_line import dit_hub
 
 MakeModel = Callable[..., DiTTransformer]
 Convert = Callable[..., tuple[int, str]]
@@ -352,15 +352,8 @@ def test_a_full_disk_leaves_nothing(to: str, limit: int, make_model: MakeModel, 
     model = make_model(hidden_size=64, num_classes=1000, timestep_freq_dim=256, mlp_norm_eps=1e-6)
     torch.save(to_official(model.state_dict(), model.config), tmp_path / "weights.pt")
     target = tmp_path / "out"
-    command = [sys.executable, "-m", "dit_hub.cli", "convert", str(tmp_path / "weights.pt"), str(target), "--to", to,
-               "--num-attention-heads", "4", "--vae", "none"]  # fmt: skip
-    run = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    arguments = ("--to", to, "--num-attention-heads", 4, "--vae", "none")
+    run = dit_hub("convert", tmp_path / "weights.pt", target, *arguments, cwd=tmp_path, file_limit=limit)
     assert run.returncode == 2, run.stderr
     assert run.stderr.strip() == f"error: {target} could not be written: the disk is full or a limit is reached."
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]

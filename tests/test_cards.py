@@ -14,7 +14,7 @@ from dit_hub.conversion.origin import RELEASED_FILES
 from dit_hub.flops import measure
 from dit_hub.model_cards import is_own_card, render_card
 
-from .conftest import dit_hub
+from .command_line import dit_hub
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 PUBLISHED = {"dit-xl-2-256": "facebook/DiT-XL-2-256", "dit-xl-2-512": "facebook/DiT-XL-2-512"}

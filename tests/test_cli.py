@@ -10,7 +10,7 @@ from PIL import Image
 from dit_hub.cli import main
 from dit_hub.flops import PUBLISHED
 
-from .conftest import dit_hub
+from .command_line import dit_hub
 
 TOY = "dit-toy-shapes"
 

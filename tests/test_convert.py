@@ -21,7 +21,8 @@ from dit_hub.convert import convert
 from dit_hub.export import export_onnx
 from dit_hub.model_cards import render_card
 
-from .conftest import Golden, dit_hub
+from .command_line import dit_hub
+from .conftest import Golden
 
 MakeModel = Callable[..., DiTTransformer]
 

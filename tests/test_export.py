@@ -1,7 +1,6 @@
 """ONNX export and ONNX Runtime as a runtime of the pipeline."""
 
 import json
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,7 +26,8 @@ from torch import Tensor
 from dit_hub import DiTPipeline, ORTSampler
 from dit_hub.export import export_onnx, verify_export
 
-from .conftest import MakePipeline, dit_hub
+from .command_line import Command, dit_hub
+from .conftest import MakePipeline
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -388,14 +388,8 @@ def test_verify_measures_an_export_again(make_pipeline: MakePipeline, tmp_path: 
     ],
 )
 def test_a_full_disk_is_one_sentence(tmp_path: Path, command: list[str], limit: int) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "dit_hub.cli", "export", command[0], "dit-toy-shapes", "out", *command[1:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    arguments = ("export", command[0], "dit-toy-shapes", "out", *command[1:])
+    run = dit_hub(*arguments, cwd=tmp_path, file_limit=limit)
     assert run.returncode == 2, run.stderr
     assert run.stderr == "error: out could not be written: the disk is full or a limit is reached.\n"
     assert list(tmp_path.iterdir()) == []
@@ -403,14 +397,13 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, command: list[str], limit: 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_export_that_is_stopped_leaves_no_result(tmp_path: Path, how: signal.Signals) -> None:
-    command = [sys.executable, "-m", "dit_hub.cli", "export", "onnx", "dit-toy-shapes", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.rglob("config.json")):
+    command = Command("export", "onnx", "dit-toy-shapes", "out", cwd=tmp_path)
+    while command.running() and not list(tmp_path.rglob("config.json")):
         time.sleep(0.01)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "Traceback" not in errors
+    command.send_signal(how)
+    run = command.wait()
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
     assert not (tmp_path / "out").exists()
     if how == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []

@@ -1,33 +1,27 @@
 """Runs that are killed, and go on as if nothing had happened."""
 
 import json
-import os
 import random
-import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from .command_line import Command
+
 SETTINGS = ["images_per_class=16", "batch_size=64", "ema_decay=0.99", "save_every=4"]
 
 
-# One thread each: two processes of two threads on two cores wait for one another.
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(out: Path, *settings: str, file_limit: int | None = None) -> Command:
+    return Command("train", "toy", *SETTINGS, *settings, "--out", out, cwd=out.parent, file_limit=file_limit)
 
 
-def command(out: Path, *settings: str) -> list[str]:
-    arguments = ["train", "toy", *SETTINGS, *settings, "--out", str(out)]
-    return [sys.executable, "-m", "dit_hub.cli", *arguments]
-
-
-def uninterrupted(folder: Path, *settings: str) -> Path:
-    out = folder / "whole"
-    subprocess.run(command(out, *settings), check=True, capture_output=True, env=ENVIRONMENT)
+def finished(out: Path, *settings: str) -> Path:
+    """A run that ends by itself."""
+    run = start(out, *settings).wait()
+    assert run.returncode == 0, run.stderr
     return out
 
 
@@ -40,18 +34,16 @@ def same_outcome(one: Path, other: Path) -> None:
     assert losses[0] == losses[1]
 
 
-def run_and_kill(out: Path, wait: float, *settings: str) -> int | None:
-    """Start, let it train for `wait` seconds after its first new checkpoint, kill; the status if it ended before."""
+def run_and_kill(out: Path, wait: float, *settings: str) -> int:
+    """Start, let it train for `wait` seconds after its first new checkpoint, kill; its status."""
     run_folder = Path(f"{out}.run")
     before = {path.name for path in run_folder.glob("step-*")}
-    process = subprocess.Popen(command(out, *settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env=ENVIRONMENT)  # fmt: skip
-    while process.poll() is None and {path.name for path in run_folder.glob("step-*")} <= before:
+    command = start(out, *settings)
+    while command.running() and {path.name for path in run_folder.glob("step-*")} <= before:
         time.sleep(0.005)
     time.sleep(wait)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return process.returncode
+    command.send_signal(signal.SIGKILL)
+    return command.wait().returncode
 
 
 # Three kills always; `make test-slow` kills 50 times.
@@ -65,24 +57,24 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path, ki
         steps.append(max(path.name for path in Path(f"{out}.run").glob("step-*")))
         assert not out.exists()
     print(f"killed {kills} times, after the checkpoints {', '.join(steps)}")
-    subprocess.run(command(out, epochs), check=True, capture_output=True, env=ENVIRONMENT)
-    same_outcome(out, uninterrupted(tmp_path, epochs))
+    same_outcome(finished(out, epochs), finished(tmp_path / "whole", epochs))
     assert not Path(f"{out}.run").exists()
 
 
 def test_sigterm_saves_and_ends_well(tmp_path: Path) -> None:
     out = tmp_path / "toy"
-    process = subprocess.Popen(command(out, "epochs=40", "save_every=1000"), stdout=subprocess.PIPE, text=True,
-                               env=ENVIRONMENT)  # fmt: skip
-    time.sleep(7)  # well into the steps
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "goes on from it" in output
-    (checkpoint,) = Path(f"{out}.run").glob("step-*")
-    assert json.loads((checkpoint / "state.json").read_text())["step"] > 0
-    subprocess.run(command(out, "epochs=40", "save_every=1000"), check=True, capture_output=True, env=ENVIRONMENT)
-    same_outcome(out, uninterrupted(tmp_path, "epochs=40"))
+    settings = ("epochs=80", "save_every=50")
+    command = start(out, *settings)
+    while command.running() and not list(tmp_path.glob("toy.run/step-*")):
+        time.sleep(0.005)
+    command.send_signal(signal.SIGTERM)
+    run = command.wait()
+    assert run.returncode == 0, run.stderr
+    assert "goes on from it" in run.stdout
+    steps = [json.loads(path.read_text())["step"] for path in tmp_path.glob("toy.run/step-*/state.json")]
+    assert max(steps) > 50
+    assert max(steps) < 320
+    same_outcome(finished(out, *settings), finished(tmp_path / "whole", *settings))
 
 
 def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -92,12 +84,12 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
         (["epochs=40", "learning_rate=1e-3"], "learning_rate is 0.0005 there and 0.001 here"),
         (["epochs=50", "seed=1"], "epochs is 40 there and 50 here; seed is 0 there and 1 here"),
     ):
-        run = subprocess.run(command(out, *settings), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+        run = start(out, *settings).wait()
         assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
         assert words in run.stderr
     newest = max(Path(f"{out}.run").glob("step-*"))
     (newest / "model.safetensors").write_bytes(b"torn")
-    run = subprocess.run(command(out, "epochs=40"), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    run = start(out, "epochs=40").wait()
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
     assert "is damaged" in run.stderr
 
@@ -105,14 +97,7 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
 def test_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
     """Checkpoints of 5 MB meet a limit of 3 MB; the pipeline, of 1.3 MB, does not."""
     out = tmp_path / "toy"
-    run = subprocess.run(
-        command(out, "epochs=2"),
-        capture_output=True,
-        text=True,
-        check=False,
-        env=ENVIRONMENT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)),
-    )
+    run = start(out, "epochs=2", file_limit=2_000_000).wait()
     assert run.returncode == 0, run.stderr
     assert "No checkpoint at step 4" in run.stderr + run.stdout
     assert (out / "model_index.json").is_file()

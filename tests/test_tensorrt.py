@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from dit_hub.export import export_onnx, export_tensorrt
 from dit_hub.export.tensorrt import check_shapes
 from dit_hub.export.tensorrt_build import Machine, Manifest, misfit
 
-from .conftest import MakePipeline, dit_hub
+from .command_line import Command, dit_hub
+from .conftest import MakePipeline
 
 pytest.importorskip("tensorrt_rtx", reason="waits for the package tensorrt_rtx, which has wheels for Linux and Windows")
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -225,14 +224,13 @@ def test_inputs_outside_the_profile_are_refused() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_build_that_is_stopped_leaves_no_result(tmp_path: Path, how: signal.Signals) -> None:
-    command = [sys.executable, "-m", "dit_hub.cli", "export", "tensorrt", "dit-toy-shapes", "trt"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.rglob("*.engine")) and not list(tmp_path.rglob("model.onnx")):
+    command = Command("export", "tensorrt", "dit-toy-shapes", "trt", cwd=tmp_path)
+    while command.running() and not list(tmp_path.rglob("*.engine")) and not list(tmp_path.rglob("model.onnx")):
         time.sleep(0.01)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "Traceback" not in errors
+    command.send_signal(how)
+    run = command.wait()
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
     assert not (tmp_path / "trt").exists()
     if how == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []

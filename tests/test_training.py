@@ -1,8 +1,6 @@
 """The shapes, the recipe, the loop and what a run leaves."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +34,8 @@ from dit_hub.training.output import save_result
 from dit_hub.training.recipe import Recipe, get_recipe, shipped_recipes
 from dit_hub.training.shapes import COLOURS, ID2LABEL, SHAPES, shapes
 
-from .conftest import Golden, dit_hub
+from .command_line import dit_hub
+from .conftest import Golden
 
 SHORT = Recipe(images_per_class=16, epochs=3, batch_size=64)
 
@@ -115,8 +114,8 @@ def test_another_seed_is_another_run() -> None:
 def test_half_precision_trains_and_keeps_the_weights_in_float32(tmp_path: Path) -> None:
     # In a process of its own: accelerate fixes the precision of a process once.
     settings = ["images_per_class=16", "epochs=3", "batch_size=64", "mixed_precision=bf16"]
-    command = [sys.executable, "-m", "dit_hub.cli", "train", "toy", *settings, "--out", str(tmp_path / "toy")]
-    subprocess.run(command, check=True, capture_output=True)
+    run = dit_hub("train", "toy", *settings, "--out", "toy", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     losses = json.loads((tmp_path / "toy" / "training.json").read_text())["epoch_losses"]
     assert losses[-1] < losses[0]
     assert losses != [round(loss, 6) for loss in train(SHORT).epoch_losses]

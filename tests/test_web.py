@@ -18,7 +18,8 @@ from dit_hub import DiTPipeline
 from dit_hub.export import export_web
 from dit_hub.solvers import solver_table
 
-from .conftest import MakePipeline, dit_hub
+from .command_line import dit_hub
+from .conftest import MakePipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 
