@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-checkpoints bench-gpu toy clean
+.PHONY: help demo test test-slow check format bench bench-checkpoints bench-gpu bench-training-gpu toy clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -39,12 +39,16 @@ bench: .venv/.installed  ## Print the speed tables of benchmarks/README.md for t
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/latents.py
 
 bench-checkpoints: .venv/.installed  ## Convert and load an XL/2 checkpoint beside a plain copy (11 GB of disk, 3 minutes).
 	$(BIN)/python benchmarks/checkpoints.py
 
 bench-gpu: .venv/.installed  ## Latency of XL/2 on an NVIDIA GPU: eager, compiled and TensorRT.
 	$(BIN)/python benchmarks/gpu.py
+
+bench-training-gpu: .venv/.installed  ## Training of B/2 and XL/2 on an NVIDIA GPU against the official train step.
+	$(BIN)/python benchmarks/training_gpu.py
 
 toy: .venv/.installed  ## Train the embedded model anew, with its pictures and card.
 	$(BIN)/dit-hub train toy-shapes --out src/dit_hub/assets/dit-toy-shapes --overwrite

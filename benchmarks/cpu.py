@@ -173,17 +173,6 @@ def measure(workload: str, rounds: int, console: Console) -> Table:
     return table
 
 
-def matmul_peak(dtype: torch.dtype, side: int = 2048) -> float:
-    """The best of 20 products of square matrices, in operations per second."""
-    left, right = torch.randn(2, side, side).to(dtype)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.matmul(left, right)
-        seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / min(seconds)
-
-
 def processor() -> str:
     """The processor's name, where the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -199,13 +188,15 @@ def main() -> None:
     import diffusers
     import onnxruntime
 
+    from dit_hub.flops import matmul_peak
+
     console.print(
         f"{processor()}, {torch.get_num_threads()} threads; {platform.system()}, Python {platform.python_version()}"
     )
     console.print(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, onnxruntime {onnxruntime.__version__}"
     )
-    peaks = (f"{matmul_peak(dtype) / 1e9:.0f} ({dtype})" for dtype in (torch.float32, torch.bfloat16))
+    peaks = (f"{matmul_peak('cpu', dtype, 2048) / 1e9:.0f} ({dtype})" for dtype in (torch.float32, torch.bfloat16))
     console.print(f"matrix products of 2048x2048, G operations/s: {', '.join(peaks)}")
     for workload in WORKLOADS:
         console.print(measure(workload, rounds, console))

@@ -93,12 +93,6 @@ def contend(contender: str, name: str, precision: str, rows: int, repeats: int, 
         pipe.send(str(error).split("\n")[0])
 
 
-def matmul_peak(precision: str, side: int = 8192) -> float:
-    """The best product of square matrices, in operations per second."""
-    left, right = torch.randn(2, side, side, device="cuda", dtype=PRECISIONS[precision])
-    return 2 * side**3 / min(seconds_of(lambda: left @ right, 30))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiT-XL/2")
@@ -108,14 +102,14 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("error: PyTorch sees no NVIDIA GPU here.")
     from dit_hub import DiTConfig
-    from dit_hub.flops import measure
+    from dit_hub.flops import matmul_peak, measure
 
     operations = 2e9 * measure(DiTConfig.from_name(options.model)).gmacs
     table = Table(title=f"{options.model} on {torch.cuda.get_device_name()}, {datetime.date.today()}")
     for column in ("pictures", "contender", "precision", "median ms", "share of matmul peak", "relative error"):
         table.add_column(column, justify="left" if column in ("contender", "precision") else "right")
     context = multiprocessing.get_context("spawn")
-    peaks = {precision: matmul_peak(precision) for precision in PRECISIONS}
+    peaks = {precision: matmul_peak("cuda", PRECISIONS[precision], 8192) for precision in PRECISIONS}
     for pictures in options.pictures:
         for precision in PRECISIONS:
             for contender in CONTENDERS:

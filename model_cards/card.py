@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from dit_hub.adapters import CONFIG_FILE
 from dit_hub.configuration_dit import DiTConfig
 from dit_hub.conversion.diffusers_layout import (
     DIFFUSERS_CLASSES,
@@ -59,9 +60,10 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
     training = _facts(folder, "training.json")
     results = _results(folder)
     index = _facts(folder, "model_index.json")
-    layout = conversion.get("to") or ("diffusers" if _is_stock(index) else "dit-hub")
+    adapters = _facts(folder, CONFIG_FILE)
+    layout = conversion.get("to") or ("diffusers" if _is_stock(index) else "adapters" if adapters else "dit-hub")
     config = _config(folder, layout, conversion)
-    id2label = _id2label(index or conversion)
+    id2label = _id2label(index or adapters or conversion)
     title = repository.split("/")[-1]
     return ModelCard.from_template(
         _metadata(title, repository, origin, training, results, config, layout),
@@ -70,7 +72,7 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         title=title,
         summary=_summary(config, training),
         picture="samples.png" if (folder / "samples.png").is_file() else None,
-        code=_code(repository, layout, config, index, id2label),
+        code=_code(repository, layout, config, index, id2label, adapters.get("base_model_name_or_path")),
         caveat=_caveat(layout, conversion),
         facts=_table(config, id2label, origin, training, layout, _facts(folder, "vae/config.json")),
         origin=_origin_text(origin) if origin else None,
@@ -118,6 +120,8 @@ def _is_stock(index: dict[str, Any]) -> bool:
 def _config(folder: Path, layout: str, conversion: dict[str, Any]) -> DiTConfig:
     if layout == "official":  # such a folder has no config.json
         return DiTConfig(**conversion["config"])
+    if layout == "adapters":
+        return DiTConfig.from_pretrained(folder)
     if not (folder / "transformer").is_dir():
         raise ValueError(f"{folder} has no folder transformer, so there is no model to describe.")
     fields = read_config(folder / "transformer")
@@ -180,11 +184,18 @@ def _summary(config: DiTConfig, training: dict[str, Any]) -> str:
     return " ".join(filter(None, [f"A {kind}, {subject}.", training.get("data")]))
 
 
-def _code(repository: str, layout: str, config: DiTConfig, index: dict[str, Any], id2label: dict[int, str]) -> str:
-    """Lines that work as they stand."""
+def _code(
+    repository: str,
+    layout: str,
+    config: DiTConfig,
+    index: dict[str, Any],
+    id2label: dict[int, str],
+    base: str | None,
+) -> str:
+    """Lines that work as they stand; `base` is what adapters belong to."""
     names = [id2label[label].split(",")[0] for label in sorted(id2label)[:2]] or list(range(min(2, config.num_classes)))
     labels = f"[{', '.join(json.dumps(name) for name in names)}]" if config.num_classes else ""
-    library, load, decoder = "dit_hub", f'from_pretrained("{repository}"', ""
+    library, load, decoder, then = "dit_hub", f'from_pretrained("{repository}"', "", ""
     if layout == "diffusers":
         # diffusers' pipeline takes class 1000 for the null class, whatever the model has.
         guidance = "" if config.num_classes == 1000 else ", guidance_scale=1"
@@ -193,6 +204,8 @@ def _code(repository: str, layout: str, config: DiTConfig, index: dict[str, Any]
         on_hub = repository.count("/") == 1 and not Path(repository).is_dir()
         folder = f"https://huggingface.co/{repository}/resolve/main" if on_hub else repository
         load = f'from_single_file("{folder}/model.pt", num_attention_heads={config.num_attention_heads}'
+    elif layout == "adapters":
+        load, then = f'from_pretrained("{base}"', f'pipe.load_adapters("{repository}")\n'
     elif config.in_channels not in (1, 3) and not (index.get("vae") or [None])[0]:
         decoder = f'vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}")\n'
         load += ", vae=vae"
@@ -201,7 +214,8 @@ def _code(repository: str, layout: str, config: DiTConfig, index: dict[str, Any]
         imports = (
             f"from diffusers import AutoencoderKL{', DiTPipeline' if library == 'diffusers' else chr(10) + imports}"
         )
-    return f'{imports}\n\n{decoder}pipe = DiTPipeline.{load})\npipe({labels}).images[0].save("sample.png")'
+    draw = f'pipe({labels}).images[0].save("sample.png")'
+    return f"{imports}\n\n{decoder}pipe = DiTPipeline.{load})\n{then}{draw}"
 
 
 def _caveat(layout: str, conversion: dict[str, Any]) -> str | None:

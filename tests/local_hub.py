@@ -31,11 +31,12 @@ Files = dict[str, bytes]
 
 @dataclass
 class Repository:
-    """Commits by id, the newest last, and branches and tags that name them."""
+    """Commits by id, the newest last, their messages, and branches and tags that name them."""
 
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, files: Files) -> str:
         digest = hashlib.sha1(f"{branch}{len(self.commits)}".encode())
@@ -143,6 +144,8 @@ class LocalHub:
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.blobs[value["oid"]]
+            elif entry["key"] == "header":
+                repository.messages.append(value["summary"])
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
         commit = repository.commit(branch, files)

@@ -358,6 +358,43 @@ def test_a_push_that_failed_is_taken_up_by_the_next(hub: LocalHub, converted: Pa
     assert "transformer/model.safetensors" in files_of(hub, "me/late")
 
 
+# --- While training --------------------------------------------------------------------------------------------------
+
+
+TRAINING = ("train", "toy", "images_per_class=16", "epochs=5", "batch_size=64", "save_every=8")
+
+
+def test_checkpoints_and_the_result_are_pushed_while_training_goes_on(hub: LocalHub, tmp_path: Path) -> None:
+    out = tmp_path / "toy"
+    run = dit_hub(hub, tmp_path, *TRAINING, "push_to_hub=me/trained", "--out", out)
+    assert run.returncode == 0, run.stderr
+    assert f"Pushed: {hub.endpoint}/me/trained/commit/" in run.stdout
+    first, *_, last = hub.repositories["me/trained"].messages
+    assert (first, last) == ("Step 8", "Upload toy")
+    files = files_of(hub, "me/trained")
+    assert {"README.md", "model_index.json", "training.json", "samples.png"} <= set(files)
+    assert any(name.startswith("runs/events") for name in files)
+    assert files["transformer/model.safetensors"] == (out / "transformer" / "model.safetensors").read_bytes()
+
+
+def test_a_hub_that_fails_does_not_end_a_run(hub: LocalHub, tmp_path: Path) -> None:
+    hub.refuse_commits = True
+    out = tmp_path / "toy"
+    run = dit_hub(hub, tmp_path, *TRAINING, "push_to_hub=me/unlucky", "--out", out)
+    hub.refuse_commits = False
+    assert run.returncode == 2
+    assert "Step 8 was not pushed to me/unlucky" in run.stderr
+    assert f"The result is whole in {out}; `dit-hub push {out} me/unlucky` tries again." in run.stderr.splitlines()[-1]
+    assert (out / "model_index.json").is_file()
+
+
+def test_a_repository_that_is_refused_stops_before_the_work(hub: LocalHub, tmp_path: Path) -> None:
+    run = dit_hub(hub, tmp_path, *TRAINING, "push_to_hub=me/other", "--out", tmp_path / "toy", token="hf_wrong")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "Cannot push to me/other on the Hub" in run.stderr
+    assert not (tmp_path / "toy").exists()
+
+
 # --- diffusers' repositories -----------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ LAYERS = (
     {"configuration_dit"},
     {"labels", "layers", "objectives", "schedulers", "solvers"},
     {"modeling_dit"},
-    {"conversion", "flops", "visualize"},
+    {"adapters", "conversion", "flops", "visualize"},
     {"model_cards"},
     {"hub"},
     {"pipeline_dit"},

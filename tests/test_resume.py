@@ -61,6 +61,13 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path, ki
     assert not Path(f"{out}.run").exists()
 
 
+def test_another_number_of_workers_ends_in_the_same_bits(tmp_path: Path) -> None:
+    out = tmp_path / "toy"
+    assert run_and_kill(out, 0.1, "epochs=40", "workers=2") == -signal.SIGKILL
+    assert run_and_kill(out, 0.1, "epochs=40", "workers=1") == -signal.SIGKILL
+    same_outcome(finished(out, "epochs=40"), finished(tmp_path / "whole", "epochs=40", "workers=1"))
+
+
 def test_sigterm_saves_and_ends_well(tmp_path: Path) -> None:
     out = tmp_path / "toy"
     settings = ("epochs=80", "save_every=50")

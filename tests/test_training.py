@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dit_hub import DiTPipeline
+from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.files import new_folder
 from dit_hub.hub import EMBEDDED_MODELS
 from dit_hub.model_cards import render_card
@@ -27,11 +27,13 @@ from dit_hub.objectives import (
     uniform_timesteps,
     v_prediction,
 )
-from dit_hub.training.data import CachedLatents, ImageFolder, Pictures, Schedule, center_crop, open_dataset
+from dit_hub.training.data import CachedLatents, ImageFolder, Pictures, Schedule, center_crop
 from dit_hub.training.latents import cache_latents
-from dit_hub.training.loop import TrainingError, TrainingResult, train
+from dit_hub.training.loader import open_dataset
+from dit_hub.training.loop import Progress, TrainingError, train
 from dit_hub.training.output import save_result
 from dit_hub.training.recipe import Recipe, get_recipe, shipped_recipes
+from dit_hub.training.result import TrainingResult
 from dit_hub.training.shapes import COLOURS, ID2LABEL, SHAPES, shapes
 
 from .command_line import dit_hub
@@ -171,7 +173,7 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
         ({"epochs": 0}, "epochs must be above 0"),
         ({"ema_decay": 1}, "ema_decay"),
         ({"beta_start": 0.5}, "beta_start"),
-        ({"mixed_precision": "fp8"}, "mixed_precision must be no, bf16 or fp16, not 'fp8'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be no, tf32, bf16 or fp16, not 'fp8'"),
         ({"objective": "score"}, "objective must be noise, v or flow"),
         ({"mirror": "perhaps"}, "mirror must be true or false, not 'perhaps'"),
         ({"epochs": True}, "epochs must be a whole number"),
@@ -484,6 +486,79 @@ def test_fine_tuning_keeps_what_it_does_not_train(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tuned" / "origin.json").read_text())["license"] == "cc-by-nc-4.0"
     assert whole.transformer.config.num_classes == 2
     assert whole.id2label == {0: "cats", 1: "dogs"}
+
+
+def test_adapters_are_kept_apart_and_merged_when_loaded(tmp_path: Path) -> None:
+    picture_folder(tmp_path / "pets", size=16)
+    settings = ("init_from=dit-toy-shapes", "data=pets", "steps=3", "batch_size=8", "lora_rank=2")
+    for name, merge in (("merged", "true"), ("apart", "false")):
+        run = dit_hub("train", "toy", *settings, f"merge_adapters={merge}", "--out", name, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    files = {path.name for path in (tmp_path / "apart").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "training.json"} <= files
+    assert not {"transformer", "model_index.json"} & files
+    pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
+    pipeline.load_adapters(tmp_path / "apart")
+    assert pipeline.id2label == {0: "cats", 1: "dogs"}
+    merged = DiTPipeline.from_pretrained(tmp_path / "merged").transformer.state_dict()
+    loaded = pipeline.transformer.state_dict()
+    assert loaded.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(loaded[name], weight, atol=1e-6, rtol=0)
+    code = (tmp_path / "apart" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'from_pretrained("dit-toy-shapes")\npipe.load_adapters("apart")' in code
+    other = DiTPipeline.from_pretrained(tmp_path / "merged")
+    other.transformer = DiTTransformer(get_recipe("digits").config)
+    with pytest.raises(ValueError, match="are of another model than this one"):
+        other.load_adapters(tmp_path / "apart")
+    (tmp_path / "apart" / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="are damaged"):
+        pipeline.load_adapters(tmp_path / "apart")
+    with pytest.raises(ValueError, match="holds no adapters"):
+        pipeline.load_adapters(tmp_path / "merged")
+
+
+def test_frozen_parts_stay_as_they_were() -> None:
+    recipe = replace(SHORT, init_from="dit-toy-shapes", freeze=r"^blocks\.[01]\.|embedder")
+    trained = train(recipe).pipeline.transformer.state_dict()
+    for name, before in DiTPipeline.from_pretrained("dit-toy-shapes").transformer.state_dict().items():
+        frozen = name.startswith(("blocks.0.", "blocks.1.")) or "embedder" in name
+        assert trained[name].equal(before) == frozen, name
+    for pattern, words in (("nothing", "matches no parameter; they have names like"), (".", "leaves nothing to train"),
+                           ("(", "is no regular expression")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            train(replace(recipe, freeze=pattern))
+
+
+@pytest.mark.parametrize("settings", [{"freeze": r"^blocks\.0\."}, {"init_from": "dit-toy-shapes", "lora_rank": 2}])
+def test_a_run_that_trains_a_part_goes_on_where_it_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:
+    recipe = replace(SHORT, save_every=4, ema_decay=0.9, **settings)
+    whole = train(recipe).pipeline.transformer.state_dict()
+
+    def cut(progress: Progress) -> None:
+        if progress.step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, cut, run_folder=tmp_path)
+    resumed = train(recipe, run_folder=tmp_path).pipeline.transformer.state_dict()
+    assert all(resumed[name].equal(weight) for name, weight in whole.items())
+
+
+def test_latents_get_the_decoder_that_the_recipe_names(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    vae = make_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    cache_latents(ImageFolder(picture_folder(tmp_path / "pets"), 16), vae, tmp_path / "latents")
+    model = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_classes": 2}  # fmt: skip
+    recipe = Recipe(model=model, data=str(tmp_path / "latents"), steps=4, batch_size=8, sample_every=2)
+    with pytest.raises(ValueError, match="sample_every needs a decoder"):
+        train(recipe)
+    with pytest.raises(ValueError, match="The decoder nowhere cannot be loaded"):
+        train(replace(recipe, vae="nowhere"))
+    result = train(replace(recipe, vae=str(tmp_path / "vae")), run_folder=tmp_path / "run")
+    assert result.pipeline.vae is not None
+    assert len(list((tmp_path / "run" / "runs").glob("samples-*.png"))) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_or_is_skipped() -> None:

@@ -146,7 +146,7 @@ def train(
     quiet_libraries()
     from .training.recipe import get_recipe
 
-    for module in ("accelerate", "matplotlib"):  # both before the work: one of them is needed at its end
+    for module in ("accelerate", "matplotlib", "tensorboard"):  # before the work: some are needed at its end
         require(module, "train")
 
     changes = dict(_split_setting(setting) for setting in settings or [])
@@ -172,8 +172,8 @@ def latents(
     from diffusers import AutoencoderKL
     from rich.progress import Progress
 
-    from .training.data import open_dataset
     from .training.latents import cache_latents
+    from .training.loader import open_dataset
 
     if size < 8 or batch_size < 1:
         raise ValueError("--size must be 8 or more and --batch-size 1 or more.")

@@ -1,5 +1,6 @@
 """Parameters and multiply-accumulates of a model, counted on the model itself, and the paper's figures."""
 
+import time
 from typing import NamedTuple
 
 import torch
@@ -55,3 +56,17 @@ def measure(config: DiTConfig) -> Size:
         model(latents, timestep, labels if config.num_classes else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Size(parameters, counter.get_total_flops() / 2e9)
+
+
+def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int, repeats: int = 20) -> float:
+    """The best of some products of square matrices of a side, in operations per second (two for a multiply-add)."""
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = torch.randn(2, side, side, device=device, generator=generator).to(dtype)
+    wait = torch.cuda.synchronize if left.is_cuda else (lambda: None)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.matmul(left, right)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)

@@ -42,6 +42,7 @@ from dit_hub.conversion.origin import (
 from dit_hub.conversion.single_file import load_single_file
 from dit_hub.model_cards import is_own_card, render_card
 
+from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
 from .flops import measure
 from .labels import imagenet_id2label
 from .modeling_dit import DiTTransformer
@@ -249,6 +250,24 @@ class HubPipeline(DiffusionPipeline):
         if layout == "diffusers" and not pipeline.config.id2label and pipeline.transformer.config.num_classes == 1000:
             pipeline.register_to_config(id2label=imagenet_id2label())
 
+    def load_adapters(self, folder: str | os.PathLike) -> None:
+        """Merge adapters that were trained with `merge_adapters=false`; the classes become theirs.
+
+        Args:
+            folder: of `dit-hub train`, or a Hub id.
+
+        Raises:
+            ValueError, OSError, ImportError: see `dit_hub.adapters.load_adapters`.
+        """
+        pipeline = cast(Any, self)
+        path = Path(folder)
+        if not path.is_dir() and str(folder).count("/") == 1:
+            with _plain_hub_errors(f"load {folder} from"):
+                path = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        id2label = load_adapters(pipeline.transformer, path)
+        if id2label:
+            pipeline.register_to_config(id2label=id2label)
+
     # --- Out ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -347,8 +366,8 @@ def push_folder(
         raise ValueError(f"There is no folder {folder}.")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
     additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    repository = make_repository(repo_id, private, token)
     with _plain_hub_errors(f"push to {repo_id} on"):
-        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         if not (folder / CARD_FILE).is_file() or is_own_card(folder / CARD_FILE):
@@ -359,6 +378,12 @@ def push_folder(
             repository, additions, commit_message=message, create_pr=create_pr, revision=revision
         )
         return commit.commit_url
+
+
+def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make a repository on the Hub, unless it is there; returns its whole name. Errors as for `push_folder`."""
+    with _plain_hub_errors(f"push to {repo_id} on"):
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:

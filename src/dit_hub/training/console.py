@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..hub import push_folder
 from .loop import Progress as TrainingProgress
-from .loop import TrainingResult, train
+from .loop import train
 from .output import published_losses, save_result
 from .recipe import Recipe
+from .result import TrainingResult
 
 
 def train_and_save(
@@ -32,8 +34,8 @@ def train_and_save(
         task = bar.add_task("training", total=None, rate="")
 
         def report(progress: TrainingProgress) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:.1f} steps/s, {speed * recipe.batch_size:.0f} pictures/s" if speed else ""
+            speed, share = progress.pictures_per_second, progress.utilisation
+            rate = f"{speed:.0f} pictures/s, {share:.0%} of peak" if speed else ""
             description = f"epoch {progress.epoch}  loss {progress.loss:.4f}"
             bar.update(task, total=progress.last, completed=progress.step, description=description, rate=rate)
 
@@ -47,7 +49,15 @@ def train_and_save(
         save_result(result, output_dir, command, overwrite)
     shutil.rmtree(run_folder, ignore_errors=True)
     console.print(_loss_table(result))
-    print(f"Trained in {result.seconds:.1f} s; the pipeline is in {output_dir}")
+    what = "pipeline is" if result.adapted is None else "adapters are"
+    together = f" by {result.processes} processes" if result.processes > 1 else ""
+    print(f"Trained in {result.seconds:.1f} s{together}; the {what} in {output_dir}")
+    if recipe.push_to_hub:
+        try:
+            print(f"Pushed: {push_folder(output_dir, recipe.push_to_hub)}")
+        except (OSError, ValueError) as error:
+            again = f"`dit-hub push {output_dir} {recipe.push_to_hub}` tries again."
+            raise type(error)(f"{error} The result is whole in {output_dir}; {again}") from None
 
 
 def _loss_table(result: TrainingResult) -> Table:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..extras import require
-from .shapes import ID2LABEL, shapes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
 
@@ -127,8 +126,13 @@ class ImageFolder:
     def picture(self, path: Path) -> Tensor:
         """(3, size, size) in -1..1."""
         with Image.open(path) as image:
-            cropped = center_crop(image.convert("RGB"), self.size)
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
+            return picture_tensor(image, self.size)
+
+
+def picture_tensor(image: Image.Image, size: int) -> Tensor:
+    """(3, size, size) in -1..1, from the middle square."""
+    cropped = center_crop(image.convert("RGB"), size)
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -182,37 +186,8 @@ class CachedLatents:
         return Batch(torch.stack(data).float(), torch.stack(labels), [position for position, _ in keys], [])
 
 
-def open_dataset(data: str, size: int, images_per_class: int, seed: int) -> Dataset:
-    """The data that a recipe names.
-
-    Args:
-        data: "shapes", "digits", a folder of class folders, an .npz archive (`images` uint8 (N, H, W, C) and `labels`),
-            or a folder of `dit-hub latents`.
-        size: side of the pictures, for image folders.
-        images_per_class, seed: of the shapes.
-
-    Raises:
-        ValueError: there is no such data, or it is damaged.
-        ImportError: the digits need scikit-learn.
-    """
-    if data == "shapes":
-        return Pictures(*shapes(images_per_class, seed), ID2LABEL,
-                        "Its data set is drawn from a seed by `dit_hub.training.shapes`.", "apache-2.0")  # fmt: skip
-    if data == "digits":
-        return _digits()
-    path = Path(data)
-    if path.suffix == ".npz" and path.is_file():
-        return _archive(path)
-    if (path / LATENTS_FILE).is_file():
-        return CachedLatents(path)
-    if path.is_dir():
-        return ImageFolder(path, size)
-    raise ValueError(
-        f"There is no data {data!r}: it is shapes, digits, a folder of images or latents, or an .npz file."
-    )
-
-
-def _digits() -> Pictures:
+def digits() -> Pictures:
+    """The handwritten digits that come with scikit-learn."""
     bunch: Any = require("sklearn.datasets", "train").load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1  # 0..16 -> -1..1
     description = (
@@ -222,7 +197,8 @@ def _digits() -> Pictures:
     return Pictures(images, torch.from_numpy(bunch.target).long(), names, description, "cc-by-4.0")
 
 
-def _archive(path: Path) -> Pictures:
+def archive(path: Path) -> Pictures:
+    """An .npz file; see `open_dataset`."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
@@ -252,6 +228,7 @@ class Schedule(Sampler[list[Key]]):
         mirror: mirror half of the pictures.
         seed: of the order.
         first, last: steps, counted from 0; `last` is not included.
+        shuffle: whether to draw the order; else samples come as they lie.
     """
 
     def __init__(
@@ -264,18 +241,20 @@ class Schedule(Sampler[list[Key]]):
         seed: int,
         first: int,
         last: int,
+        shuffle: bool = True,
     ):
         self.count, self.batch_size, self.parts, self.mine = count, batch_size, parts, mine
-        self.mirror, self.seed, self.first, self.last = mirror, seed, first, last
+        self.mirror, self.seed, self.first, self.last, self.shuffle = mirror, seed, first, last, shuffle
+        self.per_pass = count // batch_size
 
     def __iter__(self) -> Iterator[list[Key]]:
-        per_pass, share = self.count // self.batch_size, self.batch_size // self.parts
+        share = self.batch_size // self.parts
         shown, order, mirrored = -1, torch.empty(0), torch.empty(0)
         for step in range(self.first, self.last):
-            epoch, index = divmod(step, per_pass)
+            epoch, index = divmod(step, self.per_pass)
             if epoch != shown:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                order = torch.randperm(self.count, generator=generator)
+                order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
                 mirrored = torch.rand(self.count, generator=generator) < (0.5 if self.mirror else 0.0)
                 shown = epoch
             for part in self.mine:
@@ -285,21 +264,3 @@ class Schedule(Sampler[list[Key]]):
 
     def __len__(self) -> int:
         return (self.last - self.first) * len(self.mine)
-
-
-class Reader(torch.utils.data.Dataset):
-    """A data set for torch's loader, which reads a whole batch at once."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, key: Key) -> Batch:
-        return self.dataset.read([key])
-
-    def __getitems__(self, keys: list[Key]) -> Batch:
-        return self.dataset.read(keys)
-
-
-def as_read(batch: Batch) -> Batch:
-    """The loader's collate function: batches are read whole."""
-    return batch

@@ -1,21 +1,22 @@
 """The training loop, on accelerate."""
 
 import contextlib
+import copy
 import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -24,10 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
 
-from ..configuration_dit import DiTConfig
-from ..extras import require
+from ..adapters import add_adapters, merge_adapters
 from ..modeling_dit import DiTTransformer
 from ..objectives import (
     flow_matching,
@@ -47,48 +46,35 @@ from .checkpoints import (
     save_checkpoint,
     unflatten_optimizer,
 )
-from .data import Batch, Dataset, Reader, Schedule, as_read, open_dataset
+from .data import Batch, Dataset
+from .loader import make_loader, open_dataset
+from .monitor import LOGS_FOLDER, Monitor, make_accelerator
+from .publish import Publisher
 from .recipe import Recipe
+from .result import TrainingResult
+from .setup import check_fit, check_same_recipe, load_start, make_model, make_scheduler
 
 logger = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
-    """Where a run stands after a step: steps and epochs counted from 1."""
+    """Where a run stands after a step: steps and epochs counted from 1; rates over the last ten steps, 0 before.
+
+    `utilisation` is the share of the machine's measured peak that the model's operations take.
+    """
 
     step: int
     last: int
     epoch: int
     loss: float
+    pictures_per_second: float
+    utilisation: float
 
 
 Report = Callable[[Progress], None]
 
 # More unreadable files than this share of the data set, and something is wrong with it.
 MOST_UNREADABLE = 0.01
-
-
-@dataclass
-class TrainingResult:
-    """What a run leaves.
-
-    Args:
-        pipeline: the trained model, ready to sample.
-        recipe: how it was trained.
-        dataset: what it was trained on.
-        epoch_losses: mean training loss of each epoch.
-        seconds: wall time of the steps of this process.
-        finished: whether all steps are done; not so after SIGTERM.
-        main_process: whether this is the process that writes.
-    """
-
-    pipeline: DiTPipeline
-    recipe: Recipe
-    dataset: Dataset
-    epoch_losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    finished: bool = True
-    main_process: bool = True
 
 
 class TrainingError(ValueError):
@@ -128,43 +114,69 @@ def train(
         ValueError: data, model and batch that do not go together, or a run folder of another recipe.
         TrainingError: a loss that is not finite, or too many unreadable files.
     """
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    accelerator = make_accelerator(recipe, run_folder)
     torch.manual_seed(recipe.seed)
-    base = _load_start(recipe.init_from) if recipe.init_from else None
+    base = load_start(recipe.init_from) if recipe.init_from else None
     config: Any = recipe.config if base is None else base.transformer.config
     if dataset is None:
-        dataset = open_dataset(recipe.data, config.sample_height_width[0], recipe.images_per_class, recipe.seed)
+        dataset = open_dataset(recipe.data, config.sample_height_width[0], recipe.images_per_class, recipe.seed,
+                               recipe.streaming)  # fmt: skip
     model = make_model(recipe, dataset, None if base is None else base.transformer)
-    check_fit(recipe, model, dataset, accelerator.num_processes)
-    run = _Run(recipe, model, dataset, accelerator, run_folder)
+    check_fit(recipe, model, dataset, accelerator.num_processes, base)
+    run = _Run(recipe, model, dataset, accelerator, run_folder, base)
     if resume:
         run.resume()
+    monitor = Monitor(accelerator, recipe, model.config, run_folder, run.step)
+    publisher = Publisher(recipe.push_to_hub) if recipe.push_to_hub and accelerator.is_main_process else None
     start = time.perf_counter()
-    with _on_sigterm() as asked_to_stop:
-        for batches in run.batches():
-            loss = run.step_on(batches)
-            if accelerator.is_main_process:
-                report(Progress(run.step, run.last, run.epoch, loss))
-            stopping = run.agree(asked_to_stop.is_set())
-            due = recipe.save_every and (run.step % recipe.save_every == 0 or run.step == run.last)
-            if stopping or due:
-                run.save()
-            if stopping:
-                break
-    result = run.result(time.perf_counter() - start)
-    if base is not None:  # the licence stays with the weights
-        result.pipeline.origin = base.origin
-        result.pipeline.register_modules(vae=base.vae)
-    return result
+    try:
+        with _on_sigterm() as asked_to_stop:
+            for batches in run.batches():
+                loss = run.step_on(batches)
+                if accelerator.is_main_process:
+                    monitor.step(run.step, loss, run.learning_rate)
+                    report(Progress(run.step, run.last, run.epoch, loss, monitor.pictures_per_second,
+                                    monitor.utilisation))  # fmt: skip
+                stopping = run.agree(asked_to_stop.is_set())
+                if stopping or due(recipe.save_every, run):
+                    run.save()
+                    if recipe.push_to_hub and run.step < run.last:
+                        reached = run.result(time.perf_counter() - start)
+                        if publisher is not None:
+                            publisher.push(reached, run.step)
+                if stopping:
+                    break
+                if due(recipe.sample_every, run):
+                    reached = run.result(time.perf_counter() - start)
+                    if accelerator.is_main_process:
+                        monitor.draw(cast(Any, reached.pipeline).to(accelerator.device), run.step)
+                monitor.resume_clock()
+        return run.result(time.perf_counter() - start)
+    finally:
+        monitor.close()
+        if publisher is not None:
+            publisher.close()
+
+
+def due(every: int, run: "_Run") -> bool:
+    """Whether something that is done every so many steps is to be done now; at the last step it is."""
+    return bool(every) and (run.step % every == 0 or run.step == run.last)
 
 
 class _Run:
     """A run: its model, optimizer, average and counters."""
 
     def __init__(
-        self, recipe: Recipe, model: DiTTransformer, dataset: Dataset, accelerator: Accelerator, folder: Path | None
+        self,
+        recipe: Recipe,
+        model: DiTTransformer,
+        dataset: Dataset,
+        accelerator: Accelerator,
+        folder: Path | None,
+        base: DiTPipeline | None,
     ):
         self.recipe, self.dataset, self.accelerator, self.folder = recipe, dataset, accelerator, folder
+        self.base = base
         self.step, self.last = 0, total_steps(recipe, dataset)
         self.per_epoch = steps_per_epoch(recipe, dataset)
         self.losses: list[float] = []  # of the steps of the current epoch
@@ -195,7 +207,7 @@ class _Run:
         )
         self.model = model if recipe.fsdp else accelerator.prepare(model)
         self.optimizer = accelerator.prepare(self.optimizer)
-        self.ema = EMAModel(trained, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self.averages = {decay: EMAModel(trained, decay=decay) for decay in recipe.ema_decays}
         self.trained = trained
 
     # --- A step ------------------------------------------------------------------------------------------------------
@@ -206,16 +218,7 @@ class _Run:
         parts = accumulation * self.accelerator.num_processes
         mine = [self.accelerator.process_index * accumulation + index for index in range(accumulation)]
         self.parts, self.mine = parts, mine
-        schedule = Schedule(len(self.dataset), self.recipe.batch_size, parts, mine, self.recipe.mirror,
-                            self.recipe.seed, self.step, self.last)  # fmt: skip
-        workers = self.recipe.workers
-        loader = DataLoader(
-            Reader(self.dataset),
-            batch_sampler=schedule,
-            collate_fn=cast(Any, as_read),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
+        loader = make_loader(self.dataset, self.recipe, parts, mine, self.step, self.last)
         held: list[Batch] = []
         for batch in loader:
             held.append(batch)
@@ -226,7 +229,7 @@ class _Run:
     def step_on(self, batches: list[Batch]) -> float:
         """One optimizer step; returns the loss, the mean over all processes."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate * self._learning_rate_factor()
+            group["lr"] = self.learning_rate
         draws = self._draw()
         total = torch.zeros((), device=self.accelerator.device)
         for part, batch in zip(self.mine, batches, strict=True):
@@ -240,8 +243,8 @@ class _Run:
             if self.recipe.max_grad_norm:
                 self.accelerator.clip_grad_norm_(self.trained, self.recipe.max_grad_norm)
             self.optimizer.step()
-            if self.ema is not None:
-                self.ema.step(self.trained)
+            for average in self.averages.values():
+                average.step(self.trained)
         else:
             self._not_finite(loss, batches)
         self.optimizer.zero_grad()
@@ -265,10 +268,11 @@ class _Run:
         """Of the step just done, counted from 1."""
         return 1 + (self.step - 1) // self.per_epoch
 
-    def _learning_rate_factor(self) -> float:
-        if self.recipe.learning_rate_schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * self.step / self.last))
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        falling = self.recipe.learning_rate_schedule == "cosine"
+        return self.recipe.learning_rate * (0.5 * (1 + math.cos(math.pi * self.step / self.last)) if falling else 1.0)
 
     def _draw(self) -> list[list[Tensor]]:
         """Noise, times, label dropout and the noise of latents, of the whole step, by part.
@@ -348,14 +352,11 @@ class _Run:
         if self.folder is None:
             return
         model, optimizer_state = get_state_dict(self.plain, _bare(self.optimizer), options=_WHOLE)
-        optimizer, groups = flatten_optimizer(cast(Any, optimizer_state))
+        # Of sharded weights the main process alone has the whole.
+        optimizer, groups = flatten_optimizer(cast(Any, optimizer_state)) if optimizer_state else ({}, [])
         tensors: dict[str, dict[str, Tensor]] = {"model": cast(Any, model), "optimizer": optimizer}
-        if self.ema is not None:
-            self.ema.store(self.trained)
-            self.ema.copy_to(self.trained)
-            averaged: dict[str, Any] = get_model_state_dict(self.plain, options=_WHOLE)
-            tensors["ema"] = {name: value.clone() for name, value in averaged.items()}  # of memory that is restored
-            self.ema.restore(self.trained)
+        for decay in self.averages:
+            tensors[average_name(decay)] = self._averaged(decay)
         scaler = self.accelerator.scaler
         facts = {
             "recipe": asdict(self.recipe),
@@ -365,7 +366,8 @@ class _Run:
             "unreadable": sorted(self.unreadable),
             "skipped": self.skipped,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "ema_steps": self.ema.optimization_step if self.ema is not None else 0,
+            "ema_steps": [average.optimization_step for average in self.averages.values()],
+            "config": cast(Any, self.plain.config).to_dict(),
         }
         if self.accelerator.is_main_process:
             try:
@@ -387,10 +389,10 @@ class _Run:
         check_same_recipe(kept[-1], checkpoint.facts.get("recipe", {}), self.recipe)
         state: Any = unflatten_optimizer(checkpoint.tensors["optimizer"], checkpoint.facts["groups"])
         tensors: Any = checkpoint.tensors
-        if self.ema is not None:
-            set_model_state_dict(self.plain, tensors["ema"], options=_WHOLE)
-            self.ema.shadow_params = [parameter.clone().detach() for parameter in self.trained]
-            self.ema.optimization_step = checkpoint.facts["ema_steps"]
+        for (decay, average), steps in zip(self.averages.items(), checkpoint.facts["ema_steps"], strict=True):
+            set_model_state_dict(self.plain, tensors[average_name(decay)], options=_WHOLE)
+            average.shadow_params = [parameter.clone().detach() for parameter in self.trained]
+            average.optimization_step = steps
         set_state_dict(
             self.plain,
             _bare(self.optimizer),
@@ -407,127 +409,72 @@ class _Run:
     # --- The end -----------------------------------------------------------------------------------------------------
 
     def result(self, seconds: float) -> TrainingResult:
-        """The trained pipeline; with sharded weights gathered, which every process takes part in."""
-        if self.ema is not None:
-            self.ema.copy_to(self.trained)
-        state = get_model_state_dict(self.plain, options=_WHOLE)
-        trained = self.plain
-        if self.recipe.fsdp:
-            trained = DiTTransformer(trained.config)
-            if self.accelerator.is_main_process:
-                trained.load_state_dict(state)
+        """What is reached; with sharded weights gathered, which every process takes part in."""
+        decays = list(self.averages)
+        adapted = self._whole(self._averaged(decays[0] if decays else None))
+        others = {average_name(decay): self._averaged(decay) for decay in decays[1:]}
+        trained, kept = adapted, None
         if self.recipe.lora_rank:
-            merge_lora(trained)
-        if self.null_class is not None:
-            trained.y_embedder.dropout_prob = self.dropout
-        names = self.dataset.id2label
-        pipeline = DiTPipeline(trained.cpu().eval(), self.scheduler, id2label=names or None)
+            if not self.recipe.merge_adapters:
+                kept = copy.deepcopy(adapted)
+            merge_adapters(trained)
+            others = {variant: merged_state(self._whole(weights)) for variant, weights in others.items()}
+        scheduler = make_scheduler(self.recipe, self.plain.config)
+        pipeline = DiTPipeline(trained, scheduler, self._decoder(), self.dataset.id2label or None)
+        if self.base is not None:  # the licence stays with the weights
+            pipeline.origin = self.base.origin
         losses = self.epoch_losses + ([sum(self.losses) / len(self.losses)] if self.losses else [])
-        return TrainingResult(pipeline, self.recipe, self.dataset, losses, seconds,
-                              self.step == self.last, self.accelerator.is_main_process)  # fmt: skip
+        logs = None if self.folder is None else self.folder / LOGS_FOLDER
+        return TrainingResult(pipeline, self.recipe, self.dataset, losses, seconds, self.step == self.last,
+                              self.accelerator.is_main_process, self.accelerator.num_processes, others, kept,
+                              logs)  # fmt: skip
+
+    def _averaged(self, decay: float | None) -> dict[str, Tensor]:
+        """Weights by name, averaged with a decay or as they are, in memory of their own; with adapters apart."""
+        average = None if decay is None else self.averages[decay]
+        if average is not None:
+            average.store(self.trained)
+            average.copy_to(self.trained)
+        state: dict[str, Any] = get_model_state_dict(self.plain, options=_WHOLE)
+        state = {name: value.clone() for name, value in state.items()}
+        if average is not None:
+            average.restore(self.trained)
+        return state
+
+    def _whole(self, weights: dict[str, Tensor]) -> DiTTransformer:
+        """A model with these weights; only the main process has them where they are sharded."""
+        model = DiTTransformer(self.plain.config)
+        if self.recipe.lora_rank:
+            add_adapters(model, self.recipe.lora_rank)
+        if weights:
+            model.load_state_dict(weights)
+        return model.eval()
+
+    def _decoder(self) -> Any:
+        """Of the pipeline; read when it is needed, so that training has its memory."""
+        if self.recipe.vae:
+            return AutoencoderKL.from_pretrained(self.recipe.vae)
+        return None if self.base is None else self.base.vae
 
 
 # Whole tensors on the processor, whatever the sharding, so that any number of processes can go on from them.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def average_name(decay: float) -> str:
+    """Of the weights of a moving average: "ema-9999" for 0.9999, since diffusers takes no dots in a variant's name."""
+    return "ema-" + f"{decay:.10f}".rstrip("0").partition(".")[2]
+
+
+def merged_state(model: DiTTransformer) -> dict[str, Tensor]:
+    """The weights of a model whose adapters are merged."""
+    merge_adapters(model)
+    return model.state_dict()
+
+
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """Without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def check_fit(recipe: Recipe, model: DiTTransformer, dataset: Dataset, processes: int) -> None:
-    """Raise ValueError where data, model, batch and processes do not go together."""
-    config: Any = model.config
-    channels, height, width = dataset.sample_shape
-    if (channels, (height, width)) != (config.in_channels, config.sample_height_width):
-        wanted = "x".join(map(str, config.sample_height_width))
-        raise ValueError(f"The data are {height}x{width} in {channels} channels, and the model takes {wanted} in "
-                         f"{config.in_channels}.")  # fmt: skip
-    if len(dataset.id2label) == 1:
-        raise ValueError("The data have one class only; a conditional model needs two, an unconditional one none.")
-    if len(dataset.id2label) != config.num_classes:
-        raise ValueError(f"The data have {len(dataset.id2label)} classes and the model {config.num_classes}.")
-    if recipe.batch_size > len(dataset):
-        raise ValueError(f"batch_size {recipe.batch_size} is larger than the data set of {len(dataset)} pictures.")
-    if recipe.batch_size % (processes * recipe.gradient_accumulation):
-        raise ValueError(f"batch_size {recipe.batch_size} cannot be shared equally by {processes} processes with "
-                         f"gradient_accumulation {recipe.gradient_accumulation}.")  # fmt: skip
-
-
-def check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> None:
-    """Raise ValueError where a checkpoint's recipe would have led elsewhere; the message says what differs."""
-    ours = asdict(recipe)
-    names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
-    if names:
-        differences = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in names)
-        raise ValueError(
-            f"{path} is of another recipe: {differences}. Train to another --out, or start anew with --resume never."
-        )
-
-
-# Settings that change where and when work is done, not what comes of it.
-_HARMLESS = ("workers", "save_every", "keep_last", "skip_nan", "fsdp", "gradient_checkpointing", "compile",
-             "gradient_accumulation")  # fmt: skip
-
-
-def make_scheduler(recipe: Recipe, config: Any) -> Any:
-    """The noise schedule of a recipe; pictures are clipped to -1..1 while sampling, as they were trained."""
-    if recipe.objective == "flow":
-        return FlowMatchEulerDiscreteScheduler(recipe.num_train_timesteps)
-    learned: dict[str, Any] = {}
-    if config.learn_sigma:
-        learned = {"variance_type": "learned_range", "timestep_spacing": "linspace"}
-    return DDPMScheduler(
-        recipe.num_train_timesteps,
-        beta_start=recipe.beta_start,
-        beta_end=recipe.beta_end,
-        beta_schedule="linear",
-        clip_sample=config.in_channels in (1, 3) and not config.learn_sigma,
-        prediction_type="v_prediction" if recipe.objective == "v" else "epsilon",
-        **learned,
-    )
-
-
-def _load_start(source: str) -> DiTPipeline:
-    """A pipeline folder, a Hub id or a checkpoint file."""
-    if Path(source).is_file():
-        return DiTPipeline.from_single_file(source)
-    return DiTPipeline.from_pretrained(source)
-
-
-def make_model(recipe: Recipe, dataset: Dataset, start: DiTTransformer | None) -> DiTTransformer:
-    """The model to train: a new one, or the one to start from, with a row for each class of the data."""
-    classes = len(dataset.id2label)
-    if start is not None:
-        if classes != start.config.num_classes:
-            start.resize_class_labels(classes)
-        return _with_lora(start, recipe.lora_rank) if recipe.lora_rank else start
-    config = recipe.config
-    if isinstance(recipe.model, str) and config.num_classes != classes:  # sizes by name are ImageNet's
-        config = DiTConfig(**{**config.to_dict(), "num_classes": classes})
-    return DiTTransformer(config)
-
-
-def _with_lora(model: DiTTransformer, rank: int) -> DiTTransformer:
-    """The model with low-rank adapters to train; all else is frozen but the table of classes."""
-    peft = require("peft", "train")
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=r"blocks\..*\.(qkv|proj|fc1|fc2)")
-    peft.inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = "lora_" in name or name.startswith("y_embedder")
-    return model
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights they adapt, and take them out."""
-    layers = require("peft.tuners.tuners_utils", "train")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, layers.BaseTunerLayer):
-            adapted: Any = module
-            adapted.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, adapted.get_base_layer())
 
 
 @contextlib.contextmanager

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from dit_hub.model_cards import render_card
 
+from ..adapters import save_adapters
 from ..files import new_folder
 from ..hub import CARD_FILE, EMBEDDED_MODELS, SAMPLES_FILE
 from ..visualize import Trajectory, loss_curve, sample_grid
-from .loop import TrainingResult
+from .monitor import LOGS_FOLDER
 from .recipe import get_recipe
+from .result import TrainingResult
 
 # Mean loss by epoch that the published series reports for its toy.
 PUBLISHED_TOY_LOSSES = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
@@ -32,18 +35,33 @@ def save_result(result: TrainingResult, output_dir: str | os.PathLike, command: 
         overwrite: replace a folder that is there.
     """
     with new_folder(output_dir, overwrite) as folder:
-        result.pipeline.save_pretrained(folder)
-        training = {
-            "command": command,
-            "license": "apache-2.0" if result.dataset.license == "apache-2.0" else "unknown",
-            "data": result.dataset.description,
-            "recipe": asdict(result.recipe),
-            "epoch_losses": [round(loss, 6) for loss in result.epoch_losses],
-        }
-        (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
+        write_result(result, folder, command)
         _draw(result, folder)
+        if result.logs is not None and result.logs.is_dir():
+            shutil.copytree(result.logs, folder / LOGS_FOLDER)
         name = Path(output_dir).name
         render_card(folder, name if name in EMBEDDED_MODELS else str(output_dir)).save(folder / CARD_FILE)
+
+
+def write_result(result: TrainingResult, folder: Path, command: str = "") -> None:
+    """Write the pipeline, or the adapters, and training.json into a folder."""
+    recipe = result.recipe
+    if result.adapted is not None:
+        save_adapters(result.adapted, recipe.lora_rank, recipe.init_from, result.pipeline.id2label, folder)
+        result.pipeline.transformer.config.save_pretrained(folder)  # for the card
+        result.pipeline.save_facts(folder)
+    else:
+        result.pipeline.save_pretrained(folder)
+    for variant, weights in result.averages.items():
+        result.pipeline.transformer.save_pretrained(folder / "transformer", variant=variant, state_dict=weights)
+    training = {
+        "command": command,
+        "license": "apache-2.0" if result.dataset.license == "apache-2.0" else "unknown",
+        "data": result.dataset.description,
+        "recipe": asdict(recipe),
+        "epoch_losses": [round(loss, 6) for loss in result.epoch_losses],
+    }
+    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
 
 
 def _draw(result: TrainingResult, folder: Path) -> None:

@@ -20,7 +20,9 @@ class Recipe:
     Args:
         model: name of a size, as `DiTConfig.from_name` takes it, or fields of `DiTConfig`.
         init_from: start from this pipeline (a folder, Hub id or checkpoint file) rather than `model`.
-        data: "shapes", "digits", a folder of class folders, an .npz archive or a folder of `dit-hub latents`.
+        data: "shapes", "digits", a folder of class folders, an .npz archive, a folder of `dit-hub latents`, or
+            "hf:NAME" or "hf:NAME:SPLIT" for a data set of the Hub (or a folder of its files).
+        streaming: read a data set of the Hub while it downloads, rather than download it first.
         images_per_class: of the shapes.
         mirror: mirror half of the pictures.
         objective: "noise" (with the variational bound where the model learns its variance), "v" or "flow".
@@ -36,15 +38,22 @@ class Recipe:
         max_grad_norm: gradients are clipped to this norm; 0 for not at all.
         num_train_timesteps: noise levels T.
         beta_start, beta_end: the linear noise schedule.
-        ema_decay: keep an exponential moving average of the weights, and save it instead; 0 for none.
-        lora_rank: train low-rank adapters of the blocks' linear layers alone and merge them at the end; 0 for none.
-        mixed_precision: "no", "bf16" or "fp16".
+        ema_decay: keep an exponential moving average of the weights, and save it instead; 0 for none. Of several, the
+            first is the pipeline's and the others become variants, such as "ema-9999".
+        lora_rank: train low-rank adapters of the blocks' linear layers and the classes alone; 0 for none.
+        merge_adapters: merge the adapters at the end; else they are saved as files of their own.
+        freeze: a regular expression; parameters in whose names it is found are not trained.
+        mixed_precision: "no", "tf32" (float32 whose products are faster on NVIDIA GPUs), "bf16" or "fp16".
         fsdp: shard weights and optimizer among the processes (FSDP2).
         gradient_checkpointing: compute activations twice, to save memory.
         compile: compile each block.
         save_every: steps between checkpoints; 0 for none.
         keep_last: how many checkpoints to keep.
         skip_nan: skip and count steps whose loss is not finite, rather than stop.
+        tracker: where losses and pictures are logged: "tensorboard", another that accelerate knows, or "none".
+        sample_every: steps between pictures while training; 0 for none.
+        vae: the decoder of the finished pipeline and of pictures while training, for latents: a folder or Hub id.
+        push_to_hub: a repository, "organisation/name"; checkpoints go there while training goes on, and the result.
         workers: processes that read data, for each process that trains.
         seed: seeds data, order, weights and noise.
     """
@@ -52,6 +61,7 @@ class Recipe:
     model: str | dict[str, Any] = "toy"
     init_from: str = ""
     data: str = "shapes"
+    streaming: bool = False
     images_per_class: int = 200
     mirror: bool = False
     objective: str = "noise"
@@ -68,8 +78,10 @@ class Recipe:
     num_train_timesteps: int = 200
     beta_start: float = 1e-4
     beta_end: float = 2e-2
-    ema_decay: float = 0.0
+    ema_decay: float | list[float] = 0.0
     lora_rank: int = 0
+    merge_adapters: bool = True
+    freeze: str = ""
     mixed_precision: str = "no"
     fsdp: bool = False
     gradient_checkpointing: bool = False
@@ -77,6 +89,10 @@ class Recipe:
     save_every: int = 0
     keep_last: int = 2
     skip_nan: bool = False
+    tracker: str = "tensorboard"
+    sample_every: int = 0
+    vae: str = ""
+    push_to_hub: str = ""
     workers: int = 0
     seed: int = 0
 
@@ -100,6 +116,7 @@ class Recipe:
             "min_snr_gamma",
             "lora_rank",
             "save_every",
+            "sample_every",
             "workers",
         )
         for name in at_least_zero:
@@ -107,10 +124,13 @@ class Recipe:
                 raise ValueError(f"{name} must be 0 or above, not {getattr(self, name)}.")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be 0 (off) or below 1, not {self.ema_decay}.")
+        decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+        if not all(0 <= decay < 1 for decay in decays) or len(set(decays)) < len(decays):
+            raise ValueError(
+                f"ema_decay must be 0 (off) or below 1, or a list of different ones, not {self.ema_decay}."
+            )
         for name, known in (
-            ("mixed_precision", ("no", "bf16", "fp16")),
+            ("mixed_precision", ("no", "tf32", "bf16", "fp16")),
             ("objective", OBJECTIVES),
             ("learning_rate_schedule", ("cosine", "constant")),
         ):
@@ -118,6 +138,16 @@ class Recipe:
                 raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}.")
         if self.min_snr_gamma and self.objective == "flow":
             raise ValueError("min_snr_gamma is for the objectives noise and v.")
+        if not self.merge_adapters and not (self.lora_rank and self.init_from):
+            raise ValueError("merge_adapters=false needs lora_rank, and init_from, whose adapters they are.")
+        if self.streaming and not self.data.startswith("hf:"):
+            raise ValueError(f"streaming is for data sets of the Hub (hf:NAME), not for {self.data!r}.")
+
+    @property
+    def ema_decays(self) -> list[float]:
+        """The moving averages to keep; that of the pipeline first."""
+        decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+        return [decay for decay in decays if decay]
 
     @property
     def config(self) -> DiTConfig:
@@ -153,11 +183,14 @@ class Recipe:
 
 def _read(name: str, value: Any, kind: Any) -> Any:
     """A value of a recipe's file or of the command line, as its field's type."""
-    if isinstance(kind, types.UnionType):  # the model: a name or fields
+    if isinstance(kind, types.UnionType) and str in kind.__args__:  # the model: a name or fields
         parsed = yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
         if not isinstance(parsed, (str, dict)):
             raise ValueError(f"{name} must be a name or fields of a configuration, not {value!r}.")
         return parsed
+    if isinstance(kind, types.UnionType):  # ema_decay: a number or several
+        parsed = yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+        return [_read(name, item, float) for item in parsed] if isinstance(parsed, list) else _read(name, parsed, float)
     if kind is str:
         return str(value)
     words = {"true": True, "yes": True, "false": False, "no": False}

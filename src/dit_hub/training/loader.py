@@ -1,0 +1,107 @@
+"""Opening data, and batches of them in the order of a schedule."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from .data import LATENTS_FILE, Batch, CachedLatents, Dataset, ImageFolder, Key, Pictures, Schedule, archive, digits
+from .recipe import Recipe
+from .rows import Rows, StreamedRows
+from .shapes import ID2LABEL, shapes
+
+
+def open_dataset(data: str, size: int, images_per_class: int, seed: int, streaming: bool = False) -> Dataset:
+    """The data that a recipe names.
+
+    Args:
+        data: "shapes", "digits", a folder of class folders, an .npz archive (`images` uint8 (N, H, W, C) and `labels`),
+            a folder of `dit-hub latents`, or "hf:NAME[:SPLIT]" for a data set of the Hub; see `Rows`.
+        size: side of the pictures, for images of any size.
+        images_per_class, seed: of the shapes.
+        streaming: of data sets of the Hub.
+
+    Raises:
+        ValueError: there is no such data, or it is damaged.
+        ImportError: the digits need scikit-learn, data sets of the Hub `datasets`.
+    """
+    if data == "shapes":
+        return Pictures(*shapes(images_per_class, seed), ID2LABEL,
+                        "Its data set is drawn from a seed by `dit_hub.training.shapes`.", "apache-2.0")  # fmt: skip
+    if data == "digits":
+        return digits()
+    if data.startswith("hf:"):
+        return (StreamedRows if streaming else Rows)(data.removeprefix("hf:"), size)
+    path = Path(data)
+    if path.suffix == ".npz" and path.is_file():
+        return archive(path)
+    if (path / LATENTS_FILE).is_file():
+        return CachedLatents(path)
+    if path.is_dir():
+        return ImageFolder(path, size)
+    raise ValueError(
+        f"There is no data {data!r}: it is shapes, digits, a folder of images or latents, an .npz file, "
+        "or hf:NAME for a data set of the Hub."
+    )
+
+
+def make_loader(
+    dataset: Dataset, recipe: Recipe, parts: int, mine: Sequence[int], first: int, last: int
+) -> DataLoader[Batch]:
+    """The batches that a process takes of the steps `first` to `last`; see `Schedule`."""
+    streamed = isinstance(dataset, StreamedRows)
+    schedule = Schedule(len(dataset), recipe.batch_size, parts, mine, recipe.mirror, recipe.seed, first, last,
+                        shuffle=not streamed)  # fmt: skip
+    if streamed:
+        # One process at most reads ahead, since a stream has one order.
+        return DataLoader(_StreamReader(dataset, schedule), batch_size=None, num_workers=min(recipe.workers, 1))
+    workers = recipe.workers
+    return DataLoader(
+        _Reader(dataset),
+        batch_sampler=schedule,
+        collate_fn=cast(Any, _as_read),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
+class _Reader(torch.utils.data.Dataset):
+    """A data set for torch's loader, which reads a whole batch at once."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: Key) -> Batch:
+        return self.dataset.read([key])
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        return self.dataset.read(keys)
+
+
+class _StreamReader(torch.utils.data.IterableDataset):
+    """A stream for torch's loader; the order is the stream's, and the schedule's positions are places in it."""
+
+    def __init__(self, dataset: StreamedRows, schedule: Schedule):
+        self.dataset, self.schedule = dataset, schedule
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, place = self.schedule.first // self.schedule.per_pass - 1, len(self.dataset)
+        rows: Iterator[dict[str, Any]] = iter(())
+        for keys in self.schedule:
+            if keys[0][0] < place:  # a new pass
+                epoch, place = epoch + 1, keys[0][0]
+                rows = self.dataset.rows(self.schedule.seed, epoch, skip=place)
+            batch = []
+            for position, _ in keys:
+                for _ in range(position - place):
+                    next(rows)
+                batch.append(next(rows))
+                place = position + 1
+            yield self.dataset.read_rows(batch, keys)
+
+
+def _as_read(batch: Batch) -> Batch:
+    """The loader's collate function: batches are read whole."""
+    return batch

@@ -1,0 +1,45 @@
+"""Pushing what a run has reached to the Hub, while it goes on."""
+
+import logging
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from ..hub import make_repository, push_folder
+from .output import write_result
+from .result import TrainingResult
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Pushes pipelines and their cards in the background; a push that fails does not end the run.
+
+    Args:
+        repository: "organisation/name", which is made where it does not exist.
+
+    Raises:
+        OSError: the Hub refuses it, or cannot be reached.
+    """
+
+    def __init__(self, repository: str):
+        self.repository = make_repository(repository)
+        self._threads = ThreadPoolExecutor(1, "push")
+        self._last: Future[None] | None = None
+
+    def push(self, result: TrainingResult, step: int) -> None:
+        """Start to push, unless the last push still goes on; the next checkpoint is then pushed in its place."""
+        if self._last is None or self._last.done():
+            self._last = self._threads.submit(self._push, result, step)
+
+    def _push(self, result: TrainingResult, step: int) -> None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                write_result(result, Path(folder))
+                push_folder(folder, self.repository, f"Step {step}")
+        except Exception as error:  # whatever it is, training is worth more
+            logger.warning("Step %d was not pushed to %s: %s Training goes on.", step, self.repository, error)
+
+    def close(self) -> None:
+        """Wait for the push that goes on."""
+        self._threads.shutdown()

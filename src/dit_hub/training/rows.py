@@ -1,0 +1,99 @@
+"""Data sets of the Hub through Hugging Face's `datasets`, downloaded first or read while they stream."""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ..extras import require
+from .data import Batch, Key, picture_tensor
+
+# Rows that are shuffled together in a stream; more is better shuffled and takes longer to start.
+SHUFFLE_BUFFER = 2048
+
+
+class Rows:
+    """Rows with an image and, unless there are no classes, a label.
+
+    Args:
+        name: of the data set, as `datasets.load_dataset` takes it, with ":SPLIT" after it for another split than train.
+        size: side of the pictures.
+
+    Raises:
+        ValueError: there is no such data set, or it has no image column.
+        ImportError: `datasets` is missing.
+    """
+
+    is_latent, scaling_factor = False, 1.0
+    streaming = False
+
+    def __init__(self, name: str, size: int):
+        name, _, split = name.partition(":")
+        datasets: Any = require("datasets", "train")
+        datasets.disable_progress_bars()
+        try:
+            rows = datasets.load_dataset(name, split=split or "train", streaming=self.streaming)
+        except Exception as error:  # it raises what its many readers raise
+            raise ValueError(f"The data set {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+        features = rows.features or {}
+        images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+        labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        if len(images) != 1 or len(labels) > 1:
+            raise ValueError(
+                f"The data set {name} must have one column of images and at most one of class labels (ClassLabel); "
+                f"it has {', '.join(features) or 'no columns'}."
+            )
+        self.image, self.label = images[0], labels[0] if labels else None
+        # Decoded here, where a damaged image can be left out.
+        self.dataset = rows.select_columns([*images, *labels]).cast_column(self.image, datasets.Image(decode=False))
+        self.id2label = dict(enumerate(features[self.label].names)) if self.label else {}
+        self.sample_shape, self.size = (3, size, size), size
+        self.count = self._count(name, split or "train")
+        self.description = f"Its data are the {self.count} images of `{name}`."
+        self.license = getattr(rows.info, "license", None) or "unknown"
+
+    def _count(self, name: str, split: str) -> int:
+        return len(self.dataset)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        return self.read_rows([self.dataset[position] for position, _ in keys], keys)
+
+    def read_rows(self, rows: Sequence[dict[str, Any]], keys: Sequence[Key]) -> Batch:
+        """A batch of rows that lie at these positions."""
+        pictures, labels, positions, unreadable = [], [], [], []
+        for row, (position, mirrored) in zip(rows, keys, strict=True):
+            try:
+                encoded = row[self.image]
+                with Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
+                    picture = picture_tensor(image, self.size)
+            except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
+                unreadable.append(f"The image of row {position}")
+                continue
+            pictures.append(picture.flip(2) if mirrored else picture)
+            labels.append(row[self.label] if self.label else 0)
+            positions.append(position)
+        data = torch.stack(pictures) if pictures else torch.empty(0, *self.sample_shape)
+        return Batch(data, torch.tensor(labels, dtype=torch.long), positions, unreadable)
+
+
+class StreamedRows(Rows):
+    """Rows in the order of a stream, shuffled within a buffer; positions are places in that order."""
+
+    streaming = True
+
+    def _count(self, name: str, split: str) -> int:
+        known = (self.dataset.info.splits or {}).get(split)
+        if known is None or not known.num_examples:
+            raise ValueError(f"The data set {name} does not say how many rows it has, so it cannot be streamed; "
+                             "set streaming=false.")  # fmt: skip
+        return known.num_examples
+
+    def rows(self, seed: int, epoch: int, skip: int) -> Iterator[dict[str, Any]]:
+        """The rows of a pass, without the first few; the same for the same seed and pass."""
+        shuffled = self.dataset.shuffle(seed=seed * 1_000_003 + epoch, buffer_size=SHUFFLE_BUFFER)
+        return iter(shuffled.skip(skip))

@@ -1,0 +1,126 @@
+"""What a run starts with: its model, its noise schedule, and whether all goes together."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from ..adapters import add_adapters
+from ..configuration_dit import DiTConfig
+from ..modeling_dit import DiTTransformer
+from ..pipeline_dit import DiTPipeline
+from .data import Dataset
+from .recipe import Recipe
+
+
+def load_start(source: str) -> DiTPipeline:
+    """A pipeline folder, a Hub id or a checkpoint file."""
+    if Path(source).is_file():
+        return DiTPipeline.from_single_file(source)
+    return DiTPipeline.from_pretrained(source)
+
+
+def make_model(recipe: Recipe, dataset: Dataset, start: DiTTransformer | None) -> DiTTransformer:
+    """The model to train: a new one, or the one to start from, with a row for each class of the data."""
+    classes = len(dataset.id2label)
+    if start is not None:
+        if classes != start.config.num_classes:
+            start.resize_class_labels(classes)
+        model = add_adapters(start, recipe.lora_rank) if recipe.lora_rank else start
+    else:
+        config = recipe.config
+        if isinstance(recipe.model, str) and config.num_classes != classes:  # sizes by name are ImageNet's
+            config = DiTConfig(**{**config.to_dict(), "num_classes": classes})
+        model = DiTTransformer(config)
+    if recipe.freeze:
+        freeze(model, recipe.freeze)
+    return model
+
+
+def freeze(model: DiTTransformer, pattern: str) -> None:
+    """Take parameters out of training by a regular expression that is found in their names.
+
+    Raises:
+        ValueError: it is none, or matches nothing or everything.
+    """
+    try:
+        frozen = [(name, bool(re.search(pattern, name))) for name, _ in model.named_parameters()]
+    except re.error as error:
+        raise ValueError(f"freeze {pattern!r} is no regular expression: {error}.") from None
+    if not any(matched for _, matched in frozen):
+        raise ValueError(f"freeze {pattern!r} matches no parameter; they have names like {frozen[-1][0]}.")
+    for (_, matched), parameter in zip(frozen, model.parameters(), strict=True):
+        parameter.requires_grad = parameter.requires_grad and not matched
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"freeze {pattern!r} leaves nothing to train.")
+
+
+def make_scheduler(recipe: Recipe, config: Any) -> Any:
+    """The noise schedule of a recipe; pictures are clipped to -1..1 while sampling, as they were trained."""
+    if recipe.objective == "flow":
+        return FlowMatchEulerDiscreteScheduler(recipe.num_train_timesteps)
+    learned: dict[str, Any] = {}
+    if config.learn_sigma:
+        learned = {"variance_type": "learned_range", "timestep_spacing": "linspace"}
+    return DDPMScheduler(
+        recipe.num_train_timesteps,
+        beta_start=recipe.beta_start,
+        beta_end=recipe.beta_end,
+        beta_schedule="linear",
+        clip_sample=config.in_channels in (1, 3) and not config.learn_sigma,
+        prediction_type="v_prediction" if recipe.objective == "v" else "epsilon",
+        **learned,
+    )
+
+
+def check_fit(
+    recipe: Recipe, model: DiTTransformer, dataset: Dataset, processes: int, base: DiTPipeline | None
+) -> None:
+    """Raise ValueError where data, model, batch, processes and decoder do not go together."""
+    config: Any = model.config
+    channels, height, width = dataset.sample_shape
+    if (channels, (height, width)) != (config.in_channels, config.sample_height_width):
+        wanted = "x".join(map(str, config.sample_height_width))
+        raise ValueError(f"The data are {height}x{width} in {channels} channels, and the model takes {wanted} in "
+                         f"{config.in_channels}.")  # fmt: skip
+    if len(dataset.id2label) == 1:
+        raise ValueError("The data have one class only; a conditional model needs two, an unconditional one none.")
+    if len(dataset.id2label) != config.num_classes:
+        raise ValueError(f"The data have {len(dataset.id2label)} classes and the model {config.num_classes}.")
+    if recipe.batch_size > len(dataset):
+        raise ValueError(f"batch_size {recipe.batch_size} is larger than the data set of {len(dataset)} pictures.")
+    if recipe.batch_size % (processes * recipe.gradient_accumulation):
+        raise ValueError(f"batch_size {recipe.batch_size} cannot be shared equally by {processes} processes with "
+                         f"gradient_accumulation {recipe.gradient_accumulation}.")  # fmt: skip
+    decoder = bool(recipe.vae) or (base is not None and base.vae is not None)
+    if recipe.vae:  # a wrong name shows now, not after days
+        check_decoder(recipe.vae)
+    if recipe.sample_every and not decoder and channels not in (1, 3):
+        raise ValueError("sample_every needs a decoder to draw pictures of latents: set vae, or sample_every=0.")
+
+
+def check_decoder(name: str) -> None:
+    """Raise ValueError where there is no such VAE."""
+    try:
+        AutoencoderKL.load_config(name)
+    except (OSError, ValueError):
+        raise ValueError(f"The decoder {name} cannot be loaded; set vae to a folder or a Hub id, or to nothing for a "
+                         "pipeline that draws latents only.") from None  # fmt: skip
+
+
+def check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> None:
+    """Raise ValueError where a checkpoint's recipe would have led elsewhere; the message says what differs."""
+    ours = asdict(recipe)
+    names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
+    if names:
+        differences = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in names)
+        raise ValueError(
+            f"{path} is of another recipe: {differences}. Train to another --out, or start anew with --resume never."
+        )
+
+
+# Settings that change where and when work is done, not what comes of it.
+_HARMLESS = ("workers", "save_every", "keep_last", "skip_nan", "tracker", "sample_every", "vae", "push_to_hub",
+             "merge_adapters", "fsdp", "gradient_checkpointing", "compile", "gradient_accumulation")  # fmt: skip

@@ -1,0 +1,93 @@
+"""What is seen of a run while it goes on: logs, rates, pictures."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dit_hub import DiTPipeline
+from dit_hub.training.loop import Progress, train
+from dit_hub.training.output import save_result
+from dit_hub.training.recipe import Recipe
+
+from .command_line import dit_hub
+
+SHORT = Recipe(images_per_class=16, epochs=5, batch_size=64)  # 20 steps
+SHORT_SETTINGS = ("images_per_class=16", "epochs=5", "batch_size=64")
+
+
+def events(folder: Path) -> EventAccumulator:
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    return log
+
+
+def test_losses_rates_and_pictures_are_logged(tmp_path: Path) -> None:
+    run = dit_hub("train", "toy", *SHORT_SETTINGS, "sample_every=15", "--out", "toy", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    log = events(tmp_path / "toy" / "runs")
+    losses = [(event.step, event.value) for event in log.Scalars("loss")]
+    assert [step for step, _ in losses] == [10, 20]
+    assert losses[1][1] < losses[0][1]
+    assert log.Scalars("pictures per second")[1].value > 0
+    assert 0 < log.Scalars("model-flops utilisation")[1].value < 1
+    assert [event.step for event in log.Images("samples")] == [15, 20]
+    for step in (15, 20):
+        picture = Image.open(tmp_path / "toy" / "runs" / f"samples-{step:08d}.png")
+        assert picture.width > 300  # four columns of captioned pictures
+    assert not (tmp_path / "toy.run").exists()
+
+
+def test_pictures_change_nothing_of_the_training(tmp_path: Path) -> None:
+    plain, drawn = train(SHORT), train(replace(SHORT, sample_every=3), run_folder=tmp_path / "run")
+    assert plain.epoch_losses == drawn.epoch_losses
+    state = drawn.pipeline.transformer.state_dict()
+    assert all(state[name].equal(weight) for name, weight in plain.pipeline.transformer.state_dict().items())
+    assert len(list((tmp_path / "run" / "runs").glob("samples-*.png"))) == 7
+
+
+def test_progress_tells_the_rate_and_the_share_of_the_peak() -> None:
+    seen: list[Progress] = []
+    train(SHORT, seen.append)
+    assert seen[0].pictures_per_second == 0
+    assert seen[-1].pictures_per_second > 10
+    assert 0 < seen[-1].utilisation < 1
+    assert (seen[-1].step, seen[-1].last, seen[-1].epoch) == (20, 20, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tracker": "paper"}, "There is no tracker 'paper'; there are none, aim,"),
+        ({"tracker": "wandb"}, "The tracker wandb needs its package: pip install wandb"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_one_sentence(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, ImportError), match=words):
+        train(replace(SHORT, **settings), run_folder=tmp_path / "run")
+
+
+def test_several_averages_are_kept_as_variants_and_survive_a_resume(tmp_path: Path) -> None:
+    recipe = replace(SHORT, ema_decay=[0.5, 0.9], save_every=7)
+    whole = train(recipe)
+
+    def cut(progress: Progress) -> None:
+        if progress.step == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, cut, run_folder=tmp_path / "run")
+    resumed = train(recipe, run_folder=tmp_path / "run")
+    for name, weight in whole.averages["ema-9"].items():
+        assert resumed.averages["ema-9"][name].equal(weight)
+    save_result(resumed, tmp_path / "out", "")
+    first, other = (DiTPipeline.from_pretrained(tmp_path / "out", variant=variant) for variant in (None, "ema-9"))
+    for pipeline, expected in (
+        (first, train(replace(SHORT, ema_decay=0.5))),
+        (other, train(replace(SHORT, ema_decay=0.9))),
+    ):
+        state = expected.pipeline.transformer.state_dict()
+        assert all(state[name].equal(weight) for name, weight in pipeline.transformer.state_dict().items())

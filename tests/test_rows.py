@@ -1,0 +1,159 @@
+"""Training from Hugging Face's `datasets`, downloaded and streamed."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from dit_hub.training.loader import make_loader, open_dataset
+from dit_hub.training.loop import Progress, train
+from dit_hub.training.recipe import Recipe
+from dit_hub.training.rows import Rows, StreamedRows
+
+from .command_line import dit_hub
+
+MODEL = {"sample_size": 8, "patch_size": 4, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_classes": 2, "learn_sigma": False}  # fmt: skip
+
+COUNT = 40
+
+# What the Hub's viewer writes into a data set's card, and `datasets` reads.
+CARD = """---
+dataset_info:
+  features:
+  - name: picture
+    dtype: image
+  - name: kind
+    dtype:
+      class_label:
+        names:
+          '0': dark
+          '1': light
+  splits:
+  - name: train
+    num_examples: {count}
+---
+"""
+
+
+def png(number: int) -> bytes:
+    """8x12 pixels, wider than high, whose brightness tells the number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (12, 8), (5 * number,) * 3).save(buffer, "png")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set as it lies on the Hub: parquet files and a card."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s at the end of each pass
+    folder = tmp_path / "rows"
+    write(folder, [png(number) for number in range(COUNT)])
+    return folder
+
+
+def write(folder: Path, pictures: list[bytes]) -> None:
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["dark", "light"])})
+    rows = {
+        "picture": [{"bytes": picture, "path": None} for picture in pictures],
+        "kind": [number * 2 // len(pictures) for number in range(len(pictures))],
+    }
+    table = datasets.Dataset.from_dict(rows, features=features)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for part in range(2):
+        table.shard(2, part, contiguous=True).to_parquet(str(folder / "data" / f"train-{part:05d}-of-00002.parquet"))
+    (folder / "README.md").write_text(CARD.format(count=len(pictures)))
+
+
+def numbers(data: torch.Tensor) -> list[int]:
+    """Which pictures a batch holds."""
+    return ((data[:, 0, 0, 0] + 1) * 127.5 / 5).round().int().tolist()
+
+
+def test_rows_are_read_with_their_classes(repository: Path) -> None:
+    rows = open_dataset(f"hf:{repository}", 8, 1, 0)
+    assert isinstance(rows, Rows)
+    assert (len(rows), rows.id2label, rows.sample_shape) == (COUNT, {0: "dark", 1: "light"}, (3, 8, 8))
+    batch = rows.read([(3, False), (30, True)])
+    assert numbers(batch.data) == [3, 30]
+    assert batch.labels.tolist() == [0, 1]
+
+
+def test_a_stream_is_the_same_for_the_same_seed_wherever_it_starts(repository: Path) -> None:
+    rows = open_dataset(f"hf:{repository}", 8, 1, 0, streaming=True)
+    assert isinstance(rows, StreamedRows)
+    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=True, batch_size=12, mirror=True)
+
+    def batches(first: int, last: int, parts: int = 1, mine: tuple[int, ...] = (0,)) -> list[list[int]]:
+        return [numbers(batch.data) for batch in make_loader(rows, recipe, parts, mine, first, last)]
+
+    whole = batches(0, 9)  # three passes of three steps
+    assert batches(4, 9) == whole[4:]  # resumed in the middle of a pass
+    two = [batches(0, 9, 2, (rank,)) for rank in (0, 1)]  # two processes
+    assert [first + second for first, second in zip(*two, strict=True)] == whole
+    for epoch in range(3):
+        seen = [number for batch in whole[3 * epoch : 3 * epoch + 3] for number in batch]
+        assert len(set(seen)) == 36
+    assert whole[:3] != whole[3:6]  # each pass has its own order
+    assert sorted(whole[0]) != whole[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_trains_and_goes_on_where_it_was_cut(repository: Path, tmp_path: Path, streaming: bool) -> None:
+    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=streaming, batch_size=10, epochs=4, save_every=3)
+    whole = train(recipe)
+    assert whole.pipeline.id2label == {0: "dark", 1: "light"}
+
+    def cut(progress: Progress) -> None:
+        if progress.step == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, cut, run_folder=tmp_path / "run")
+    resumed = train(recipe, run_folder=tmp_path / "run")
+    assert resumed.epoch_losses == whole.epoch_losses
+
+
+def test_a_damaged_image_is_named_and_left_out(tmp_path: Path, repository: Path) -> None:
+    pictures = [png(number % 50) for number in range(100)]
+    pictures[7] = b"no picture"
+    write(repository, pictures)
+    rows = open_dataset(f"hf:{repository}", 8, 1, 0)
+    batch = rows.read([(6, False), (7, False), (8, False)])
+    assert batch.unreadable == ["The image of row 7"]
+    assert numbers(batch.data) == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("missing", "The data set nowhere cannot be loaded"),
+        ("columns", "must have one column of images and at most one of class labels (ClassLabel); it has kind"),
+        ("count", "does not say how many rows it has, so it cannot be streamed; set streaming=false"),
+    ],
+)
+def test_what_cannot_be_trained_from_is_one_sentence(repository: Path, tmp_path: Path, change: str, words: str) -> None:
+    settings: list[Any] = [f"data=hf:{repository}", "streaming=true"]
+    if change == "missing":
+        settings[0] = "data=hf:nowhere"
+    if change == "columns":
+        for file in (repository / "data").iterdir():
+            datasets.Dataset.from_dict({"kind": [1, 2]}).to_parquet(str(file))
+        (repository / "README.md").unlink()
+    if change == "count":
+        (repository / "README.md").unlink()
+        # Without the card, parquet's own metadata still name the columns.
+    run = dit_hub("train", "toy", *settings, "--out", "out", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert words in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_streaming_is_for_data_sets_of_the_hub() -> None:
+    with pytest.raises(ValueError, match="streaming is for data sets of the Hub"):
+        Recipe(streaming=True)
