@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from .command_line import Command
+from .command_line import Command, dit_hub
 
 SETTINGS = ["images_per_class=16", "batch_size=64", "ema_decay=0.99", "save_every=4"]
 
@@ -59,6 +60,21 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path, ki
     print(f"killed {kills} times, after the checkpoints {', '.join(steps)}")
     same_outcome(finished(out, epochs), finished(tmp_path / "whole", epochs))
     assert not Path(f"{out}.run").exists()
+
+
+def test_a_checkpoint_is_a_pipeline_of_the_average(tmp_path: Path) -> None:
+    out = tmp_path / "toy"
+    run_and_kill(out, 0.0, "epochs=40")
+    checkpoint = max(Path(f"{out}.run").glob("step-*"))
+    run = dit_hub("generate", checkpoint, "red-circle", "--steps", 3, "--out", "x.png", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    run = dit_hub("convert", checkpoint, "official", "--to", "official", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    converted = torch.load(tmp_path / "official" / "model.pt", weights_only=True)
+    average, model = (load_file(checkpoint / f"{part}.safetensors") for part in ("ema-99", "model"))
+    name = "final_layer.linear.weight"
+    assert converted[name].equal(average[name])
+    assert not converted[name].equal(model[name])
 
 
 def test_another_number_of_workers_ends_in_the_same_bits(tmp_path: Path) -> None:

@@ -25,11 +25,14 @@ class Checkpoint:
         step: optimizer steps done.
         tensors: by part ("model", "ema", "optimizer") and name.
         facts: of JSON: the recipe, the losses so far, counters.
+        pipeline: a `DiTPipeline` of the model's configuration, whose weights are not looked at; with it, the folder is
+            one for `DiTPipeline.from_pretrained` as well. None for none.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     facts: dict[str, Any]
+    pipeline: Any = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -41,12 +44,25 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     target = folder / _NAME.format(checkpoint.step)
     with new_folder(target, overwrite=True) as building:
         for part, tensors in checkpoint.tensors.items():
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, building / f"{part}.safetensors")
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, building / f"{part}.safetensors", metadata={"format": "pt"})
+        if checkpoint.pipeline is not None:
+            _show_as_pipeline(checkpoint, building)
         facts = {"step": checkpoint.step, **checkpoint.facts}
         (building / STATE_FILE).write_text(json.dumps(facts) + "\n")
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _show_as_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
+    """Add what makes a pipeline of the folder; its weights, averaged if there is an average, are a link."""
+    pipeline = checkpoint.pipeline
+    pipeline.save_config(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    pipeline.transformer.config.save_pretrained(folder / "transformer")
+    part = next((name for name in checkpoint.tensors if name.startswith("ema-")), "model")
+    (folder / "transformer" / "model.safetensors").symlink_to(Path("..", f"{part}.safetensors"))
 
 
 def checkpoints(folder: Path) -> list[Path]:

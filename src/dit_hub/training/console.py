@@ -31,13 +31,14 @@ def train_and_save(
     with Progress(
         TextColumn("{task.description}"), *columns, TextColumn("{task.fields[rate]}"), console=console
     ) as bar:
-        task = bar.add_task("training", total=None, rate="")
+        task = bar.add_task("", total=None, rate="", visible=False)
 
         def report(progress: TrainingProgress) -> None:
             speed, share = progress.pictures_per_second, progress.utilisation
             rate = f"{speed:.0f} pictures/s, {share:.0%} of peak" if speed else ""
             description = f"epoch {progress.epoch}  loss {progress.loss:.4f}"
-            bar.update(task, total=progress.last, completed=progress.step, description=description, rate=rate)
+            bar.update(task, total=progress.last, completed=progress.step, description=description, rate=rate,
+                       visible=True)  # fmt: skip
 
         result = train(recipe, report, run_folder, resume)
     if not result.main_process:

@@ -126,36 +126,33 @@ def train(
     run = _Run(recipe, model, dataset, accelerator, run_folder, base)
     if resume:
         run.resume()
-    monitor = Monitor(accelerator, recipe, model.config, run_folder, run.step)
-    publisher = Publisher(recipe.push_to_hub) if recipe.push_to_hub and accelerator.is_main_process else None
-    start = time.perf_counter()
-    try:
-        with _on_sigterm() as asked_to_stop:
-            for batches in run.batches():
-                loss = run.step_on(batches)
-                if accelerator.is_main_process:
-                    monitor.step(run.step, loss, run.learning_rate)
-                    report(Progress(run.step, run.last, run.epoch, loss, monitor.pictures_per_second,
-                                    monitor.utilisation))  # fmt: skip
-                stopping = run.agree(asked_to_stop.is_set())
-                if stopping or due(recipe.save_every, run):
-                    run.save()
-                    if recipe.push_to_hub and run.step < run.last:
-                        reached = run.result(time.perf_counter() - start)
-                        if publisher is not None:
-                            publisher.push(reached, run.step)
-                if stopping:
-                    break
-                if due(recipe.sample_every, run):
-                    reached = run.result(time.perf_counter() - start)
-                    if accelerator.is_main_process:
-                        monitor.draw(cast(Any, reached.pipeline).to(accelerator.device), run.step)
-                monitor.resume_clock()
+    main, start = accelerator.is_main_process, time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_products(recipe.mixed_precision))
+        asked_to_stop = stack.enter_context(_on_sigterm())
+        publisher = stack.enter_context(contextlib.closing(Publisher(recipe.push_to_hub if main else "")))
+        monitor = stack.enter_context(
+            contextlib.closing(Monitor(accelerator, recipe, model.config, run_folder, run.step))
+        )
+        for batches in run.batches():
+            loss = run.step_on(batches)
+            if main:
+                monitor.step(run.step, loss, run.learning_rate)
+                rates = monitor.pictures_per_second, monitor.utilisation
+                report(Progress(run.step, run.last, run.epoch, loss, *rates))
+            stopping = run.agree(asked_to_stop.is_set())
+            if stopping or due(recipe.save_every, run):
+                run.save()
+                if recipe.push_to_hub and run.step < run.last:
+                    publisher.push(run.result(time.perf_counter() - start), run.step)
+            if stopping:
+                break
+            if due(recipe.sample_every, run):
+                pipeline: Any = run.result(time.perf_counter() - start).pipeline
+                if main:
+                    monitor.draw(pipeline.to(accelerator.device), run.step)
+            monitor.resume_clock()
         return run.result(time.perf_counter() - start)
-    finally:
-        monitor.close()
-        if publisher is not None:
-            publisher.close()
 
 
 def due(every: int, run: "_Run") -> bool:
@@ -367,14 +364,22 @@ class _Run:
             "skipped": self.skipped,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema_steps": [average.optimization_step for average in self.averages.values()],
-            "config": cast(Any, self.plain.config).to_dict(),
         }
         if self.accelerator.is_main_process:
             try:
-                save_checkpoint(self.folder, Checkpoint(self.step, tensors, facts), self.recipe.keep_last)
+                checkpoint = Checkpoint(self.step, tensors, facts, self._empty_pipeline())
+                save_checkpoint(self.folder, checkpoint, self.recipe.keep_last)
             except OSError as error:
                 logger.error("No checkpoint at step %d: %s Training goes on.", self.step, error)
         self.accelerator.wait_for_everyone()
+
+    def _empty_pipeline(self) -> DiTPipeline | None:
+        """A pipeline without weights, to describe a checkpoint; none with adapters, which are not merged yet."""
+        if self.recipe.lora_rank:
+            return None
+        with torch.device("meta"):
+            model = DiTTransformer(self.plain.config)
+        return DiTPipeline(model, make_scheduler(self.recipe, model.config), None, self.dataset.id2label or None)
 
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one.
@@ -475,6 +480,17 @@ def merged_state(model: DiTTransformer) -> dict[str, Tensor]:
 def _bare(optimizer: Any) -> torch.optim.Optimizer:
     """Without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+@contextlib.contextmanager
+def _products(precision: str) -> Iterator[None]:
+    """How float32 is multiplied while training: in tf32 where a recipe says so."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

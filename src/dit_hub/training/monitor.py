@@ -33,8 +33,6 @@ def make_accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
     if tracker and tracker not in map(str, get_available_trackers()):
         raise ImportError(f"The tracker {tracker} needs its package: pip install {tracker}; or set tracker=none.")
     precision = "no" if recipe.mixed_precision == "tf32" else recipe.mixed_precision
-    if recipe.mixed_precision == "tf32":
-        torch.set_float32_matmul_precision("high")
     return Accelerator(mixed_precision=precision, log_with=tracker, project_dir=folder)
 
 

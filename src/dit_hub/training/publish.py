@@ -16,20 +16,20 @@ class Publisher:
     """Pushes pipelines and their cards in the background; a push that fails does not end the run.
 
     Args:
-        repository: "organisation/name", which is made where it does not exist.
+        repository: "organisation/name", which is made where it does not exist; "" pushes nothing.
 
     Raises:
         OSError: the Hub refuses it, or cannot be reached.
     """
 
     def __init__(self, repository: str):
-        self.repository = make_repository(repository)
+        self.repository = make_repository(repository) if repository else ""
         self._threads = ThreadPoolExecutor(1, "push")
         self._last: Future[None] | None = None
 
     def push(self, result: TrainingResult, step: int) -> None:
         """Start to push, unless the last push still goes on; the next checkpoint is then pushed in its place."""
-        if self._last is None or self._last.done():
+        if self.repository and (self._last is None or self._last.done()):
             self._last = self._threads.submit(self._push, result, step)
 
     def _push(self, result: TrainingResult, step: int) -> None:
