@@ -2,8 +2,8 @@
 
     python examples/points.py
 
-A small network learns two half moons with each objective, and diffusers' schedulers sample it. Printed are the distances
-of the samples from fresh data; two fresh sets of data differ by the floor.
+A small network learns two half moons with each objective, and diffusers' schedulers sample it. Printed are the
+distances of the samples from fresh data; two fresh sets of data differ by the floor.
 """
 
 import argparse

@@ -29,6 +29,8 @@ def _main(
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.argv = ["dit-hub", *arguments]
+    # What it starts is started as usual, not by a server that outlives it when it is killed.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     from dit_hub.cli import main
 
     main()

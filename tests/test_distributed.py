@@ -11,7 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+
+from dit_hub.training.loop import Progress, train
+from dit_hub.training.recipe import get_recipe
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 SETTINGS = ["train", "toy", "images_per_class=8", "epochs=4", "batch_size=32", "ema_decay=0.9"]
@@ -79,6 +83,38 @@ def test_two_machines_train_as_one(tmp_path: Path, alone: Path) -> None:
     assert "by 2 processes" in said
     assert_as_alone(tmp_path / "machine-0", alone)
     assert not (tmp_path / "machine-1").exists()  # the first machine writes
+
+
+def test_machines_that_share_no_disk_do_not_go_on_differently(tmp_path: Path) -> None:
+    """The first machine has a checkpoint and the second has not."""
+
+    def cut(progress: Progress) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    settings = dict(setting.split("=") for setting in SETTINGS[2:])
+    recipe = get_recipe("toy").with_settings({**settings, "save_every": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, cut, run_folder=tmp_path / "machine-0.run")
+    port = free_port()
+    commands = [
+        launch(tmp_path / f"machine-{rank}", "save_every=2", machines=2, rank=rank, port=port) for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in [start(command) for command in commands]]
+    assert all("must lie on a disk that all machines share" in said for said in errors)
+
+
+def test_a_share_that_cannot_be_read_keeps_nobody_waiting(tmp_path: Path) -> None:
+    folder = tmp_path / "pets"
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(folder / name / f"{index}.png")
+    (folder / "dogs" / "0.png").write_bytes(b"no picture")
+    for settings in ((), ("fsdp=true",)):
+        out = tmp_path / f"out{len(settings)}"
+        run_together(launch(out, f"data={folder}", "batch_size=2", "init_from=dit-toy-shapes", *settings))
+        assert out.is_dir()
 
 
 def test_sharded_and_killed_and_gone_on_with_by_other_numbers_of_processes(tmp_path: Path, alone: Path) -> None:

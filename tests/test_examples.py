@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(name: str, cwd: Path) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name)]
+def run(name: str, cwd: Path, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert list(cwd.iterdir()) == []
@@ -45,3 +45,23 @@ def test_the_tests_that_the_export_matrix_names_are_there() -> None:
     written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert len(named) > 10
     assert {name for name in named if f"def {name}(" not in written} == set()
+
+
+def test_points_are_learnt_by_both_objectives(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    picture = tmp_path / "points.png"
+    printed = run("points.py", tmp_path / "here", "--steps", "400", "--out", str(picture))
+    floor, noise, flow = (float(line.split()[-1]) for line in printed.splitlines()[:3])
+    assert floor < 0.05
+    assert max(noise, flow) < 0.2  # 0.29 for points of the right mean and deviation and no form
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_unet_study_compares_networks_of_one_size(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    picture = tmp_path / "study.png"
+    printed = run("unet_study.py", tmp_path / "here", "--quick", "--out", str(picture))
+    unet, dit = (int(re.findall(rf"{name} +│ +([\d,]+)", printed)[0].replace(",", "")) for name in ("U-Net", "DiT"))
+    assert abs(unet / dit - 1) < 0.01
+    assert float(re.findall(r"names ([\d.]+)% of fresh real shapes", printed)[0]) > 99
+    assert picture.is_file()

@@ -70,6 +70,14 @@ def test_a_tracker_that_is_not_there_is_one_sentence(settings: dict[str, Any], w
         train(replace(SHORT, **settings), run_folder=tmp_path / "run")
 
 
+def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "runs").write_text("a file where the log's folder goes")
+    result = train(replace(SHORT, sample_every=5), run_folder=tmp_path)
+    assert result.finished
+    assert [record.message for record in caplog.records if "Nothing more is logged" in record.message][1:] == []
+    assert "Training goes on." in caplog.text
+
+
 def test_several_averages_are_kept_as_variants_and_survive_a_resume(tmp_path: Path) -> None:
     recipe = replace(SHORT, ema_decay=[0.5, 0.9], save_every=7)
     whole = train(recipe)

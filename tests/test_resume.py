@@ -10,6 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dit_hub.training.data import Pictures
+from dit_hub.training.loop import Progress, train
+from dit_hub.training.recipe import Recipe
+from dit_hub.training.shapes import ID2LABEL, shapes
+
 from .command_line import Command, dit_hub
 
 SETTINGS = ["images_per_class=16", "batch_size=64", "ema_decay=0.99", "save_every=4"]
@@ -110,11 +115,36 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
         run = start(out, *settings).wait()
         assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
         assert words in run.stderr
+    run = start(out, "epochs=40", "images_per_class=20").wait()
+    assert run.returncode == 2
+    run = dit_hub("train", "toy", "data=typo", "--resume", "never", "--out", out, cwd=tmp_path)
+    assert "There is no data 'typo'" in run.stderr
     newest = max(Path(f"{out}.run").glob("step-*"))
     (newest / "model.safetensors").write_bytes(b"torn")
     run = start(out, "epochs=40").wait()
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
     assert "is damaged" in run.stderr
+    (newest / "model.safetensors").unlink()
+    (newest / "ema-99.safetensors").rename(newest / "model.safetensors")
+    run = start(out, "epochs=40").wait()
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "is damaged" in run.stderr
+
+
+def test_a_run_of_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
+    pictures, labels = shapes(16, 0)
+    recipe = Recipe(images_per_class=16, epochs=3, batch_size=64, save_every=1)
+
+    def cut(progress: Progress) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, cut, run_folder=tmp_path)
+    fewer = Pictures(pictures[:-64], labels[:-64], ID2LABEL, "", "")
+    with pytest.raises(ValueError, match="is of other data: pictures 256 there, 192 here"):
+        train(recipe, run_folder=tmp_path, dataset=fewer)
+    assert train(recipe, run_folder=tmp_path).finished
 
 
 def test_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:

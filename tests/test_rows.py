@@ -50,8 +50,8 @@ def png(number: int) -> bytes:
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set as it lies on the Hub: parquet files and a card."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s at the end of each pass
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s at the end of each pass
     folder = tmp_path / "rows"
     write(folder, [png(number) for number in range(COUNT)])
     return folder
@@ -125,8 +125,12 @@ def test_a_damaged_image_is_named_and_left_out(tmp_path: Path, repository: Path)
     write(repository, pictures)
     rows = open_dataset(f"hf:{repository}", 8, 1, 0)
     batch = rows.read([(6, False), (7, False), (8, False)])
-    assert batch.unreadable == ["The image of row 7"]
+    assert batch.unreadable == ["Row 7"]
     assert numbers(batch.data) == [6, 8]
+    streamed = open_dataset(f"hf:{repository}", 8, 1, 0, streaming=True)
+    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=True, batch_size=10)
+    named = {name for batch in make_loader(streamed, recipe, 1, [0], 0, 30) for name in batch.unreadable}
+    assert len(named) == 1  # one picture, in each of three passes
 
 
 @pytest.mark.parametrize(

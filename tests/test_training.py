@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.files import new_folder
+from dit_hub.flops import PUBLISHED
 from dit_hub.hub import EMBEDDED_MODELS
 from dit_hub.model_cards import render_card
 from dit_hub.objectives import (
@@ -180,11 +181,29 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
         ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
         ({"model": 3}, "model must be a name or fields of a configuration"),
         ({"objective": "flow", "min_snr_gamma": 5}, "min_snr_gamma is for the objectives noise and v"),
+        ({"lora_rank": 2}, "lora_rank adapts a trained model; set init_from"),
+        ({"merge_adapters": False}, "merge_adapters=false needs lora_rank, and one ema_decay at most"),
+        ({"learning_rate": "inf"}, "learning_rate must be above 0, not inf"),
+        ({"seed": 2**40}, "seed must be from 0 to"),
+        ({"ema_decay": "[0.9"}, "ema_decay is no YAML"),
+        ({"ema_decay": "[0.9, 0.9]"}, "or a list of different ones"),
+        ({"model": "{a"}, "model is no YAML"),
+        ({1: 2}, "no field '1'"),
+        ({"push_to_hub": False}, "push_to_hub must be text, not False"),
+        ({"data": ["a"]}, "data must be text, not"),
     ],
 )
 def test_a_recipe_refuses_what_it_cannot_do(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_recipe("toy").with_settings(settings)
+
+
+def test_words_that_yaml_takes_for_values_are_taken_as_they_are_meant() -> None:
+    settings = {"mixed_precision": False, "tracker": False, "push_to_hub": None, "ema_decay": "[0.9, 0.99]"}
+    recipe = get_recipe("digits").with_settings(settings)
+    assert (recipe.mixed_precision, recipe.tracker, recipe.push_to_hub) == ("no", "none", "")
+    assert recipe.ema_decays == [0.9, 0.99]
+    assert get_recipe("digits").with_settings({"objective": "flow"}).config.parameterization == "flow"
 
 
 def test_a_model_of_other_pictures_is_refused_before_the_work() -> None:
@@ -297,17 +316,23 @@ def test_weights_and_times() -> None:
 
 def test_every_shipped_recipe_loads_and_names_a_model() -> None:
     names = shipped_recipes()
-    assert {"toy", "toy-shapes", "digits", "finetune", "imagenet-256-flow"} <= set(names)
-    assert sum(name.startswith("imagenet-256-") for name in names) == 13
-    for name in names:
-        recipe = get_recipe(name)
-        if name.startswith("imagenet-256-") and name != "imagenet-256-flow":  # as the paper trains (Section 4)
-            assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (400_000, 256, 1e-4)
-            assert (recipe.ema_decay, recipe.weight_decay, recipe.mirror) == (0.9999, 0, True)
-            assert recipe.config.learn_sigma
-        assert recipe.config.num_hidden_layers > 0
+    assert names == ["digits", "finetune", "imagenet-256", "imagenet-256-flow", "toy", "toy-shapes"]
+    assert all(get_recipe(name).config.num_hidden_layers > 0 for name in names)
     flow = get_recipe("imagenet-256-flow").config
     assert (flow.parameterization, flow.learn_sigma) == ("flow", False)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_published_sizes_train_as_the_paper_does(size: str) -> None:
+    """Section 4 of the paper."""
+    recipe = get_recipe("imagenet-256").with_settings({"model": size})
+    assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (400_000, 256, 1e-4)
+    assert (recipe.ema_decay, recipe.weight_decay, recipe.mirror, recipe.max_grad_norm) == (0.9999, 0, True, 0)
+    assert (recipe.learning_rate_schedule, recipe.objective, recipe.num_train_timesteps) == ("constant", "noise", 1000)
+    assert (recipe.beta_start, recipe.beta_end) == (1e-4, 2e-2)
+    assert recipe.config.learn_sigma
+    assert recipe.config.class_dropout_prob == 0.1
+    assert recipe.config.patch_size == int(size[-1])
 
 
 @pytest.mark.parametrize(
@@ -323,6 +348,16 @@ def test_every_shipped_recipe_loads_and_names_a_model() -> None:
         ("data: one", "The data have one class only"),
         ("data: empty", "has no images"),
         ("{data: mixed.npz}", "must hold images"),
+        ("{data: torn.npz}", "torn.npz is no archive"),
+        ("{data: words.npz}", "whole labels (N,)"),
+        ("init_from: nowhere", "nowhere"),
+        (
+            "{init_from: dit-toy-shapes, objective: flow}",
+            "parameterization 'diffusion' is not trained by the objective 'flow'",
+        ),
+        ("{init_from: dit-toy-shapes, num_train_timesteps: 1000}", "was trained with num_train_timesteps 200"),
+        ("{vae: vae}", "The decoder vae takes 4 channels, and the data have 3"),
+        ("fsdp: true", "start with `accelerate launch`"),
         (
             "{data: labels.npz, model: {sample_size: 16, in_channels: 3, num_classes: 3, learn_sigma: false}}",
             "5 classes",
@@ -335,6 +370,10 @@ def test_a_wrong_recipe_is_one_sentence(tmp_path: Path, text: str, words: str) -
     Image.new("RGB", (32, 32)).save(tmp_path / "one" / "cats" / "1.png")
     np.savez(tmp_path / "mixed.npz", images=np.zeros((4, 16, 16)), labels=np.zeros(3))
     np.savez(tmp_path / "labels.npz", images=np.zeros((200, 16, 16, 3), np.uint8), labels=np.arange(200) % 5)
+    (tmp_path / "torn.npz").write_bytes((tmp_path / "labels.npz").read_bytes()[:100])
+    np.savez(tmp_path / "words.npz", images=np.zeros((4, 16, 16, 3), np.uint8), labels=np.array(["a"] * 4))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL", "latent_channels": 4}')
     (tmp_path / "mine.yaml").write_text(text)
     run = dit_hub("train", "mine.yaml", "--out", "out", cwd=tmp_path)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
@@ -354,7 +393,8 @@ def picture_folder(folder: Path, count: int = 20, size: int = 24) -> Path:
 
 def test_a_folder_of_images_trains_and_unreadable_ones_are_left_out(tmp_path: Path) -> None:
     folder = picture_folder(tmp_path / "pets", count=100)
-    (folder / "dogs" / "7.png").write_bytes(b"no picture")
+    picture = (folder / "dogs" / "7.png").read_bytes()  # with a damaged chunk, which PIL calls a syntax error
+    (folder / "dogs" / "7.png").write_bytes(picture.replace(b"IDAT", b"\1\1\1\1"))
     dataset = ImageFolder(folder, 16)
     assert (len(dataset), dataset.id2label, dataset.sample_shape) == (200, {0: "cats", 1: "dogs"}, (3, 16, 16))
     model = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
@@ -365,7 +405,7 @@ def test_a_folder_of_images_trains_and_unreadable_ones_are_left_out(tmp_path: Pa
     assert result.pipeline.id2label == {0: "cats", 1: "dogs"}
     for index in range(5):
         (folder / "cats" / f"{index}.png").write_bytes(b"no picture")
-    with pytest.raises(TrainingError, match=r"of 200 files cannot be read, more than 1%; the last one is .*png"):
+    with pytest.raises(ValueError, match=r"of 200 pictures cannot be read, more than 1%; the last one is .*png"):
         train(recipe)
 
 
@@ -420,6 +460,29 @@ def test_latents_are_cached_once_and_trained_from(tmp_path: Path, make_vae: Call
     run = dit_hub("train", "mine.yaml", "--out", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert DiTPipeline.from_pretrained(tmp_path / "out").transformer.config.out_channels == 4
+
+
+def test_latents_tell_what_they_leave_out_and_refuse_other_pictures(
+    tmp_path: Path, make_vae: Callable[..., Any]
+) -> None:
+    folder = picture_folder(tmp_path / "pets")
+    make_vae().save_pretrained(tmp_path / "vae")
+    (folder / "cats" / "3.png").write_bytes(b"no picture")
+    run = dit_hub("latents", folder, "latents", "--vae", "vae", "--size", "16", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "3.png cannot be read and is left out" in run.stdout.replace("\n", "")
+    assert "39 pictures are encoded" in run.stdout
+    for arguments, words in (
+        ((folder, "latents", "--size", "24"), "holds latents of other data, of another size or VAE"),
+        (("digits", "other"), "The pictures have 1 channels, and the VAE takes 3"),
+        ((folder, "other", "--device", "cuda:7"), "There is no device 'cuda:7' here"),
+    ):
+        run = dit_hub("latents", *arguments, "--vae", "vae", cwd=tmp_path)
+        assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+        assert words in run.stderr
+    (tmp_path / "latents" / "shard-00000.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="is damaged; run dit-hub latents again"):
+        CachedLatents(tmp_path / "latents")
 
 
 def test_latents_go_on_where_they_stopped(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
@@ -486,6 +549,21 @@ def test_fine_tuning_keeps_what_it_does_not_train(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "tuned" / "origin.json").read_text())["license"] == "cc-by-nc-4.0"
     assert whole.transformer.config.num_classes == 2
     assert whole.id2label == {0: "cats", 1: "dogs"}
+
+
+def test_a_model_in_half_precision_is_trained_in_float32(tmp_path: Path) -> None:
+    start = DiTPipeline.from_pretrained("dit-toy-shapes")
+    start.transformer.bfloat16()
+    start.save_pretrained(tmp_path / "half")
+    trained = train(replace(SHORT, init_from=str(tmp_path / "half"), ema_decay=0.999)).pipeline.transformer
+    assert {weight.dtype for weight in trained.parameters()} == {torch.float32}
+    assert any(not weight.equal(weight.bfloat16().float()) for weight in trained.parameters())
+
+
+def test_one_process_trains_in_one_precision_after_another() -> None:
+    losses = [train(replace(SHORT, mixed_precision=name)).epoch_losses for name in ("no", "bf16", "tf32")]
+    assert losses[0] != losses[1]
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_adapters_are_kept_apart_and_merged_when_loaded(tmp_path: Path) -> None:
@@ -567,6 +645,10 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped() -> None:
     dataset = Pictures(pictures, labels, ID2LABEL, "", "")
     with pytest.raises(TrainingError, match=r"The loss of step \d+ is nan, on the samples .* There is no checkpoint."):
         train(SHORT, dataset=dataset)
+    pictures_without = Pictures(pictures * float("nan"), labels, ID2LABEL, "", "")
+    with pytest.raises(TrainingError, match="20 steps in a row were skipped"):
+        train(replace(SHORT, skip_nan=True, epochs=30), dataset=pictures_without)
     result = train(replace(SHORT, skip_nan=True), dataset=dataset)
+    assert result.skipped == 3  # once in each pass
     assert all(np.isfinite(result.epoch_losses))
     assert all(weight.isfinite().all() for weight in result.pipeline.transformer.parameters())

@@ -51,13 +51,7 @@ def generate(
     from .schedulers import switch_scheduler
     from .visualize import Trajectory, image_grid
 
-    try:
-        torch.empty(0, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-    ):  # a name that torch does not know; one it lacks
-        raise ValueError(f"There is no device {device!r} here.") from None
+    _check_device(device)
     pipeline = DiTPipeline.from_pretrained(model, num_threads=threads).to(device)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -125,7 +119,7 @@ def info(
     epilog="Settings are fields of the recipe: epochs=60, ema_decay=0.999, learning_rate=1e-3, seed=1, …",
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe: toy, digits, imagenet-256-xl-2, …")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe: toy, digits, imagenet-256, …")],
     settings: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the trained pipeline; default: outputs/RECIPE.")] = None,
     resume: Annotated[
@@ -180,12 +174,25 @@ def latents(
     dataset = open_dataset(data, size, 1, 0)
     if dataset.is_latent:
         raise ValueError(f"{data} holds latents already.")
+    _check_device(device)
     encoder: Any = AutoencoderKL.from_pretrained(vae)
+    left_out: list[str] = []
     with Progress() as bar:
         task = bar.add_task("encoding")
-        cache_latents(dataset, encoder.eval().to(device), out, batch_size,
-                      progress=lambda done, count: bar.update(task, completed=done, total=count))  # fmt: skip
-    print(f"{len(dataset)} pictures are encoded in {out}; train from them with data={out}")
+
+        def leave_out(name: str) -> None:
+            left_out.append(name)
+            bar.console.print(f"{name} cannot be read and is left out.")
+
+        cache_latents(
+            dataset,
+            encoder.eval().to(device),
+            out,
+            batch_size,
+            progress=lambda done, count: bar.update(task, completed=done, total=count),
+            left_out=leave_out,
+        )
+    print(f"{len(dataset) - len(left_out)} pictures are encoded in {out}; train from them with data={out}")
 
 
 @export_app.command("onnx")
@@ -329,6 +336,16 @@ def verify_command(
     from dit_hub.export import verify_export
 
     _print_parity("Error against PyTorch", verify_export(folder, max_error))
+
+
+def _check_device(name: str) -> None:
+    """Raise ValueError where PyTorch has no such device."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # a name that torch does not know; one it lacks
+        raise ValueError(f"There is no device {name!r} here.") from None
 
 
 def _numbers(option: str, text: str) -> tuple[int, int, int]:

@@ -62,7 +62,7 @@ def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int, repea
     """The best of some products of square matrices of a side, in operations per second (two for a multiply-add)."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = torch.randn(2, side, side, device=device, generator=generator).to(dtype)
-    wait = torch.cuda.synchronize if left.is_cuda else (lambda: None)
+    wait = (lambda: None) if left.device.type == "cpu" else torch.accelerator.synchronize
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

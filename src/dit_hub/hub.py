@@ -321,6 +321,15 @@ class HubPipeline(DiffusionPipeline):
             self.draw_samples(folder)
             return push_folder(folder, repo_id, commit_message, private, token, create_pr)
 
+    @property
+    def draws_quickly(self) -> bool:
+        """Whether the card's picture takes seconds, and can be drawn at all."""
+        pipeline = cast(Any, self)
+        config = pipeline.transformer.config
+        passes = _SAMPLES * _SAMPLE_STEPS * (1 if config.null_class is None else 2)
+        cheap = pipeline.device.type == "cuda" or measure(config).gmacs * 1e9 * passes <= _CHEAP
+        return cheap and (pipeline.vae is not None or config.in_channels in (1, 3))
+
     def draw_samples(self, folder: str | os.PathLike, force: bool = False) -> bool:
         """Draw the card's picture into a folder, unless it is there; False where that would take long.
 
@@ -334,11 +343,7 @@ class HubPipeline(DiffusionPipeline):
         pipeline, target = cast(Any, self), Path(folder, SAMPLES_FILE)
         if target.is_file() and not force:
             return True
-        config = pipeline.transformer.config
-        passes = _SAMPLES * _SAMPLE_STEPS * (1 if config.null_class is None else 2)
-        cheap = pipeline.device.type == "cuda" or measure(config).gmacs * 1e9 * passes <= _CHEAP
-        decodable = pipeline.vae is not None or config.in_channels in (1, 3)
-        if not force and not (cheap and decodable):
+        if not force and not self.draws_quickly:
             return False
         shown = getattr(pipeline, "_progress_bar_config", {})
         pipeline.set_progress_bar_config(disable=not force)

@@ -81,7 +81,7 @@ def variational_bound(
     log_variance = torch.cat([variance[1:2], variance[1:]]).log()  # that of t = 0 is zero: the next one stands for it
 
     def at(values: Tensor) -> Tensor:
-        return values.to(clean.device)[timestep].float().view(-1, *[1] * (clean.dim() - 1))
+        return values.float().to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))  # MPS has no float64
 
     of_clean = at(betas * before.sqrt() / (1 - alpha_bar))
     of_noisy = at((1 - before) * (1 - betas).sqrt() / (1 - alpha_bar))
@@ -182,7 +182,7 @@ def _levels(scheduler: DDPMScheduler, clean: Tensor, timestep: Tensor) -> tuple[
     """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, ...): as the scheduler's, but exact, as in the official code."""
     alpha_bar = (1 - _exact_betas(scheduler)).cumprod(0)
     signal, deviation = (
-        values.sqrt().to(clean.device)[timestep].to(clean.dtype).view(-1, *[1] * (clean.dim() - 1))
+        values.sqrt().to(clean.dtype).to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))
         for values in (alpha_bar, 1 - alpha_bar)
     )
     return signal, deviation

@@ -62,7 +62,11 @@ def _show_as_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     pipeline.transformer.config.save_pretrained(folder / "transformer")
     part = next((name for name in checkpoint.tensors if name.startswith("ema-")), "model")
-    (folder / "transformer" / "model.safetensors").symlink_to(Path("..", f"{part}.safetensors"))
+    link = folder / "transformer" / "model.safetensors"
+    try:
+        link.symlink_to(Path("..", f"{part}.safetensors"))
+    except OSError:  # a file system without links
+        shutil.copyfile(folder / f"{part}.safetensors", link)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -83,7 +87,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
         return Checkpoint(int(facts.pop("step")), {"model": tensors.pop("model"), **tensors}, facts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise ValueError(f"The checkpoint {path} is damaged ({error}); remove it to go on from an older one.") from None
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """What to say of a checkpoint that cannot be gone on from."""
+    return ValueError(f"The checkpoint {path} is damaged ({error}); remove it to go on from an older one.")
+
+
+def remove_checkpoints(folder: Path | None) -> None:
+    """Remove those of a run, which would be taken for those of the next."""
+    for path in checkpoints(folder) if folder else []:
+        shutil.rmtree(path)
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

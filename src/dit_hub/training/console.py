@@ -25,8 +25,8 @@ def train_and_save(
     """
     console = Console()
     run_folder = Path(f"{str(output_dir).rstrip('/')}.run")
-    if not resume:  # or its checkpoints would be taken for those of this run
-        shutil.rmtree(run_folder, ignore_errors=True)
+    if run_folder.exists() and not run_folder.is_dir():
+        raise ValueError(f"{run_folder} is a file; checkpoints go to a folder of that name.")
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(
         TextColumn("{task.description}"), *columns, TextColumn("{task.fields[rate]}"), console=console
@@ -51,6 +51,8 @@ def train_and_save(
     shutil.rmtree(run_folder, ignore_errors=True)
     console.print(_loss_table(result))
     what = "pipeline is" if result.adapted is None else "adapters are"
+    if result.skipped:
+        print(f"{result.skipped} steps had no finite loss and were skipped.")
     together = f" by {result.processes} processes" if result.processes > 1 else ""
     print(f"Trained in {result.seconds:.1f} s{together}; the {what} in {output_dir}")
     if recipe.push_to_hub:

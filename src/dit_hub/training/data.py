@@ -1,6 +1,8 @@
 """What is trained on: pictures with labels, from the package, an archive, folders of images or cached latents."""
 
 import json
+import struct
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +10,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import safe_open
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..extras import require
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+
+# What PIL raises at files that are damaged in one way or another.
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error, Image.DecompressionBombError)
+
+# More unreadable pictures than this share of the data set, and something is wrong with it.
+_MOST_UNREADABLE = 0.01
 
 # A position in the data set, and whether to mirror the picture there.
 Key = tuple[int, bool]
@@ -36,6 +44,13 @@ class Batch:
     labels: Tensor
     positions: list[int]
     unreadable: list[str]
+
+
+def check_unreadable(unreadable: int, count: int, last: str = "") -> None:
+    """Raise ValueError where more of a data set cannot be read than can be left out; `last` names one of them."""
+    if unreadable > max(1, _MOST_UNREADABLE * count):
+        named = f"; the last one is {last}" if last else ""
+        raise ValueError(f"{unreadable} of {count} pictures cannot be read, more than {_MOST_UNREADABLE:.0%}{named}.")
 
 
 class Dataset(Protocol):
@@ -114,7 +129,7 @@ class ImageFolder:
             path, label = self.files[position]
             try:
                 picture = self.picture(path)
-            except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
+            except UNREADABLE:
                 unreadable.append(str(path))
                 continue
             pictures.append(picture.flip(2) if mirrored else picture)
@@ -166,6 +181,14 @@ class CachedLatents:
             raise ValueError(f"{folder / LATENTS_FILE} is damaged; run dit-hub latents again.") from None
         if missing := [shard["file"] for shard in self.shards if not (folder / shard["file"]).is_file()]:
             raise ValueError(f"{folder} lacks {missing[0]}; dit-hub latents goes on where it stopped.")
+        for shard in self.shards:
+            try:
+                with safe_open(folder / shard["file"], "pt") as tensors:
+                    whole = tensors.get_slice("labels").get_shape() == [shard["count"]]
+            except (OSError, SafetensorError):
+                whole = False
+            if not whole:
+                raise ValueError(f"{folder / shard['file']} is damaged; run dit-hub latents again.")
         self.folder, self.sample_shape = folder, (channels, height, width)
         self.starts = np.cumsum([0, *(shard["count"] for shard in self.shards)])
         self.description, self.license = facts["description"], facts["license"]
@@ -202,11 +225,12 @@ def archive(path: Path) -> Pictures:
     try:
         with np.load(path, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no archive of images and labels: {error}") from None
-    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != (len(images),):
-        raise ValueError(f"{path} must hold images, uint8 (N, H, W, C), and labels (N,); it has {images.dtype} "
-                         f"{images.shape} and {labels.shape}.")  # fmt: skip
+    whole = np.issubdtype(labels.dtype, np.integer)
+    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != (len(images),) or not whole or not len(images):
+        raise ValueError(f"{path} must hold images, uint8 (N, H, W, C), and whole labels (N,); it has {images.dtype} "
+                         f"{images.shape} and {labels.dtype} {labels.shape}.")  # fmt: skip
     if len(labels) and int(labels.min()) < 0:
         raise ValueError(f"{path} has negative labels.")
     data = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

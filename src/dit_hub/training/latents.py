@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .data import LATENTS_FILE, Dataset
+from .data import LATENTS_FILE, Dataset, check_unreadable
 
 # Called with the number of pictures done and of all.
 Progress = Callable[[int, int], None]
@@ -26,6 +26,7 @@ def cache_latents(
     batch_size: int = 16,
     shard_size: int = 1024,
     progress: Progress = lambda done, count: None,
+    left_out: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Encode a data set; one that was cut goes on with the first shard that is missing or damaged.
 
@@ -39,19 +40,26 @@ def cache_latents(
         batch_size: pictures at a time.
         shard_size: pictures of a shard.
         progress: called after each batch.
+        left_out: called with the name of each picture that cannot be read.
 
     Returns:
         The folder, which a recipe may name as its data.
 
     Raises:
-        ValueError: the folder holds latents of other data.
+        ValueError: the folder holds latents of other data; the VAE takes other pictures; more than 1 % of the pictures
+            cannot be read.
         OSError: the disk is full; what is written stays for the next attempt.
     """
     folder = Path(output_dir)
+    if dataset.sample_shape[0] != vae.config.in_channels:
+        raise ValueError(f"The pictures have {dataset.sample_shape[0]} channels, and the VAE takes "
+                         f"{vae.config.in_channels}.")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     count = len(dataset)
     facts: dict[str, Any] = {
         "count": count,
+        "picture_shape": list(dataset.sample_shape),
+        "vae": vae.config.get("_name_or_path", ""),
         "shard_size": shard_size,
         "id2label": dataset.id2label,
         "scaling_factor": vae.config.scaling_factor,
@@ -60,7 +68,7 @@ def cache_latents(
     }
     plan, digest = folder / "plan.json", json.dumps(facts, sort_keys=True)
     if plan.is_file() and plan.read_text() != digest:
-        raise ValueError(f"{folder} holds latents of other data; choose another folder.")
+        raise ValueError(f"{folder} holds latents of other data, of another size or VAE; choose another folder.")
     plan.write_text(digest)
     shards, shape = [], None
     for index, start in enumerate(range(0, count, shard_size)):
@@ -68,7 +76,7 @@ def cache_latents(
         path = folder / f"shard-{index:05d}.safetensors"
         tensors = _finished(path)
         if tensors is None:
-            tensors = _encode(dataset, vae, range(start, end), batch_size, lambda done: progress(done, count))
+            tensors = _encode(dataset, vae, range(start, end), batch_size, lambda done: progress(done, count), left_out)
             building = path.with_suffix(".part")
             try:
                 save_file(tensors, building)
@@ -82,6 +90,7 @@ def cache_latents(
         shards.append({"file": path.name, "count": len(tensors["labels"]), "sha256": digest_of_shard})
         progress(end, count)
     assert shape is not None
+    check_unreadable(count - sum(shard["count"] for shard in shards), count)
     facts |= {"shape": [shape[0] // 2, *shape[1:]], "shards": shards}
     (folder / LATENTS_FILE).write_text(json.dumps(facts) + "\n")
     return folder
@@ -97,12 +106,19 @@ def _finished(path: Path) -> dict[str, Tensor] | None:
 
 
 def _encode(
-    dataset: Dataset, vae: Any, positions: range, batch_size: int, progress: Callable[[int], None]
+    dataset: Dataset,
+    vae: Any,
+    positions: range,
+    batch_size: int,
+    progress: Callable[[int], None],
+    left_out: Callable[[str], None],
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {"upright": [], "mirrored": [], "labels": []}
     for start in range(positions.start, positions.stop, batch_size):
         end = min(start + batch_size, positions.stop)
         batch = dataset.read([(position, False) for position in range(start, end)])
+        for name in batch.unreadable:
+            left_out(name)
         for name, data in (("upright", batch.data), ("mirrored", batch.data.flip(3))):
             if len(data):
                 latents = vae.encode(data.to(vae.device, vae.dtype)).latent_dist

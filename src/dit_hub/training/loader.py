@@ -1,6 +1,7 @@
 """Opening data, and batches of them in the order of a schedule."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,12 +94,12 @@ class _StreamReader(torch.utils.data.IterableDataset):
             if keys[0][0] < place:  # a new pass
                 epoch, place = epoch + 1, keys[0][0]
                 rows = self.dataset.rows(self.schedule.seed, epoch, skip=place)
-            batch = []
+            batch: list[Any] = []
             for position, _ in keys:
-                for _ in range(position - place):
-                    next(rows)
-                batch.append(next(rows))
+                batch.append(next(islice(rows, position - place, None), None))
                 place = position + 1
+            if batch[-1] is None:
+                raise ValueError(f"The data set ends before its row {place}, and says that it has {len(self.dataset)}.")
             yield self.dataset.read_rows(batch, keys)
 
 

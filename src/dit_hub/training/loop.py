@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from ..adapters import add_adapters, merge_adapters
 from ..modeling_dit import DiTTransformer
@@ -41,18 +42,20 @@ from ..pipeline_dit import DiTPipeline
 from .checkpoints import (
     Checkpoint,
     checkpoints,
+    damaged,
     flatten_optimizer,
     load_checkpoint,
+    remove_checkpoints,
     save_checkpoint,
     unflatten_optimizer,
 )
-from .data import Batch, Dataset
+from .data import Batch, Dataset, check_unreadable
 from .loader import make_loader, open_dataset
 from .monitor import LOGS_FOLDER, Monitor, make_accelerator
-from .publish import Publisher
+from .publish import open_publisher
 from .recipe import Recipe
 from .result import TrainingResult
-from .setup import check_fit, check_same_recipe, load_start, make_model, make_scheduler
+from .setup import check_fit, check_same_recipe, describe, load_start, make_model, make_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +76,8 @@ class Progress(NamedTuple):
 
 Report = Callable[[Progress], None]
 
-# More unreadable files than this share of the data set, and something is wrong with it.
-MOST_UNREADABLE = 0.01
+# More steps in a row without a finite loss, and nothing is learnt any more.
+MOST_SKIPPED = 20
 
 
 class TrainingError(ValueError):
@@ -126,31 +129,34 @@ def train(
     run = _Run(recipe, model, dataset, accelerator, run_folder, base)
     if resume:
         run.resume()
+    elif accelerator.is_main_process:
+        remove_checkpoints(run_folder)
     main, start = accelerator.is_main_process, time.perf_counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_products(recipe.mixed_precision))
         asked_to_stop = stack.enter_context(_on_sigterm())
-        publisher = stack.enter_context(contextlib.closing(Publisher(recipe.push_to_hub if main else "")))
+        publisher = stack.enter_context(contextlib.closing(open_publisher(recipe.push_to_hub, accelerator)))
         monitor = stack.enter_context(
             contextlib.closing(Monitor(accelerator, recipe, model.config, run_folder, run.step))
         )
         for batches in run.batches():
-            loss = run.step_on(batches)
+            loss = run.step_on(batches, asked_to_stop.is_set())
             if main:
                 monitor.step(run.step, loss, run.learning_rate)
                 rates = monitor.pictures_per_second, monitor.utilisation
                 report(Progress(run.step, run.last, run.epoch, loss, *rates))
-            stopping = run.agree(asked_to_stop.is_set())
-            if stopping or due(recipe.save_every, run):
-                run.save()
+            if run.stopping or due(recipe.save_every, run):
+                saved = run.save()
+                if run.stopping and run_folder is not None and not saved:
+                    raise TrainingError(f"Stopped after step {run.step}, and no checkpoint of it could be written.")
                 if recipe.push_to_hub and run.step < run.last:
                     publisher.push(run.result(time.perf_counter() - start), run.step)
-            if stopping:
+            if run.stopping:
                 break
             if due(recipe.sample_every, run):
-                pipeline: Any = run.result(time.perf_counter() - start).pipeline
+                reached = run.result(time.perf_counter() - start)
                 if main:
-                    monitor.draw(pipeline.to(accelerator.device), run.step)
+                    monitor.draw(reached.pipeline, run.step)
             monitor.resume_clock()
         return run.result(time.perf_counter() - start)
 
@@ -179,13 +185,14 @@ class _Run:
         self.losses: list[float] = []  # of the steps of the current epoch
         self.epoch_losses: list[float] = []
         self.unreadable: set[str] = set()
-        self.skipped = 0
+        self.skipped = self.skipped_in_a_row = 0
+        self.last_unreadable, self.stopping = "", False
         self.scheduler = make_scheduler(recipe, model.config)
         self.null_class, self.dropout = model.config.null_class, model.config.class_dropout_prob
         if self.null_class is not None:
             model.y_embedder.dropout_prob = 0.0  # drawn here instead, for all processes alike
         if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         if recipe.compile:
             for block in model.blocks:
                 block.compile()
@@ -223,42 +230,57 @@ class _Run:
                 yield held
                 held = []
 
-    def step_on(self, batches: list[Batch]) -> float:
+    def step_on(self, batches: list[Batch], asked_to_stop: bool) -> float:
         """One optimizer step; returns the loss, the mean over all processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         draws = self._draw()
         total = torch.zeros((), device=self.accelerator.device)
-        for part, batch in zip(self.mine, batches, strict=True):
-            self._count_unreadable(batch)
-            if len(batch.data):
-                loss = self._loss(batch, *(values[part] for values in draws)) / len(batches)
-                self.accelerator.backward(loss)
-                total += loss.detach()
-        loss = float(self.accelerator.reduce(total, "mean"))  # pyright: ignore[reportArgumentType]
-        if math.isfinite(loss):
-            if self.recipe.max_grad_norm:
-                self.accelerator.clip_grad_norm_(self.trained, self.recipe.max_grad_norm)
+        for index, (part, batch) in enumerate(zip(self.mine, batches, strict=True)):
+            self._note_unreadable(batch)
+            last = index == len(batches) - 1  # after which processes exchange their gradients
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.plain):
+                loss = self._loss(batch, *(values[part] for values in draws)) if len(batch.data) else self._nothing()
+                self.accelerator.backward(loss / len(batches))
+            total += loss.detach() / len(batches)
+        loss, norm = self._agree(total, self._clip(), asked_to_stop)
+        # In fp16 the scaler leaves out steps whose gradients overflow.
+        if math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None):
             self.optimizer.step()
             for average in self.averages.values():
                 average.step(self.trained)
+            self.losses.append(loss)
+            self.skipped_in_a_row = 0
         else:
-            self._not_finite(loss, batches)
+            self._not_finite(loss, norm, batches)
         self.optimizer.zero_grad()
         self.step += 1
-        self.losses.append(loss)
         if self.step % self.per_epoch == 0:
-            finite = [value for value in self.losses if math.isfinite(value)]
-            self.epoch_losses.append(sum(finite) / max(1, len(finite)))
+            self.epoch_losses.append(sum(self.losses) / len(self.losses) if self.losses else 0.0)
             self.losses = []
         return loss
 
-    def agree(self, asked: bool) -> bool:
-        """Whether any process was asked to stop, so that all stop after the same step."""
-        if self.accelerator.num_processes == 1:
-            return asked
-        flag = torch.tensor(float(asked), device=self.accelerator.device)
-        return float(self.accelerator.reduce(flag)) > 0  # pyright: ignore[reportArgumentType]
+    def _clip(self) -> Tensor:
+        """Clip the gradients, if the recipe says so; returns their norm before."""
+        norm: Any = self.accelerator.clip_grad_norm_(self.trained, self.recipe.max_grad_norm or math.inf)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).to(self.accelerator.device)
+
+    def _agree(self, loss: Tensor, norm: Tensor, asked_to_stop: bool) -> tuple[float, float]:
+        """The mean loss and the norm, of all processes; all stop alike, asked to or for what they cannot read."""
+        rest = torch.tensor([len(self.unreadable), asked_to_stop], dtype=torch.float32, device=loss.device)
+        mine = torch.cat([torch.stack([loss.float(), norm.float()]), rest])
+        everyone: Any = self.accelerator.gather(mine[None])  # (processes, 4)
+        losses, norms, unreadable, asked = everyone.cpu().unbind(1)
+        self.stopping = bool(asked.any())
+        check_unreadable(int(unreadable.max()), len(self.dataset), self.last_unreadable)
+        return float(losses.mean()), float(norms.max())
+
+    def _nothing(self) -> Tensor:
+        """A loss of zero, where nothing of a share can be read: the other processes wait for its gradients."""
+        config, device = self.plain.config, self.accelerator.device
+        labels = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)} if config.num_classes else {}
+        noisy = torch.zeros(1, *self.dataset.sample_shape, device=device)
+        return 0 * self.model(noisy, torch.zeros(1, device=device), **labels).sample.sum()
 
     @property
     def epoch(self) -> int:
@@ -318,36 +340,36 @@ class _Run:
             return v_prediction
         return noise_and_variance if self.plain.config.learn_sigma else noise_prediction
 
-    def _not_finite(self, loss: float, batches: list[Batch]) -> None:
+    def _not_finite(self, loss: float, norm: float, batches: list[Batch]) -> None:
         self.skipped += 1
-        if self.recipe.skip_nan:
-            logger.warning("Step %d has the loss %s and is skipped.", self.step + 1, loss)
+        self.skipped_in_a_row += 1
+        what = f"loss of step {self.step + 1} is {loss}" if not math.isfinite(loss) else (
+            f"norm of the gradients of step {self.step + 1} is {norm}"
+        )  # fmt: skip
+        if self.recipe.skip_nan and self.skipped_in_a_row < MOST_SKIPPED:
+            logger.warning("The %s; it is skipped (%d so far).", what, self.skipped)
             return
         kept = checkpoints(self.folder) if self.folder else []
         good = f"The last good checkpoint is {kept[-1]}." if kept else "There is no checkpoint."
         positions = [position for batch in batches for position in batch.positions]
-        raise TrainingError(
-            f"The loss of step {self.step + 1} is {loss}, on the samples {_shortened(positions)}. {good} "
+        hint = f"{MOST_SKIPPED} steps in a row were skipped." if self.recipe.skip_nan else (
             "skip_nan=true would skip and count such steps."
-        )
+        )  # fmt: skip
+        raise TrainingError(f"The {what}, on the samples {_shortened(positions)}. {good} {hint}")
 
-    def _count_unreadable(self, batch: Batch) -> None:
+    def _note_unreadable(self, batch: Batch) -> None:
         for name in batch.unreadable:
             if name not in self.unreadable:
                 self.unreadable.add(name)
+                self.last_unreadable = name
                 logger.warning("%s cannot be read and is left out (%d so far).", name, len(self.unreadable))
-        if len(self.unreadable) > max(1, MOST_UNREADABLE * len(self.dataset)):
-            raise TrainingError(
-                f"{len(self.unreadable)} of {len(self.dataset)} files cannot be read, more than "
-                f"{MOST_UNREADABLE:.0%}; the last one is {batch.unreadable[-1]}."
-            )
 
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint. A disk that is full does not end the run."""
+    def save(self) -> bool:
+        """Write a checkpoint; False where that fails, which does not end the run."""
         if self.folder is None:
-            return
+            return False
         model, optimizer_state = get_state_dict(self.plain, _bare(self.optimizer), options=_WHOLE)
         # Of sharded weights the main process alone has the whole.
         optimizer, groups = flatten_optimizer(cast(Any, optimizer_state)) if optimizer_state else ({}, [])
@@ -357,6 +379,7 @@ class _Run:
         scaler = self.accelerator.scaler
         facts = {
             "recipe": asdict(self.recipe),
+            "data": describe(self.dataset),
             "groups": groups,
             "losses": self.losses,
             "epoch_losses": self.epoch_losses,
@@ -365,13 +388,18 @@ class _Run:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema_steps": [average.optimization_step for average in self.averages.values()],
         }
+        written = True
         if self.accelerator.is_main_process:
             try:
+                if not all(weight.isfinite().all() for weight in tensors["model"].values()):
+                    raise OSError("the weights are not finite.")
                 checkpoint = Checkpoint(self.step, tensors, facts, self._empty_pipeline())
                 save_checkpoint(self.folder, checkpoint, self.recipe.keep_last)
             except OSError as error:
                 logger.error("No checkpoint at step %d: %s Training goes on.", self.step, error)
+                written = False
         self.accelerator.wait_for_everyone()
+        return written
 
     def _empty_pipeline(self) -> DiTPipeline | None:
         """A pipeline without weights, to describe a checkpoint; none with adapters, which are not merged yet."""
@@ -385,15 +413,27 @@ class _Run:
         """Go on from the last checkpoint, if there is one.
 
         Raises:
-            ValueError: it is of another recipe, or damaged.
+            ValueError: it is of another recipe or of other data, or damaged, or not on every machine.
         """
         kept = checkpoints(self.folder) if self.folder else []
-        if not kept:
-            return
-        checkpoint = load_checkpoint(kept[-1])
-        check_same_recipe(kept[-1], checkpoint.facts.get("recipe", {}), self.recipe)
+        if kept:
+            checkpoint = load_checkpoint(kept[-1])
+            check_same_recipe(kept[-1], checkpoint.facts, self.recipe, self.dataset)
+            try:
+                self._restore(checkpoint)
+            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                raise damaged(kept[-1], error) from None
+        step = torch.tensor([self.step], device=self.accelerator.device)
+        steps: list[int] = cast(Any, self.accelerator.gather(step)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(f"The processes find checkpoints of the steps {', '.join(map(str, steps))}: {self.folder} "
+                             "must lie on a disk that all machines share.")  # fmt: skip
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         state: Any = unflatten_optimizer(checkpoint.tensors["optimizer"], checkpoint.facts["groups"])
         tensors: Any = checkpoint.tensors
+        if tensors["model"].keys() != self.plain.state_dict().keys():
+            raise ValueError("its weights have other names")
         for (decay, average), steps in zip(self.averages.items(), checkpoint.facts["ema_steps"], strict=True):
             set_model_state_dict(self.plain, tensors[average_name(decay)], options=_WHOLE)
             average.shadow_params = [parameter.clone().detach() for parameter in self.trained]
@@ -431,8 +471,8 @@ class _Run:
         losses = self.epoch_losses + ([sum(self.losses) / len(self.losses)] if self.losses else [])
         logs = None if self.folder is None else self.folder / LOGS_FOLDER
         return TrainingResult(pipeline, self.recipe, self.dataset, losses, seconds, self.step == self.last,
-                              self.accelerator.is_main_process, self.accelerator.num_processes, others, kept,
-                              logs)  # fmt: skip
+                              self.accelerator.is_main_process, self.accelerator.num_processes, self.skipped, others,
+                              kept, logs)  # fmt: skip
 
     def _averaged(self, decay: float | None) -> dict[str, Tensor]:
         """Weights by name, averaged with a decay or as they are, in memory of their own; with adapters apart."""
@@ -457,7 +497,7 @@ class _Run:
 
     def _decoder(self) -> Any:
         """Of the pipeline; read when it is needed, so that training has its memory."""
-        if self.recipe.vae:
+        if self.recipe.vae and self.accelerator.is_main_process:
             return AutoencoderKL.from_pretrained(self.recipe.vae)
         return None if self.base is None else self.base.vae
 

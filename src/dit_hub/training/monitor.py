@@ -1,18 +1,24 @@
 """What is seen of a run while it goes on: losses and rates in trackers, pictures."""
 
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from PIL import Image
 
 from ..flops import matmul_peak, measure
 from ..pipeline_dit import DiTPipeline
 from ..visualize import sample_grid
 from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 # The folder of logs beside the checkpoints, and then in the pipeline's; the Hub shows TensorBoard's from "runs".
 LOGS_FOLDER = "runs"
@@ -32,6 +38,7 @@ def make_accelerator(recipe: Recipe, folder: Path | None) -> Accelerator:
         raise ValueError(f"There is no tracker {tracker!r}; there are none, {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
     if tracker and tracker not in map(str, get_available_trackers()):
         raise ImportError(f"The tracker {tracker} needs its package: pip install {tracker}; or set tracker=none.")
+    AcceleratorState._reset_state()  # or a process could not train in another precision than before
     precision = "no" if recipe.mixed_precision == "tf32" else recipe.mixed_precision
     return Accelerator(mixed_precision=precision, log_with=tracker, project_dir=folder)
 
@@ -56,13 +63,13 @@ class Monitor:
             peak = matmul_peak(device, dtype, 8192 if device.type == "cuda" else 512) * accelerator.num_processes
             # Forward and backward are three passes (Kaplan et al. 2020), of two operations a multiply-accumulate.
             self._share_of_one = 3 * 2e9 * measure(config).gmacs / peak
+        self._working = True
         if accelerator.log_with:
+            board = recipe.tracker == "tensorboard"
             # A killed run wrote steps that are now taken again.
-            options = (
-                {"tensorboard": {"purge_step": step + 1 if step else None}} if recipe.tracker == "tensorboard" else {}
-            )
-            accelerator.init_trackers(LOGS_FOLDER, init_kwargs=options)
-            accelerator.log({"recipe": str(recipe)}, step=step)
+            options = {"tensorboard": {"purge_step": step + 1}} if board else {}
+            self._try(lambda: accelerator.init_trackers(LOGS_FOLDER if board else "dit-hub", init_kwargs=options))
+            self._try(lambda: accelerator.log({"recipe": str(recipe)}, step=step))
         self._losses: list[float] = []
         self._seconds = 0.0
         self.resume_clock()
@@ -85,13 +92,18 @@ class Monitor:
             "pictures per second": self.pictures_per_second,
             "model-flops utilisation": self.utilisation,
         }
-        self.accelerator.log(values, step=step)
+        self._try(lambda: self.accelerator.log(values, step=step))
         self._losses, self._seconds = [], 0.0
 
     def draw(self, pipeline: DiTPipeline, step: int) -> None:
         """Log pictures of what the model draws now, in the main process."""
         pipeline.set_progress_bar_config(disable=True)
+        cast(Any, pipeline).to(self.accelerator.device)
         grid = sample_grid(pipeline)
+        cast(Any, pipeline).to("cpu")  # a decoder that is kept leaves its memory to training
+        self._try(lambda: self._write(grid, step))
+
+    def _write(self, grid: Image.Image, step: int) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             grid.save(self.folder / f"samples-{step:08d}.png")
@@ -105,4 +117,13 @@ class Monitor:
     def close(self) -> None:
         """Finish the files."""
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            self._try(tracker.finish)
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """Log, unless that failed once: a full disk or a service that is away is no reason to stop training."""
+        try:
+            if self._working:
+                action()
+        except Exception as error:  # whatever a tracker raises
+            self._working = False
+            logger.error("Nothing more is logged: %s Training goes on.", error)

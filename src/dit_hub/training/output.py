@@ -1,10 +1,14 @@
 """What a training run leaves: the pipeline folder, its training.json, pictures and card."""
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dit_hub.model_cards import render_card
 
@@ -15,6 +19,8 @@ from ..visualize import Trajectory, loss_curve, sample_grid
 from .monitor import LOGS_FOLDER
 from .recipe import get_recipe
 from .result import TrainingResult
+
+logger = logging.getLogger(__name__)
 
 # Mean loss by epoch that the published series reports for its toy.
 PUBLISHED_TOY_LOSSES = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
@@ -65,9 +71,15 @@ def write_result(result: TrainingResult, folder: Path, command: str = "") -> Non
 
 
 def _draw(result: TrainingResult, folder: Path) -> None:
-    pipeline, trajectory = result.pipeline, Trajectory()
+    """Add pictures; what keeps them from being drawn must not cost the weights."""
+    pipeline: Any = result.pipeline
+    trajectory = Trajectory()
     pipeline.set_progress_bar_config(disable=True)
-    if pipeline.vae is not None or pipeline.transformer.config.in_channels in (1, 3):  # else there is no decoder
-        sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
-        trajectory.picture(pipeline).save(folder / "trajectory.png")
+    try:
+        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        if pipeline.draws_quickly:
+            sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
+            trajectory.picture(pipeline).save(folder / "trajectory.png")
+    except (Exception, KeyboardInterrupt) as error:
+        logger.warning("No samples were drawn: %s", error or type(error).__name__)
     loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result))

@@ -5,11 +5,28 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from ..hub import make_repository, push_folder
 from .output import write_result
 from .result import TrainingResult
 
 logger = logging.getLogger(__name__)
+
+
+def open_publisher(repository: str, accelerator: Accelerator) -> "Publisher":
+    """One that pushes from the main process; what it raises, all processes raise."""
+    publisher, problem = Publisher(""), [""]
+    if repository and accelerator.is_main_process:
+        try:
+            publisher = Publisher(repository)
+        except (OSError, ValueError) as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise OSError(problem[0])
+    return publisher
 
 
 class Publisher:

@@ -1,5 +1,6 @@
 """A training run as data: one short dataclass, one short YAML file."""
 
+import math
 import types
 from dataclasses import dataclass, fields, replace
 from importlib import resources
@@ -107,7 +108,7 @@ class Recipe:
             "keep_last",
         )
         for name in above_zero:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
         at_least_zero = (
             "steps",
@@ -120,8 +121,10 @@ class Recipe:
             "workers",
         )
         for name in at_least_zero:
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or above, not {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to {2**31 - 1}, not {self.seed}.")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1.")
         decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
@@ -138,8 +141,10 @@ class Recipe:
                 raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}.")
         if self.min_snr_gamma and self.objective == "flow":
             raise ValueError("min_snr_gamma is for the objectives noise and v.")
-        if not self.merge_adapters and not (self.lora_rank and self.init_from):
-            raise ValueError("merge_adapters=false needs lora_rank, and init_from, whose adapters they are.")
+        if self.lora_rank and not self.init_from:
+            raise ValueError("lora_rank adapts a trained model; set init_from to a folder, a Hub id or a checkpoint.")
+        if not self.merge_adapters and (not self.lora_rank or len(self.ema_decays) > 1):
+            raise ValueError("merge_adapters=false needs lora_rank, and one ema_decay at most.")
         if self.streaming and not self.data.startswith("hf:"):
             raise ValueError(f"streaming is for data sets of the Hub (hf:NAME), not for {self.data!r}.")
 
@@ -162,9 +167,9 @@ class Recipe:
         if isinstance(self.model, str):
             return DiTConfig.from_name(self.model, **parameterization)
         known = [name for name in DiTConfig.__init__.__annotations__ if name != "return"] or list(vars(DiTConfig()))
-        if unknown := [name for name in self.model if name not in known]:
+        if unknown := [str(name) for name in self.model if name not in known]:
             raise ValueError(f"A model has no field {unknown[0]!r}. The nearest names: {nearest(unknown[0], known)}.")
-        return DiTConfig(**self.model, **parameterization)
+        return DiTConfig(**{**self.model, **parameterization})
 
     def with_settings(self, settings: dict[str, Any]) -> "Recipe":
         """The recipe with some fields changed; text is read as YAML would.
@@ -176,6 +181,7 @@ class Recipe:
         changes = {}
         for name, value in settings.items():
             if name not in kinds:
+                name = str(name)
                 raise ValueError(f"A recipe has no field {name!r}. The nearest names: {nearest(name, list(kinds))}.")
             changes[name] = _read(name, value, kinds[name])
         return replace(self, **changes)
@@ -184,14 +190,20 @@ class Recipe:
 def _read(name: str, value: Any, kind: Any) -> Any:
     """A value of a recipe's file or of the command line, as its field's type."""
     if isinstance(kind, types.UnionType) and str in kind.__args__:  # the model: a name or fields
-        parsed = yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
+        parsed = _parsed(name, value, "{")
         if not isinstance(parsed, (str, dict)):
             raise ValueError(f"{name} must be a name or fields of a configuration, not {value!r}.")
         return parsed
     if isinstance(kind, types.UnionType):  # ema_decay: a number or several
-        parsed = yaml.safe_load(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+        parsed = _parsed(name, value, "[")
         return [_read(name, item, float) for item in parsed] if isinstance(parsed, list) else _read(name, parsed, float)
     if kind is str:
+        if value is None:  # as YAML's nothing
+            return ""
+        if value is False and name in ("mixed_precision", "tracker"):  # as YAML reads a bare "no"
+            return "no" if name == "mixed_precision" else "none"
+        if isinstance(value, (bool, list, dict)):
+            raise ValueError(f"{name} must be text, not {value!r}.")
         return str(value)
     words = {"true": True, "yes": True, "false": False, "no": False}
     if kind is bool:
@@ -207,6 +219,16 @@ def _read(name: str, value: Any, kind: Any) -> Any:
     except (ValueError, TypeError, OverflowError):
         what = {int: "a whole number", float: "a number"}[kind]
         raise ValueError(f"{name} must be {what}, not {value!r}.") from None
+
+
+def _parsed(name: str, value: Any, bracket: str) -> Any:
+    """A value of the command line that is more than a word."""
+    if not (isinstance(value, str) and value.lstrip().startswith(bracket)):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"{name} is no YAML: {value!r}.") from None
 
 
 def shipped_recipes() -> list[str]:

@@ -24,6 +24,7 @@ class TrainingResult:
         finished: whether all steps are done; not so after SIGTERM.
         main_process: whether this is the process that writes.
         processes: how many trained.
+        skipped: steps without a finite loss.
         averages: weights of the further moving averages, by variant ("ema-9999").
         adapted: the model with its adapters apart, where the recipe does not merge them.
         logs: what trackers and `sample_every` wrote, a folder.
@@ -37,6 +38,7 @@ class TrainingResult:
     finished: bool = True
     main_process: bool = True
     processes: int = 1
+    skipped: int = 0
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     adapted: Any = None
     logs: Path | None = None

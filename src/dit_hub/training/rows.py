@@ -1,14 +1,16 @@
 """Data sets of the Hub through Hugging Face's `datasets`, downloaded first or read while they stream."""
 
+import hashlib
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..extras import require
-from .data import Batch, Key, picture_tensor
+from .data import UNREADABLE, Batch, Key, picture_tensor
 
 # Rows that are shuffled together in a stream; more is better shuffled and takes longer to start.
 SHUFFLE_BUFFER = 2048
@@ -67,18 +69,25 @@ class Rows:
         """A batch of rows that lie at these positions."""
         pictures, labels, positions, unreadable = [], [], [], []
         for row, (position, mirrored) in zip(rows, keys, strict=True):
+            encoded, label = row[self.image] or {}, row[self.label] if self.label else 0
             try:
-                encoded = row[self.image]
-                with Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
+                content = encoded.get("bytes") or Path(encoded["path"]).read_bytes()
+                if label is None or label < 0:
+                    raise ValueError("without a class")
+                with Image.open(io.BytesIO(content)) as image:
                     picture = picture_tensor(image, self.size)
-            except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
-                unreadable.append(f"The image of row {position}")
+            except (*UNREADABLE, KeyError):
+                unreadable.append(self._name(position, encoded))
                 continue
             pictures.append(picture.flip(2) if mirrored else picture)
-            labels.append(row[self.label] if self.label else 0)
+            labels.append(label)
             positions.append(position)
         data = torch.stack(pictures) if pictures else torch.empty(0, *self.sample_shape)
         return Batch(data, torch.tensor(labels, dtype=torch.long), positions, unreadable)
+
+    def _name(self, position: int, encoded: dict[str, Any]) -> str:
+        """Of a row that is left out."""
+        return f"Row {position}"
 
 
 class StreamedRows(Rows):
@@ -92,6 +101,10 @@ class StreamedRows(Rows):
             raise ValueError(f"The data set {name} does not say how many rows it has, so it cannot be streamed; "
                              "set streaming=false.")  # fmt: skip
         return known.num_examples
+
+    def _name(self, position: int, encoded: dict[str, Any]) -> str:
+        """By its content, since a row has another place in each pass."""
+        return f"The row whose image has the SHA-1 {hashlib.sha1(encoded.get('bytes') or b'').hexdigest()}"
 
     def rows(self, seed: int, epoch: int, skip: int) -> Iterator[dict[str, Any]]:
         """The rows of a pass, without the first few; the same for the same seed and pass."""

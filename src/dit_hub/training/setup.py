@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -11,15 +11,17 @@ from ..adapters import add_adapters
 from ..configuration_dit import DiTConfig
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
+from .checkpoints import damaged
 from .data import Dataset
 from .recipe import Recipe
 
 
 def load_start(source: str) -> DiTPipeline:
-    """A pipeline folder, a Hub id or a checkpoint file."""
-    if Path(source).is_file():
-        return DiTPipeline.from_single_file(source)
-    return DiTPipeline.from_pretrained(source)
+    """A pipeline folder, a Hub id or a checkpoint file; in float32, whatever it was stored in."""
+    file = Path(source).is_file()
+    pipeline = DiTPipeline.from_single_file(source) if file else DiTPipeline.from_pretrained(source)
+    pipeline.transformer.float()
+    return pipeline
 
 
 def make_model(recipe: Recipe, dataset: Dataset, start: DiTTransformer | None) -> DiTTransformer:
@@ -94,25 +96,57 @@ def check_fit(
     if recipe.batch_size % (processes * recipe.gradient_accumulation):
         raise ValueError(f"batch_size {recipe.batch_size} cannot be shared equally by {processes} processes with "
                          f"gradient_accumulation {recipe.gradient_accumulation}.")  # fmt: skip
+    if recipe.fsdp and processes == 1:
+        raise ValueError("fsdp shares weights among processes, and this is one; start with `accelerate launch`.")
+    straight = config.parameterization != "diffusion"
+    if straight != (recipe.objective == "flow"):
+        raise ValueError(f"A model of parameterization {config.parameterization!r} is not trained by the objective "
+                         f"{recipe.objective!r}.")  # fmt: skip
+    if base is not None and not straight:
+        check_noise_schedule(recipe, base)
     decoder = bool(recipe.vae) or (base is not None and base.vae is not None)
-    if recipe.vae:  # a wrong name shows now, not after days
-        check_decoder(recipe.vae)
+    if recipe.vae:  # what does not fit shows now, not after days
+        check_decoder(recipe.vae, channels)
     if recipe.sample_every and not decoder and channels not in (1, 3):
         raise ValueError("sample_every needs a decoder to draw pictures of latents: set vae, or sample_every=0.")
 
 
-def check_decoder(name: str) -> None:
-    """Raise ValueError where there is no such VAE."""
+def check_noise_schedule(recipe: Recipe, base: DiTPipeline) -> None:
+    """Raise ValueError where a model would go on with other noise than it was trained with."""
+    theirs: Any = cast(Any, base).scheduler.config
+    for name in ("num_train_timesteps", "beta_start", "beta_end"):
+        if theirs[name] != getattr(recipe, name):
+            raise ValueError(f"{recipe.init_from} was trained with {name} {theirs[name]}, and the recipe has "
+                             f"{getattr(recipe, name)}; set {name}={theirs[name]}.")  # fmt: skip
+
+
+def check_decoder(name: str, channels: int) -> None:
+    """Raise ValueError where there is no such VAE, or one of other latents."""
     try:
-        AutoencoderKL.load_config(name)
-    except (OSError, ValueError):
+        config: Any = AutoencoderKL.load_config(name)
+        if config["latent_channels"] != channels:
+            raise ValueError(f"The decoder {name} takes {config['latent_channels']} channels, and the data have "
+                             f"{channels}.")  # fmt: skip
+    except (OSError, KeyError):
         raise ValueError(f"The decoder {name} cannot be loaded; set vae to a folder or a Hub id, or to nothing for a "
                          "pipeline that draws latents only.") from None  # fmt: skip
 
 
-def check_same_recipe(path: Path, theirs: dict[str, Any], recipe: Recipe) -> None:
-    """Raise ValueError where a checkpoint's recipe would have led elsewhere; the message says what differs."""
-    ours = asdict(recipe)
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What a run that goes on must find again of its data, as JSON has it."""
+    return {"pictures": len(dataset), "classes": list(dataset.id2label.values()), "shape": list(dataset.sample_shape)}
+
+
+def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, dataset: Dataset) -> None:
+    """Raise ValueError where a checkpoint's recipe or data would have led elsewhere; the message says what differs."""
+    if not isinstance(facts.get("recipe"), dict):
+        raise damaged(path, ValueError("it does not say of which recipe"))
+    data = describe(dataset)
+    if different := [name for name in data if facts.get("data", data).get(name) != data[name]]:
+        name = different[0]
+        raise ValueError(f"{path} is of other data: {name} {facts['data'].get(name)} there, {data[name]} here.")
+    # What an older release did not know was as it is by default.
+    ours, theirs = asdict(recipe), asdict(Recipe()) | facts["recipe"]
     names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
     if names:
         differences = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in names)
