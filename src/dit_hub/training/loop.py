@@ -210,7 +210,8 @@ class _Run:
             trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=not recipe.fsdp
         )
         self.model = model if recipe.fsdp else accelerator.prepare(model)
-        self.optimizer = accelerator.prepare(self.optimizer)
+        if accelerator.scaler is not None:  # else accelerate's wrapper does nothing, in 0.8 ms a step
+            self.optimizer = accelerator.prepare(self.optimizer)
         self.averages = {decay: EMAModel(trained, decay=decay) for decay in recipe.ema_decays}
         self.trained = trained
 
