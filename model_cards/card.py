@@ -80,8 +80,19 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         results=results,
         training=training if training.get("recipe") else None,
         losses=_shown_losses(training.get("epoch_losses", [])),
-        limits=_IMAGENET_LIMITS if config.num_classes == 1000 else _TOY_LIMITS if training.get("data") else None,
+        limits=_limits(config, training),
     )
+
+
+def _limits(config: DiTConfig, training: dict[str, Any]) -> str | None:
+    if config.num_classes == 1000:
+        return _IMAGENET_LIMITS
+    if not training.get("data"):
+        return None
+    if training.get("recipe", {}).get("data", "shapes") == "shapes":
+        return _TOY_LIMITS
+    what = "these classes" if config.num_classes else "what it was trained on"
+    return f"The model draws {what} and nothing else; how well is not measured unless results stand above."
 
 
 def _facts(folder: Path, name: str) -> dict[str, Any]:
