@@ -73,10 +73,11 @@ def test_info_prints_the_published_sizes_beside_the_papers(tmp_path: Path) -> No
 
 
 def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_path: Path) -> None:
-    settings = ("images_per_class=8", "epochs=2", "batch_size=64", "ema_decay=0.9")
+    settings = ("images_per_class=8", "epochs=6", "batch_size=64", "ema_decay=0.9")  # 12 steps
     run = dit_hub("train", "toy", *settings, "--out", "run/toy", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "steps/s" in run.stdout
+    assert " pictures/s, " in run.stdout
+    assert "% of peak" in run.stdout
     assert "Mean loss" in run.stdout
     for name in ("README.md", "training.json", "samples.png", "loss.png", "trajectory.png", "model_index.json"):
         assert (tmp_path / "run" / "toy" / name).is_file()

@@ -583,7 +583,9 @@ def test_adapters_are_kept_apart_and_merged_when_loaded(tmp_path: Path) -> None:
     assert loaded.keys() == merged.keys()
     for name, weight in merged.items():
         torch.testing.assert_close(loaded[name], weight, atol=1e-6, rtol=0)
-    code = (tmp_path / "apart" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    card = (tmp_path / "apart" / "README.md").read_text()
+    assert "The model draws these classes and nothing else" in card
+    code = card.split("```python\n")[1].split("```")[0]
     assert 'from_pretrained("dit-toy-shapes")\npipe.load_adapters("apart")' in code
     other = DiTPipeline.from_pretrained(tmp_path / "merged")
     other.transformer = DiTTransformer(get_recipe("digits").config)
