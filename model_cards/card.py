@@ -216,7 +216,8 @@ def _code(
         folder = f"https://huggingface.co/{repository}/resolve/main" if on_hub else repository
         load = f'from_single_file("{folder}/model.pt", num_attention_heads={config.num_attention_heads}'
     elif layout == "adapters":
-        load, then = f'from_pretrained("{base}"', f'pipe.load_adapters("{repository}")\n'
+        method = "from_single_file" if Path(base or "").suffix in (".pt", ".pth", ".safetensors") else "from_pretrained"
+        load, then = f'{method}("{base}"', f'pipe.load_adapters("{repository}")\n'
     elif config.in_channels not in (1, 3) and not (index.get("vae") or [None])[0]:
         decoder = f'vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}")\n'
         load += ", vae=vae"
