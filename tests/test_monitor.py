@@ -1,16 +1,21 @@
 """What is seen of a run while it goes on: logs, rates, pictures."""
 
+import io
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib import pyplot
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dit_hub import DiTPipeline
 from dit_hub.training.loop import Progress, train
 from dit_hub.training.output import save_result
+from dit_hub.training.progress import training_progress
 from dit_hub.training.recipe import Recipe
 
 from .command_line import dit_hub
@@ -56,6 +61,71 @@ def test_progress_tells_the_rate_and_the_share_of_the_peak() -> None:
     assert seen[-1].pictures_per_second > 10
     assert 0 < seen[-1].utilisation < 1
     assert (seen[-1].step, seen[-1].last, seen[-1].epoch) == (20, 20, 5)
+
+
+def shown(width: int, last: int, terminal: bool = True) -> list[str]:
+    """The states of the progress line of a run of 80 epochs."""
+    output = io.StringIO()
+    console = Console(width=width, file=output, force_terminal=terminal, color_system=None, legacy_windows=False)
+    with training_progress(console) as report:
+        for step in (1, last // 2, last):
+            report(Progress(step, last, 80 * step // last, 0.12345, 0 if step == 1 else 4321.4, 0.123))
+    return [line.rstrip() for line in re.split(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n", output.getvalue()) if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("width", "last", "end"),
+    [
+        (60, 400_000, " 400000/400000 0:00:00<0:00:00 4321/s"),
+        (80, 400_000, " 400000/400000 0:00:00<0:00:00 4321 pictures/s"),
+        (80, 750, " 750/750 0:00:00<0:00:00 4321 pictures/s, 12% of peak"),
+        (120, 400_000, " 400000/400000 0:00:00<0:00:00 4321 pictures/s, 12% of peak"),
+    ],
+)
+def test_the_progress_line_is_whole_at_any_width(width: int, last: int, end: str) -> None:
+    lines = shown(width, last)
+    assert lines[-1].startswith("epoch 80 loss 0.1235 ")
+    assert lines[-1].endswith(end)
+    assert ("━" in lines[-1]) == (width > 60)
+    assert all(len(line) <= width and "…" not in line for line in lines)
+
+
+def test_a_run_that_writes_to_a_file_leaves_whole_lines() -> None:
+    assert shown(40, 400_000, terminal=False) == [
+        "epoch 0 loss 0.1235 1/400000 0:00:00<-:--:--",
+        "epoch 80 loss 0.1235 400000/400000 0:00:00<0:00:00 4321 pictures/s, 12% of peak",
+    ]
+
+
+def test_the_command_shows_a_whole_line_in_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    run = dit_hub("train", "toy", *SHORT_SETTINGS, "--out", "toy", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", run.stdout)
+    assert "…" not in text.replace("Drawing samples…", "")
+    assert re.search(r"epoch 5 loss \d\.\d{4} ━+ 20/20 \d:\d\d:\d\d<0:00:00 \d+ pictures/s, \d+% of peak", text)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "title"),
+    [
+        (SHORT, "toy trained on shapes"),
+        (replace(SHORT, epochs=1, init_from="dit-toy-shapes"), "dit-toy-shapes trained on shapes"),
+        (replace(SHORT, epochs=1, model={"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 16,
+                                         "num_hidden_layers": 1, "num_attention_heads": 2, "learn_sigma": False}),
+         "DiT of 12,656 parameters trained on shapes"),
+    ],
+)  # fmt: skip
+def test_the_loss_plot_says_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe, title: str
+) -> None:
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda figure: None)
+    save_result(train(recipe), tmp_path / "out", "")
+    axes = pyplot.gcf().axes[0]
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == (title, "epoch", "mean training loss")
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+    pyplot.clf()
 
 
 @pytest.mark.parametrize(

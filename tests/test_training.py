@@ -28,7 +28,8 @@ from dit_hub.objectives import (
     uniform_timesteps,
     v_prediction,
 )
-from dit_hub.training.data import CachedLatents, ImageFolder, Pictures, Schedule, center_crop
+from dit_hub.training.data import CachedLatents, ImageFolder, Pictures, Schedule
+from dit_hub.training.images import center_crop
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loader import open_dataset
 from dit_hub.training.loop import Progress, TrainingError, train

@@ -153,7 +153,9 @@ def train(
 
 @app.command()
 def latents(
-    data: Annotated[str, typer.Argument(help="A folder of images for each class, or an .npz archive.")],
+    data: Annotated[
+        str, typer.Argument(help="A folder of images, or of one for each class, an .npz archive or hf:NAME.")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for the latents; one that was cut goes on.")],
     vae: Annotated[str, typer.Option(help="A folder or Hub id of an AutoencoderKL.")] = "stabilityai/sd-vae-ft-mse",
     size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 256,
@@ -166,6 +168,7 @@ def latents(
     from diffusers import AutoencoderKL
     from rich.progress import Progress
 
+    from .training.data import CachedLatents
     from .training.latents import cache_latents
     from .training.loader import open_dataset
 
@@ -176,23 +179,21 @@ def latents(
         raise ValueError(f"{data} holds latents already.")
     _check_device(device)
     encoder: Any = AutoencoderKL.from_pretrained(vae)
-    left_out: list[str] = []
+    for note in dataset.notes:
+        print(note)
     with Progress() as bar:
         task = bar.add_task("encoding")
-
-        def leave_out(name: str) -> None:
-            left_out.append(name)
-            bar.console.print(f"{name} cannot be read and is left out.")
-
         cache_latents(
             dataset,
             encoder.eval().to(device),
             out,
             batch_size,
             progress=lambda done, count: bar.update(task, completed=done, total=count),
-            left_out=leave_out,
+            left_out=lambda name: bar.console.print(
+                f"{name} cannot be read and is left out.", markup=False, highlight=False, soft_wrap=True
+            ),
         )
-    print(f"{len(dataset) - len(left_out)} pictures are encoded in {out}; train from them with data={out}")
+    print(f"{len(CachedLatents(out))} pictures are encoded in {out}; train from them with data={out}")
 
 
 @export_app.command("onnx")

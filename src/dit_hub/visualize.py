@@ -103,16 +103,24 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def loss_curve(
-    epoch_losses: Sequence[float], path: str | os.PathLike, reference: dict[int, float] | None = None
+    epoch_losses: Sequence[float],
+    path: str | os.PathLike,
+    reference: dict[int, float] | None = None,
+    title: str = "",
 ) -> None:
-    """Draw the loss of each epoch to a file, and another run's losses by epoch as points beside it."""
+    """Draw the mean loss of each epoch to a file, and another run's losses by epoch as points beside it."""
     pyplot = require("matplotlib.pyplot", "train")
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(range(1, len(epoch_losses) + 1), epoch_losses, label="this run")
+    # Dots, since a line through one epoch would not be seen.
+    axes.plot(range(1, len(epoch_losses) + 1), epoch_losses, "." * (len(epoch_losses) < 50) + "-", label="this run")
     if reference:
         axes.plot(list(reference), list(reference.values()), "o", label="published")
         axes.legend()
-    axes.set(xlabel="epoch", ylabel="loss", yscale="log")
+    axes.set(xlabel="epoch", ylabel="mean training loss", yscale="log", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

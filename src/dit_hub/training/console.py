@@ -1,17 +1,16 @@
-"""Training at the command line: progress, the loss table, the pictures."""
+"""Training at the command line: the run, the loss table, the folder."""
 
 import os
 import shutil
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..hub import push_folder
-from .loop import Progress as TrainingProgress
 from .loop import train
 from .output import published_losses, save_result
+from .progress import training_progress
 from .recipe import Recipe
 from .result import TrainingResult
 
@@ -27,19 +26,7 @@ def train_and_save(
     run_folder = Path(f"{str(output_dir).rstrip('/')}.run")
     if run_folder.exists() and not run_folder.is_dir():
         raise ValueError(f"{run_folder} is a file; checkpoints go to a folder of that name.")
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn("{task.description}"), *columns, TextColumn("{task.fields[rate]}"), console=console
-    ) as bar:
-        task = bar.add_task("", total=None, rate="", visible=False)
-
-        def report(progress: TrainingProgress) -> None:
-            speed, share = progress.pictures_per_second, progress.utilisation
-            rate = f"{speed:.0f} pictures/s, {share:.0%} of peak" if speed else ""
-            description = f"epoch {progress.epoch}  loss {progress.loss:.4f}"
-            bar.update(task, total=progress.last, completed=progress.step, description=description, rate=rate,
-                       visible=True)  # fmt: skip
-
+    with training_progress(console) as report:
         result = train(recipe, report, run_folder, resume)
     if not result.main_process:
         return

@@ -1,7 +1,6 @@
-"""What is trained on: pictures with labels, from the package, an archive, folders of images or cached latents."""
+"""What is trained on: pictures with or without labels, from the package, an archive, a folder or cached latents."""
 
 import json
-import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from ..extras import require
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
-
-# What PIL raises at files that are damaged in one way or another.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error, Image.DecompressionBombError)
+from .images import UNREADABLE, enlarged, find_images, listed, name_of, read_picture
 
 # More unreadable pictures than this share of the data set, and something is wrong with it.
 _MOST_UNREADABLE = 0.01
@@ -35,7 +29,7 @@ class Batch:
 
     Args:
         data: (N, C, H, W) pictures in -1..1, or (N, 2C, H, W) means and deviations of latents.
-        labels: (N,) integers.
+        labels: (N,) integers; zeros for data without classes.
         positions: in the data set, of each sample.
         unreadable: files that could not be read and are left out.
     """
@@ -63,6 +57,7 @@ class Dataset(Protocol):
         scaling_factor: of latents.
         description: a sentence for the card.
         license: of the data, as the Hub writes it.
+        notes: sentences about what is left out or changed, to be said when work with the data begins.
     """
 
     id2label: dict[int, str]
@@ -71,6 +66,7 @@ class Dataset(Protocol):
     scaling_factor: float
     description: str
     license: str
+    notes: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -78,9 +74,9 @@ class Dataset(Protocol):
 
 
 class Pictures:
-    """Pictures that are in memory."""
+    """Pictures that are in memory: (N, C, H, W) float in -1..1, or uint8, and (N,) labels."""
 
-    is_latent, scaling_factor = False, 1.0
+    is_latent, scaling_factor, notes = False, 1.0, ()
 
     def __init__(self, data: Tensor, labels: Tensor, id2label: dict[int, str], description: str, license: str):
         self.data, self.labels, self.id2label = data, labels, id2label
@@ -97,28 +93,22 @@ class Pictures:
         if any(mirrored for _, mirrored in keys):
             flip = torch.tensor([mirrored for _, mirrored in keys])
             data = torch.where(flip[:, None, None, None], data.flip(3), data)
+        if data.dtype == torch.uint8:
+            data = data.float() / 127.5 - 1
         return Batch(data, self.labels[index], positions, [])
 
 
 class ImageFolder:
-    """A folder of a folder of images for each class, in the order of their names."""
+    """A folder of images, or of a folder of images for each class; see `find_images` and `to_rgb`."""
 
     is_latent, scaling_factor = False, 1.0
 
     def __init__(self, folder: Path, size: int):
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        self.files = [
-            (path, label)
-            for label, name in enumerate(names)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not self.files:
-            raise ValueError(f"{folder} has no images; it takes a folder of images ({', '.join(IMAGE_SUFFIXES)}) "
-                             "for each class.")  # fmt: skip
+        self.files, names, left_out = find_images(folder)
         self.id2label = dict(enumerate(names))
         self.sample_shape, self.size = (3, size, size), size
-        self.description, self.license = f"Its data are {len(self.files)} images of {len(names)} classes.", "unknown"
+        self.description, self.license = described(len(self.files), len(names)), "unknown"
+        self.notes = [*left_out, *enlarged(len(self.files), lambda at: self.files[at][0], size)]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -128,9 +118,9 @@ class ImageFolder:
         for position, mirrored in keys:
             path, label = self.files[position]
             try:
-                picture = self.picture(path)
-            except UNREADABLE:
-                unreadable.append(str(path))
+                picture = read_picture(path, self.size)
+            except UNREADABLE as error:
+                unreadable.append(name_of(path, error))
                 continue
             pictures.append(picture.flip(2) if mirrored else picture)
             labels.append(label)
@@ -138,38 +128,15 @@ class ImageFolder:
         data = torch.stack(pictures) if pictures else torch.empty(0, *self.sample_shape)
         return Batch(data, torch.tensor(labels, dtype=torch.long), positions, unreadable)
 
-    def picture(self, path: Path) -> Tensor:
-        """(3, size, size) in -1..1."""
-        with Image.open(path) as image:
-            return picture_tensor(image, self.size)
 
-
-def picture_tensor(image: Image.Image, size: int) -> Tensor:
-    """(3, size, size) in -1..1, from the middle square."""
-    cropped = center_crop(image.convert("RGB"), size)
-    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, scaled as ADM's evaluation data were (Dhariwal and Nichol 2021, `image_datasets.py`).
-
-    Halved by averaging while the shorter side is at least twice `size`, then scaled with a cubic filter.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-LATENTS_FILE = "latents.json"
+# What a folder of latents holds of itself: at its end, and from its start.
+LATENTS_FILE, PLAN_FILE = "latents.json", "plan.json"
 
 
 class CachedLatents:
     """What `dit-hub latents` wrote: means and deviations of each picture and of its mirror image, by shard."""
 
-    is_latent = True
+    is_latent, notes = True, ()
 
     def __init__(self, folder: Path):
         try:
@@ -177,9 +144,12 @@ class CachedLatents:
             self.id2label = {int(index): name for index, name in facts["id2label"].items()}
             self.scaling_factor, self.shards = float(facts["scaling_factor"]), list(facts["shards"])
             channels, height, width = facts["shape"]
+            self.starts = np.cumsum([0, *(int(shard["count"]) for shard in self.shards)])
+            self.description, self.license = facts["description"], facts["license"]
+            missing = [shard["file"] for shard in self.shards if not (folder / shard["file"]).is_file()]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{folder / LATENTS_FILE} is damaged; run dit-hub latents again.") from None
-        if missing := [shard["file"] for shard in self.shards if not (folder / shard["file"]).is_file()]:
+        if missing:
             raise ValueError(f"{folder} lacks {missing[0]}; dit-hub latents goes on where it stopped.")
         for shard in self.shards:
             try:
@@ -190,8 +160,6 @@ class CachedLatents:
             if not whole:
                 raise ValueError(f"{folder / shard['file']} is damaged; run dit-hub latents again.")
         self.folder, self.sample_shape = folder, (channels, height, width)
-        self.starts = np.cumsum([0, *(shard["count"] for shard in self.shards)])
-        self.description, self.license = facts["description"], facts["license"]
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -223,20 +191,45 @@ def digits() -> Pictures:
 def archive(path: Path) -> Pictures:
     """An .npz file; see `open_dataset`."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no archive of images and labels: {error}") from None
-    whole = np.issubdtype(labels.dtype, np.integer)
-    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != (len(images),) or not whole or not len(images):
-        raise ValueError(f"{path} must hold images, uint8 (N, H, W, C), and whole labels (N,); it has {images.dtype} "
-                         f"{images.shape} and {labels.dtype} {labels.shape}.")  # fmt: skip
-    if len(labels) and int(labels.min()) < 0:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "labels") if name in file}
+            names = file.files
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no archive of images: {error}") from None
+    if "images" not in arrays:
+        raise ValueError(f"{path} has no images; it has {listed(names) or 'nothing'}.")
+    images, labels = arrays["images"], arrays.get("labels")
+    whole = labels is None or (np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1])
+    if images.ndim != 4 or images.dtype != np.uint8 or not whole or not len(images):
+        has = "" if labels is None else f" and {labels.dtype} {labels.shape}"
+        raise ValueError(f"{path} must hold images, uint8 (N, H, W, C), and whole labels (N,), or none for a model "
+                         f"without classes; it has {images.dtype} {images.shape}{has}.")  # fmt: skip
+    id2label = {} if labels is None else class_names(path, labels)
+    labels = np.zeros(len(images)) if labels is None else labels
+    data = torch.from_numpy(images).permute(0, 3, 1, 2)
+    description = described(len(images), len(id2label))
+    return Pictures(data, torch.from_numpy(labels.astype(np.int64)), id2label, description, "unknown")
+
+
+def class_names(path: Path, labels: np.ndarray) -> dict[int, str]:
+    """Names of the classes of an archive, which are numbers.
+
+    Raises:
+        ValueError: negative labels, or a class without images.
+    """
+    if int(labels.min()) < 0:
         raise ValueError(f"{path} has negative labels.")
-    data = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    names = {index: str(index) for index in range(int(labels.max(initial=-1)) + 1)}
-    description = f"Its data are {len(images)} images of {len(names)} classes."
-    return Pictures(data, torch.from_numpy(labels.astype(np.int64)), names, description, "unknown")
+    classes = np.unique(labels)
+    if len(classes) != (count := int(classes[-1]) + 1):
+        empty = sorted(set(range(min(count, 1000))) - set(classes.tolist()))
+        raise ValueError(f"{path} has {len(classes)} classes and a label {count - 1}, and no images of the classes "
+                         f"{listed(empty)}; number the classes from 0 without a gap.")  # fmt: skip
+    return {index: str(index) for index in range(count)}
+
+
+def described(images: int, classes: int) -> str:
+    """A sentence for the card."""
+    return f"Its data are {images} images{f' of {classes} classes' if classes else ''}."
 
 
 class Schedule(Sampler[list[Key]]):

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .data import LATENTS_FILE, Dataset, check_unreadable
+from .data import LATENTS_FILE, PLAN_FILE, Dataset, check_unreadable
 
 # Called with the number of pictures done and of all.
 Progress = Callable[[int, int], None]
@@ -46,15 +48,14 @@ def cache_latents(
         The folder, which a recipe may name as its data.
 
     Raises:
-        ValueError: the folder holds latents of other data; the VAE takes other pictures; more than 1 % of the pictures
-            cannot be read.
+        ValueError: the folder holds something else, or latents of other data; the VAE takes other pictures; more than
+            1 % of the pictures cannot be read.
         OSError: the disk is full; what is written stays for the next attempt.
     """
     folder = Path(output_dir)
     if dataset.sample_shape[0] != vae.config.in_channels:
         raise ValueError(f"The pictures have {dataset.sample_shape[0]} channels, and the VAE takes "
                          f"{vae.config.in_channels}.")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     count = len(dataset)
     facts: dict[str, Any] = {
         "count": count,
@@ -66,34 +67,69 @@ def cache_latents(
         "description": dataset.description,
         "license": dataset.license,
     }
-    plan, digest = folder / "plan.json", json.dumps(facts, sort_keys=True)
-    if plan.is_file() and plan.read_text() != digest:
-        raise ValueError(f"{folder} holds latents of other data, of another size or VAE; choose another folder.")
-    plan.write_text(digest)
-    shards, shape = [], None
+    _plan(folder, json.dumps(facts, sort_keys=True))
+    shards, shape, unreadable = [], None, 0
     for index, start in enumerate(range(0, count, shard_size)):
         end = min(start + shard_size, count)
         path = folder / f"shard-{index:05d}.safetensors"
         tensors = _finished(path)
         if tensors is None:
             tensors = _encode(dataset, vae, range(start, end), batch_size, lambda done: progress(done, count), left_out)
-            building = path.with_suffix(".part")
-            try:
-                save_file(tensors, building)
-                with building.open("rb") as file:
-                    os.fsync(file.fileno())
-                building.replace(path)
-            finally:
-                building.unlink(missing_ok=True)
+            _write(path, partial(save_file, tensors))
         shape = tensors["upright"].shape[1:]
         digest_of_shard = hashlib.sha256(path.read_bytes()).hexdigest()
         shards.append({"file": path.name, "count": len(tensors["labels"]), "sha256": digest_of_shard})
+        unreadable += end - start - len(tensors["labels"])
+        check_unreadable(unreadable, count)
         progress(end, count)
     assert shape is not None
-    check_unreadable(count - sum(shard["count"] for shard in shards), count)
     facts |= {"shape": [shape[0] // 2, *shape[1:]], "shards": shards}
-    (folder / LATENTS_FILE).write_text(json.dumps(facts) + "\n")
+    _write(folder / LATENTS_FILE, lambda path: path.write_text(json.dumps(facts) + "\n"))
     return folder
+
+
+def _plan(folder: Path, facts: str) -> None:
+    """Note of what the shards of a folder are, or compare with what a run that was cut has noted."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and latents go to a folder.")
+    plan = folder / PLAN_FILE
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    if foreign := [name for name in names if not _OURS.fullmatch(name)]:
+        raise ValueError(f"{folder} holds something else than latents ({foreign[0]}); choose another folder.")
+    if any(name.endswith(".safetensors") for name in names) and not _is_json(plan):
+        raise ValueError(f"{plan} is damaged, and does not say what its latents are of; delete the folder.")
+    if _is_json(plan) and plan.read_text() != facts:
+        raise ValueError(f"{folder} holds latents of other data, of another size or VAE; choose another folder.")
+    if not _is_json(plan):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(plan, lambda path: path.write_text(facts))
+
+
+# Files of a folder of latents; those with another ending are being written, or were.
+_OURS = re.compile(rf"({re.escape(PLAN_FILE)}|{re.escape(LATENTS_FILE)}|shard-\d{{5,}}(\.safetensors)?)(\.part)?|\..*")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """A file, whole or not at all, whatever ends the program meanwhile."""
+    building = path.with_name(f"{path.name}.part")
+    try:
+        write(building)
+        with building.open("rb") as file:
+            os.fsync(file.fileno())
+        building.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written ({error}). What is encoded stays; with room on the disk the same "
+                      "command goes on.") from error  # fmt: skip
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def _finished(path: Path) -> dict[str, Tensor] | None:

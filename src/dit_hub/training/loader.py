@@ -8,7 +8,19 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from .data import LATENTS_FILE, Batch, CachedLatents, Dataset, ImageFolder, Key, Pictures, Schedule, archive, digits
+from .data import (
+    LATENTS_FILE,
+    PLAN_FILE,
+    Batch,
+    CachedLatents,
+    Dataset,
+    ImageFolder,
+    Key,
+    Pictures,
+    Schedule,
+    archive,
+    digits,
+)
 from .recipe import Recipe
 from .rows import Rows, StreamedRows
 from .shapes import ID2LABEL, shapes
@@ -18,8 +30,9 @@ def open_dataset(data: str, size: int, images_per_class: int, seed: int, streami
     """The data that a recipe names.
 
     Args:
-        data: "shapes", "digits", a folder of class folders, an .npz archive (`images` uint8 (N, H, W, C) and `labels`),
-            a folder of `dit-hub latents`, or "hf:NAME[:SPLIT]" for a data set of the Hub; see `Rows`.
+        data: "shapes", "digits", a folder of images or of class folders, an .npz archive (`images` uint8 (N, H, W, C)
+            and, unless there are no classes, whole `labels`), a folder of `dit-hub latents`, or "hf:NAME[:SPLIT]" for a
+            data set of the Hub; see `Rows`.
         size: side of the pictures, for images of any size.
         images_per_class, seed: of the shapes.
         streaming: of data sets of the Hub.
@@ -36,12 +49,16 @@ def open_dataset(data: str, size: int, images_per_class: int, seed: int, streami
     if data.startswith("hf:"):
         return (StreamedRows if streaming else Rows)(data.removeprefix("hf:"), size)
     path = Path(data)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz" and path.is_file():
         return archive(path)
     if (path / LATENTS_FILE).is_file():
         return CachedLatents(path)
+    if (path / PLAN_FILE).is_file():
+        raise ValueError(f"{path} holds latents that are not finished; the same dit-hub latents goes on.")
     if path.is_dir():
         return ImageFolder(path, size)
+    if path.is_file():
+        raise ValueError(f"{path} is a file, and no .npz archive. Images go into a folder.")
     raise ValueError(
         f"There is no data {data!r}: it is shapes, digits, a folder of images or latents, an .npz file, "
         "or hf:NAME for a data set of the Hub."

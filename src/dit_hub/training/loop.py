@@ -126,6 +126,8 @@ def train(
                                recipe.streaming)  # fmt: skip
     model = make_model(recipe, dataset, None if base is None else base.transformer)
     check_fit(recipe, model, dataset, accelerator.num_processes, base)
+    for note in dataset.notes if accelerator.is_main_process else ():
+        logger.warning(note)
     run = _Run(recipe, model, dataset, accelerator, run_folder, base)
     if resume:
         run.resume()

@@ -82,4 +82,13 @@ def _draw(result: TrainingResult, folder: Path) -> None:
             trajectory.picture(pipeline).save(folder / "trajectory.png")
     except (Exception, KeyboardInterrupt) as error:
         logger.warning("No samples were drawn: %s", error or type(error).__name__)
-    loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result))
+    loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result), _title(result))
+
+
+def _title(result: TrainingResult) -> str:
+    """Of pictures of a run: its model and its data."""
+    recipe, count = result.recipe, result.pipeline.transformer.num_parameters()
+    known = recipe.init_from or (recipe.model if isinstance(recipe.model, str) else "")
+    model = (Path(known).name if Path(known).is_dir() else known) if known else f"DiT of {count:,} parameters"
+    data = recipe.data.removeprefix("hf:") if recipe.data.startswith("hf:") else Path(recipe.data).name
+    return f"{model} trained on {data or recipe.data}"

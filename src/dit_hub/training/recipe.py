@@ -19,10 +19,11 @@ class Recipe:
     """What a training run does. The defaults are the toy's, after a published build-in-public series.
 
     Args:
-        model: name of a size, as `DiTConfig.from_name` takes it, or fields of `DiTConfig`.
+        model: name of a size, as `DiTConfig.from_name` takes it, or fields of `DiTConfig`. Classes that it does not
+            name are those of the data.
         init_from: start from this pipeline (a folder, Hub id or checkpoint file) rather than `model`.
-        data: "shapes", "digits", a folder of class folders, an .npz archive, a folder of `dit-hub latents`, or
-            "hf:NAME" or "hf:NAME:SPLIT" for a data set of the Hub (or a folder of its files).
+        data: "shapes", "digits", a folder of images or of class folders, an .npz archive, a folder of `dit-hub
+            latents`, or "hf:NAME" or "hf:NAME:SPLIT" for a data set of the Hub (or a folder of its files).
         streaming: read a data set of the Hub while it downloads, rather than download it first.
         images_per_class: of the shapes.
         mirror: mirror half of the pictures.

@@ -1,16 +1,15 @@
 """Data sets of the Hub through Hugging Face's `datasets`, downloaded first or read while they stream."""
 
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ..extras import require
-from .data import UNREADABLE, Batch, Key, picture_tensor
+from .data import Batch, Key
+from .images import UNREADABLE, enlarged, name_of, read_picture
 
 # Rows that are shuffled together in a stream; more is better shuffled and takes longer to start.
 SHUFFLE_BUFFER = 2048
@@ -55,9 +54,13 @@ class Rows:
         self.count = self._count(name, split or "train")
         self.description = f"Its data are the {self.count} images of `{name}`."
         self.license = getattr(rows.info, "license", None) or "unknown"
+        self.notes = self._notes()
 
     def _count(self, name: str, split: str) -> int:
         return len(self.dataset)
+
+    def _notes(self) -> list[str]:
+        return enlarged(self.count, lambda position: self._content(self.dataset[position]), self.size)
 
     def __len__(self) -> int:
         return self.count
@@ -71,19 +74,22 @@ class Rows:
         for row, (position, mirrored) in zip(rows, keys, strict=True):
             encoded, label = row[self.image] or {}, row[self.label] if self.label else 0
             try:
-                content = encoded.get("bytes") or Path(encoded["path"]).read_bytes()
                 if label is None or label < 0:
                     raise ValueError("without a class")
-                with Image.open(io.BytesIO(content)) as image:
-                    picture = picture_tensor(image, self.size)
-            except (*UNREADABLE, KeyError):
-                unreadable.append(self._name(position, encoded))
+                picture = read_picture(self._content(row), self.size)
+            except UNREADABLE as error:
+                unreadable.append(name_of(self._name(position, encoded), error))
                 continue
             pictures.append(picture.flip(2) if mirrored else picture)
             labels.append(label)
             positions.append(position)
         data = torch.stack(pictures) if pictures else torch.empty(0, *self.sample_shape)
         return Batch(data, torch.tensor(labels, dtype=torch.long), positions, unreadable)
+
+    def _content(self, row: dict[str, Any]) -> bytes:
+        """Of a row's image file, of which `datasets` has the content or the path; TypeError where it has neither."""
+        encoded = row[self.image] or {}
+        return encoded.get("bytes") or Path(encoded.get("path")).read_bytes()
 
     def _name(self, position: int, encoded: dict[str, Any]) -> str:
         """Of a row that is left out."""
@@ -101,6 +107,9 @@ class StreamedRows(Rows):
             raise ValueError(f"The data set {name} does not say how many rows it has, so it cannot be streamed; "
                              "set streaming=false.")  # fmt: skip
         return known.num_examples
+
+    def _notes(self) -> list[str]:
+        return []  # nothing is read ahead
 
     def _name(self, position: int, encoded: dict[str, Any]) -> str:
         """By its content, since a row has another place in each pass."""

@@ -28,12 +28,16 @@ def make_model(recipe: Recipe, dataset: Dataset, start: DiTTransformer | None) -
     """The model to train: a new one, or the one to start from, with a row for each class of the data."""
     classes = len(dataset.id2label)
     if start is not None:
+        if bool(classes) != bool(start.config.num_classes):
+            raise ValueError(f"The data have {classes or 'no'} classes, and {recipe.init_from} has "
+                             f"{start.config.num_classes or 'none'}.")  # fmt: skip
         if classes != start.config.num_classes:
             start.resize_class_labels(classes)
         model = add_adapters(start, recipe.lora_rank) if recipe.lora_rank else start
     else:
         config = recipe.config
-        if isinstance(recipe.model, str) and config.num_classes != classes:  # sizes by name are ImageNet's
+        stated = isinstance(recipe.model, dict) and "num_classes" in recipe.model
+        if not stated and config.num_classes != classes:  # sizes by name are ImageNet's
             config = DiTConfig(**{**config.to_dict(), "num_classes": classes})
         model = DiTTransformer(config)
     if recipe.freeze:
@@ -88,7 +92,8 @@ def check_fit(
         raise ValueError(f"The data are {height}x{width} in {channels} channels, and the model takes {wanted} in "
                          f"{config.in_channels}.")  # fmt: skip
     if len(dataset.id2label) == 1:
-        raise ValueError("The data have one class only; a conditional model needs two, an unconditional one none.")
+        raise ValueError("The data have one class only, and a model of classes needs two: add another, or leave "
+                         "classes out (images directly in the folder, an archive without labels).")  # fmt: skip
     if len(dataset.id2label) != config.num_classes:
         raise ValueError(f"The data have {len(dataset.id2label)} classes and the model {config.num_classes}.")
     if recipe.batch_size > len(dataset):

@@ -1,0 +1,209 @@
+"""Images: finding them in folders, and reading them as they are seen."""
+
+import contextlib
+import io
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm",
+                  ".avif", ".jp2")  # fmt: skip
+
+# What PIL raises at files that are damaged in one way or another.
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, EOFError, struct.error,
+              Image.DecompressionBombError)  # fmt: skip
+
+# What transparent pixels are seen on, as on a page.
+GROUND = (255, 255, 255, 255)
+
+# The largest value of the modes with more than 8 bits. PIL reads some files of 16 bits as 32; floats go to 1.
+_LARGEST = {"I": 65535, "F": 1.0}
+
+# Names of folders that are no classes, where there are no others.
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+# Images that are looked at to see whether they are large enough.
+_LOOKED_AT = 100
+
+
+class UnknownRangeError(ValueError):
+    """An image whose values have no known white."""
+
+
+def read_picture(file: Path | bytes, size: int) -> Tensor:
+    """(3, size, size) in -1..1, from the middle square of what is seen; `file` is one, or what is in it.
+
+    Raises:
+        UNREADABLE: the file is damaged, or no image.
+    """
+    with _opened(file) as image:
+        cropped = center_crop(to_rgb(image), size)
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _opened(file: Path | bytes) -> Image.Image:
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB: of several frames the first, turned as its EXIF says, on a white ground.
+
+    16 bits are scaled to 8, floats from 0..1. Colour profiles are not applied.
+
+    Raises:
+        UnknownRangeError: integers outside 0..65535 or floats outside 0..1.
+    """
+    image.load()
+    with contextlib.suppress(*UNREADABLE):  # EXIF that cannot be read turns nothing
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _eight_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, GROUND), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits, which PIL would cut off at 255."""
+    values, largest = np.asarray(image), _LARGEST.get(image.mode, 65535)
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= largest:  # so also where some are not a number
+        raise UnknownRangeError(f"its values, {low:g} to {high:g}, do not lie between 0 and {largest:g}")
+    grey = np.round(values * (255.0 / largest)).astype(np.uint8)
+    if (clear := image.info.get("transparency")) is not None:
+        grey[values == clear] = GROUND[0]
+    return Image.fromarray(grey)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square, scaled as ADM's evaluation data were (Dhariwal and Nichol 2021, `image_datasets.py`).
+
+    Halved by averaging while the shorter side is at least twice `size`, then scaled with a cubic filter.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def name_of(what: object, error: Exception) -> str:
+    """What is said of an image that is left out."""
+    return f"{what} ({error})" if isinstance(error, UnknownRangeError) else str(what)
+
+
+def enlarged(count: int, source: Callable[[int], Path | bytes], size: int) -> list[str]:
+    """A sentence where images are smaller than `size`, or none; looks at some, evenly spread.
+
+    Args:
+        count: images in all.
+        source: the file of each, or what is in it.
+        size: side of the pictures that are made of them.
+    """
+    looked_at, small = range(0, count, -(-count // _LOOKED_AT) or 1), 0
+    for position in looked_at:
+        with contextlib.suppress(*UNREADABLE), _opened(source(position)) as image:
+            small += min(image.size) < size
+    if not small:
+        return []
+    verb = "is" if small == 1 else "are"
+    return [f"{small} of {len(looked_at)} images that were looked at {verb} smaller than {size}x{size} and {verb} "
+            "enlarged."]  # fmt: skip
+
+
+def find_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[str]]:
+    """What a folder holds: images in a folder for each class, at any depth, or images alone.
+
+    Names that begin with a dot are left out. Links are followed, but no folder is entered twice for a class.
+
+    Returns:
+        (file, class) of each image; the names of the classes in the order of their ids, or none, and then the class is
+        0; what to say of files that are left out.
+
+    Raises:
+        ValueError: there are no images, classes without any, images outside the class folders, or splits for classes.
+        OSError: a folder cannot be read.
+    """
+    _, entered, files = next(os.walk(folder, onerror=_raise))
+    names = sorted(name for name in entered if _shown(name))
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    beside = [folder / name for name in sorted(files) if _shown(name)]
+    own = [file for file in beside if is_image(file)]
+    if own and names:
+        more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+        raise ValueError(
+            f"{folder} has images of its own ({own[0].name}{more}) and folders ({listed(names)}): with classes each "
+            f"image goes into the folder of its class, without classes all go into {folder} itself."
+        )
+    if names and _SPLITS.issuperset(name.casefold() for name in names):
+        raise ValueError(f"{folder} has splits ({listed(names)}) in place of classes; name one, such as "
+                         f"{folder / names[0]}.")  # fmt: skip
+    by_class = [sorted(_files(folder / name, without=folder)) for name in names] or [beside]
+    images = [(file, label) for label, files in enumerate(by_class) for file in files if is_image(file)]
+    others = Counter(file.suffix.lower() for files in by_class for file in files if not is_image(file))
+    if not images:
+        has = f"; its files are {_counted(others)}" if others else ""
+        raise ValueError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)}){has}. Data are a folder of images, or "
+                         "of a folder of images for each class.")  # fmt: skip
+    if empty := [name for name, files in zip(names, by_class, strict=False) if not any(map(is_image, files))]:
+        raise ValueError(f"{folder} has class folders without images: {listed(empty)}. Remove or fill them.")
+    return images, names, _left_out(folder, others)
+
+
+def is_image(file: Path) -> bool:
+    """Judged by its name."""
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def listed(names: Sequence[Any], most: int = 5) -> str:
+    """Some names, and how many more there are."""
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _files(folder: Path, without: Path) -> Iterator[Path]:
+    """The files of a folder and of those in it, in none of them twice and not in the folder `without`."""
+    seen = {_identity(without)}
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if _identity(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(_identity(parent))
+        folders[:] = sorted(filter(_shown, folders))
+        yield from (Path(parent, name) for name in files if _shown(name))
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """The same for all links to a folder."""
+    facts = os.stat(folder)
+    return facts.st_dev, facts.st_ino
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _shown(name: str) -> bool:
+    return not name.startswith(".")
+
+
+def _counted(suffixes: Counter[str]) -> str:
+    """Of each suffix how many, the most frequent first."""
+    ordered = sorted(suffixes.items(), key=lambda item: (-item[1], not item[0], item[0]))
+    return listed([f"{count} {suffix or 'without a suffix'}" for suffix, count in ordered])
+
+
+def _left_out(folder: Path, others: Counter[str]) -> list[str]:
+    count = others.total()
+    what = "1 file that is no image and is" if count == 1 else f"{count} files that are no images and are"
+    return [f"{folder} has {what} left out: {_counted(others)}."] if count else []
