@@ -437,6 +437,21 @@ def test_1000_classes_are_imagenets_and_every_synonym_is_found(make_model: MakeM
     assert named.get_label_ids("cat") == [3]
 
 
+def test_a_name_is_the_same_however_its_words_are_joined(make_model: MakeModel) -> None:
+    names = {0: "golden retriever", 1: "red-circle", 2: "t-shirt, T-Shirt", 3: "t shirt", 4: "7", 5: "flat-coated dog"}
+    pipe = DiTPipeline(make_model(), diffusers.DDIMScheduler(), id2label=names)
+    same = ["golden_retriever", "golden-retriever", "Golden Retriever", " golden  retriever "]
+    assert pipe.get_label_ids(same) == [0, 0, 0, 0]
+    assert pipe.get_label_ids(["red circle", "RED_CIRCLE", "Flat Coated-Dog"]) == [1, 1, 5]
+    assert pipe.get_label_ids(["t-shirt", "t shirt", "7"]) == [2, 3, 4]  # two classes, each by its own spelling
+    with pytest.raises(ValueError, match=r"'t_shirt' names the classes 2 \(t-shirt, T-Shirt\), 3 \(t shirt\)"):
+        pipe.get_label_ids("t_shirt")
+    with pytest.raises(ValueError, match="'red_cirle'. The nearest names: red-circle"):
+        pipe.get_label_ids("red_cirle")
+    with pytest.raises(ValueError, match="no class named '-7'"):
+        pipe.get_label_ids("-7")
+
+
 # --- Other classes ---------------------------------------------------------------------------------------------------
 
 

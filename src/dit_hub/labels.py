@@ -1,5 +1,6 @@
 """Classes by id or by name."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> lis
     """Class ids of labels given by id or by name; a lone one counts as a list of one.
 
     Args:
-        labels: ids below `num_classes`, or names in upper or lower case.
+        labels: ids below `num_classes`, or names; "golden_retriever", "golden-retriever" and "Golden Retriever" are one.
         id2label: names by id; several names of one class are separated by commas.
         num_classes: number of classes.
 
@@ -35,26 +36,35 @@ def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> lis
         labels = labels.flatten().tolist()
     if labels is None or isinstance(labels, (int, float, str)):
         labels = [] if labels is None else [labels]
-    by_name: dict[str, list[int]] = {}
+    by_name: dict[str, list[tuple[int, str]]] = {}
     for index, names in id2label.items():
-        for name in {names, *names.split(",")}:
-            by_name.setdefault(name.strip().casefold(), []).append(index)
+        for name in dict.fromkeys(name.strip() for name in (*names.split(","), names)):
+            by_name.setdefault(_folded(name), []).append((index, name))
     return [
         _by_name(label, by_name, id2label) if isinstance(label, str) else _checked(label, num_classes)
         for label in labels
     ]
 
 
-def _by_name(label: str, by_name: dict[str, list[int]], id2label: dict[int, str]) -> int:
-    ids = by_name.get(label.strip().casefold(), [])
-    if len(ids) == 1:
-        return ids[0]
+def _by_name(label: str, by_name: dict[str, list[tuple[int, str]]], id2label: dict[int, str]) -> int:
+    found = by_name.get(_folded(label), [])
+    ids = dict.fromkeys(index for index, _ in found)
+    exact = dict.fromkeys(index for index, name in found if name == label)  # "a-b" and "a b" may be two classes
+    for candidates in (ids, exact):
+        if len(candidates) == 1:
+            return next(iter(candidates))
     if ids:
         classes = ", ".join(f"{index} ({id2label[index]})" for index in ids)
         raise ValueError(f"The label {label!r} names the classes {classes}; give the id of the one you mean.")
     if not by_name:
         raise ValueError(f"This model's classes have no names, so {label!r} is unknown; give ids.")
-    raise ValueError(f"There is no class named {label!r}. The nearest names: {nearest(label, list(by_name))}.")
+    names = [spellings[0][1] for spellings in by_name.values()]
+    raise ValueError(f"There is no class named {label!r}. The nearest names: {nearest(label, names)}.")
+
+
+def _folded(name: str) -> str:
+    """A name without what people write in different ways: upper and lower case, and what stands between two words."""
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", name.strip().casefold())
 
 
 def _checked(label: Any, num_classes: int) -> int:
