@@ -18,12 +18,15 @@ UNKNOWN_LICENSE = "unknown"
 # The decoder of official sampling, for models of its 4 latent channels.
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 
+# On the Hub; what the published models were trained on, whose 1000 classes have names in a known order.
+IMAGENET = "ILSVRC/imagenet-1k"
+
 DECODER_LICENSES = {DEFAULT_VAE: "mit", "stabilityai/sd-vae-ft-ema": "mit"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A public model.
+    """A public model, trained on ImageNet.
 
     Args:
         license: its identifier, as the Hub writes it.
@@ -63,6 +66,8 @@ class Origin:
         base_model: a Hub repository.
         url: the home of the source.
         authors: whom the licence wants named.
+        dataset: the Hub's name of the data set they were trained on, where it is known: by the name of a published
+            file or repository, by a card beside them, or by the data path of the training script.
         modified: the weights were changed since, by training say.
         conversion: layouts and measured error of the last conversion.
     """
@@ -74,8 +79,14 @@ class Origin:
     base_model: str | None = None
     url: str | None = None
     authors: str | None = None
+    dataset: str | None = None
     modified: bool = False
     conversion: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_imagenet(self) -> bool:
+        """Whether the weights are known to draw ImageNet's classes, in its order."""
+        return self.dataset == IMAGENET and not self.modified
 
     def with_license(self, license: str | None) -> "Origin":
         """The same with a licence that the user names.
@@ -116,13 +127,17 @@ def official_export(path: str | os.PathLike) -> dict[str, Any]:
     return beside.conversion if beside is not None and beside.conversion.get("to") == "official" else {}
 
 
-def origin_of_file(path: Path, layout: str, weights: str | None) -> Origin:
-    """The origin of a checkpoint file, from its name or from what lies beside it."""
+def origin_of_file(path: Path, layout: str, weights: str | None, arguments: dict[str, Any]) -> Origin:
+    """The origin of a checkpoint file, from its name, its training script's arguments or what lies beside it."""
     beside = read_origin(path.parent)
     if beside is not None:
         return replace(beside, layout=layout, weights=weights or beside.weights, conversion={})
     known = RELEASED_FILES.get(re.sub(r"\.(safetensors|pth|bin)$", ".pt", path.name))
-    return _with_license_of_card(_known(path.name, layout, weights, known), path.parent)
+    origin = _known(path.name, layout, weights, known)
+    paths = " ".join(str(value) for name, value in arguments.items() if "data" in name)
+    if re.search("(?i)imagenet|ilsvrc", paths):
+        origin = replace(origin, dataset=IMAGENET)
+    return _with_facts_of_card(origin, path.parent)
 
 
 def origin_of_repository(name: str, folder: Path, layout: str) -> Origin:
@@ -132,7 +147,7 @@ def origin_of_repository(name: str, folder: Path, layout: str) -> Origin:
         return replace(said, layout=layout)
     known = published_repository(name)
     origin = _known(known or Path(name).name, layout, None, REPOSITORIES.get(known) if known else None)
-    return _with_license_of_card(origin, folder)
+    return _with_facts_of_card(origin, folder)
 
 
 def published_repository(name: str) -> str | None:
@@ -147,16 +162,23 @@ def published_repository(name: str) -> str | None:
 def _known(source: str, layout: str, weights: str | None, known: Source | None) -> Origin:
     if known is None:
         return Origin(source, layout, weights)
-    return Origin(source, layout, weights, known.license, known.base_model, known.url, known.authors)
+    return Origin(source, layout, weights, known.license, known.base_model, known.url, known.authors, IMAGENET)
 
 
-def _with_license_of_card(origin: Origin, folder: Path) -> Origin:
-    """The origin with the licence that a card in the folder names, where none is known."""
+def _with_facts_of_card(origin: Origin, folder: Path) -> Origin:
+    """The origin with the licence and the data set that a card in the folder names, where they are not known."""
     card = folder / "README.md"
     if origin.license != UNKNOWN_LICENSE or not card.is_file():
         return origin
     try:
-        license = ModelCard.load(card).data.to_dict().get("license")
+        facts = ModelCard.load(card).data.to_dict()
     except (ValueError, YAMLError):
         return origin
-    return replace(origin, license=str(license or UNKNOWN_LICENSE))
+    datasets = facts.get("datasets") or []
+    datasets = [datasets] if isinstance(datasets, str) else datasets
+    known = any(name in ("imagenet-1k", IMAGENET) for name in datasets)
+    return replace(
+        origin,
+        license=str(facts.get("license") or UNKNOWN_LICENSE),
+        dataset=IMAGENET if known else origin.dataset,
+    )

@@ -68,6 +68,8 @@ def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> Chec
         ValueError: no such file, a damaged or foreign one, one that holds code, or no weights of a DiT in it.
     """
     path = Path(path)
+    if path.is_dir() and (path / "model_index.json").is_file():
+        raise ValueError(f"{path} is the folder of a pipeline; load it with DiTPipeline.from_pretrained.")
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder without a model_index.json, so no pipeline; give a checkpoint file in it."
@@ -189,7 +191,7 @@ def _without_prefixes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Te
         raise ValueError(f"{path} holds some weights twice, once with and once without a wrapper's prefix.")
     if lora := next((name for name in names if "lora" in name.lower()), None):
         raise ValueError(f"{path} is a LoRA adapter ({lora}), not a whole model; load the model it was made from, "
-                         "then pipe.transformer.load_adapter(…).")  # fmt: skip
+                         f"then pipe.load_adapters({str(path.parent)!r}).")  # fmt: skip
     prefixes = _prefixes(names)
     if not prefixes:
         raise ValueError(f"{path} holds no weights of a DiT; its names are {_some(names)}.")

@@ -68,7 +68,7 @@ def load_single_file(
     if config.pos_embed == "sincos":
         tensors.pop(POS_EMBED, None)
     model = DiTTransformer.from_state_dict(config, tensors, name=str(path))
-    origin = origin_of_file(Path(path), "sit" if family == "sit" else layout, checkpoint.weights)
+    origin = origin_of_file(Path(path), "sit" if family == "sit" else layout, checkpoint.weights, checkpoint.arguments)
     return model, origin
 
 

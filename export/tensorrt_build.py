@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 
-from dit_hub.extras import require
+from dit_hub.extras import install_command, require
 
 from .component import (
     DRAWS_DIMENSION,
@@ -118,7 +118,7 @@ def misfit(manifest: Manifest, machine: Machine) -> str | None:
     if machine.compute_capability is None:
         return "it needs an NVIDIA GPU, and PyTorch sees none"
     if product not in machine.products:
-        return f'it needs {product} {manifest.version}, which is not installed: pip install "dit-hub[{extra}]"'
+        return f"it needs {product} {manifest.version}, which is not installed: {install_command(extra)}"
     if (version := machine.products[product]) != manifest.version:
         return f"it is built with {product} {manifest.version}, and {version} is installed"
     if machine.compute_capability not in manifest.compute_capabilities:
@@ -143,8 +143,8 @@ def load_product(runtime: str) -> Any:
             return require(name, "")
         except (ImportError, OSError):
             continue
-    raise ImportError('This needs TensorRT, which is not installed: pip install "dit-hub[tensorrt-rtx]", or '
-                      '"dit-hub[tensorrt]" for data-centre GPUs such as the H100.')  # fmt: skip
+    raise ImportError(f"This needs TensorRT, which is not installed: {install_command('tensorrt-rtx')}; for "
+                      f"data-centre GPUs such as the H100: {install_command('tensorrt')}.")  # fmt: skip
 
 
 def choose_capabilities(trt: Any, wanted: tuple[str, ...], precision: str) -> list[str]:

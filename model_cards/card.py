@@ -15,8 +15,9 @@ from dit_hub.conversion.diffusers_layout import (
     config_from_diffusers,
     read_config,
 )
-from dit_hub.conversion.origin import DECODER_LICENSES, DEFAULT_VAE, UNKNOWN_LICENSE, Origin, read_origin
+from dit_hub.conversion.origin import DECODER_LICENSES, DEFAULT_VAE, IMAGENET, UNKNOWN_LICENSE, Origin, read_origin
 from dit_hub.flops import measure
+from dit_hub.labels import imagenet_id2label
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
@@ -31,6 +32,12 @@ _TOY_LIMITS = (
     "The model knows 16x16 pictures of these classes and nothing else. It exists to try the software with: "
     "it is small enough to come with the package and to train on a laptop."
 )
+
+
+# Values of a recipe's settings that mean that something is off, and settings that say how a run was kept, not what it
+# made.
+_OFF = ("", 0, None, "no", "none", [])  # 0 is False too
+_HOUSEKEEPING = {"keep_last", "push_to_hub", "sample_every", "save_every", "streaming", "tracker", "workers"}
 
 
 def is_own_card(path: str | os.PathLike) -> bool:
@@ -64,13 +71,14 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
     layout = conversion.get("to") or ("diffusers" if _is_stock(index) else "adapters" if adapters else "dit-hub")
     config = _config(folder, layout, conversion)
     id2label = _id2label(index or adapters or conversion)
+    imagenet = _is_imagenet(config, id2label, origin)
     title = repository.split("/")[-1]
     return ModelCard.from_template(
-        _metadata(title, repository, origin, training, results, config, layout),
+        _metadata(title, repository, origin, training, results, config, layout, imagenet),
         template_path=str(TEMPLATE),
         marker=MARKER,
         title=title,
-        summary=_summary(config, training),
+        summary=_summary(config, training, imagenet),
         picture="samples.png" if (folder / "samples.png").is_file() else None,
         code=_code(repository, layout, config, index, id2label, adapters.get("base_model_name_or_path")),
         caveat=_caveat(layout, conversion),
@@ -79,13 +87,37 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         parity=_parity(folder, conversion),
         results=results,
         training=training if training.get("recipe") else None,
+        settings=_settings(training.get("recipe") or {}),
         losses=_shown_losses(training.get("epoch_losses", [])),
-        limits=_limits(config, training),
+        limits=_limits(config, training, imagenet),
     )
 
 
-def _limits(config: DiTConfig, training: dict[str, Any]) -> str | None:
-    if config.num_classes == 1000:
+def _is_imagenet(config: DiTConfig, id2label: dict[int, str], origin: Origin | None) -> bool:
+    """Whether the classes are ImageNet's: by what is known of the weights, or by their names."""
+    by_origin = origin is not None and origin.is_imagenet
+    return config.num_classes == 1000 and (by_origin or id2label == imagenet_id2label())
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The settings that say something of the model: not what is off, nor what another setting puts out of use."""
+    unused = {
+        "epochs": recipe.get("steps"),
+        "model": recipe.get("init_from"),
+        "images_per_class": recipe.get("data", "shapes") != "shapes",
+        "gradient_accumulation": recipe.get("gradient_accumulation") == 1,
+        "merge_adapters": not recipe.get("lora_rank"),
+        **dict.fromkeys(("beta_start", "beta_end"), recipe.get("objective") == "flow"),
+    }
+    return {
+        name: ", ".join(f"{field} {setting}" for field, setting in value.items()) if isinstance(value, dict) else value
+        for name, value in recipe.items()
+        if (value not in _OFF or name == "seed") and name not in _HOUSEKEEPING and not unused.get(name)
+    }
+
+
+def _limits(config: DiTConfig, training: dict[str, Any], imagenet: bool) -> str | None:
+    if imagenet:
         return _IMAGENET_LIMITS
     if not training.get("data"):
         return None
@@ -149,6 +181,7 @@ def _metadata(
     results: list[dict[str, Any]],
     config: DiTConfig,
     layout: str,
+    imagenet: bool,
 ) -> ModelCardData:
     license = _license(origin, training)
     evaluated = [
@@ -170,8 +203,8 @@ def _metadata(
         library_name="diffusers" if layout == "diffusers" else "dit_hub",
         pipeline_tag="unconditional-image-generation",  # the Hub has no task for classes
         base_model=base_model,
-        datasets=["ILSVRC/imagenet-1k"] if config.num_classes == 1000 else None,
-        tags=[*filter(None, tags), "imagenet" if config.num_classes == 1000 else "diffusion", "arxiv:2212.09748"],
+        datasets=[IMAGENET] if imagenet else None,
+        tags=[*filter(None, tags), "imagenet" if imagenet else "diffusion", "arxiv:2212.09748"],
         **({"model_name": title, "eval_results": evaluated} if evaluated else {}),
     )
 
@@ -182,13 +215,13 @@ def _license(origin: Origin | None, training: dict[str, Any]) -> str:
     return training.get("license", UNKNOWN_LICENSE)
 
 
-def _summary(config: DiTConfig, training: dict[str, Any]) -> str:
+def _summary(config: DiTConfig, training: dict[str, Any], imagenet: bool) -> str:
     kind = "Scalable Interpolant Transformer (SiT, Ma et al. 2024)" if config.parameterization == "sit" else (
         "Diffusion Transformer (DiT, Peebles & Xie 2023)"
     )  # fmt: skip
     if not config.num_classes:
         subject = "unconditional"
-    elif config.num_classes == 1000:
+    elif imagenet:
         subject = "for ImageNet's 1000 classes"
     else:
         subject = f"for {config.num_classes} classes"

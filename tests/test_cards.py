@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
-from dit_hub.conversion.origin import RELEASED_FILES
+from dit_hub.conversion.origin import RELEASED_FILES, Origin
 from dit_hub.flops import measure
+from dit_hub.labels import imagenet_id2label
 from dit_hub.model_cards import is_own_card, render_card
+from dit_hub.training.recipe import Recipe
 
 from .command_line import dit_hub
 
@@ -60,6 +63,52 @@ def test_a_card_says_nothing_that_is_not_known(folder: Path) -> None:
         assert heading not in text
     assert "license: unknown" in text
     assert "unknown: ask the authors" in text
+
+
+def test_1000_classes_of_something_else_are_not_called_imagenets(
+    make_model: Callable[..., DiTTransformer], tmp_path: Path
+) -> None:
+    pipe = DiTPipeline(make_model(num_classes=1000), DDIMScheduler())
+    for name, id2label in (("shop", {0: "soap"}), ("unnamed", None), ("imagenet", imagenet_id2label())):
+        pipe.register_to_config(id2label=id2label)
+        pipe.save_pretrained(tmp_path / name)
+        card = render_card(tmp_path / name)
+        assert ("ImageNet" in card.text) == (name == "imagenet")
+        assert card.data.to_dict().get("datasets") == (["ILSVRC/imagenet-1k"] if name == "imagenet" else None)
+        assert ("imagenet" in card.data.to_dict()["tags"]) == (name == "imagenet")
+    Origin("a file", "official", dataset="ILSVRC/imagenet-1k").save(tmp_path / "unnamed")
+    assert "for ImageNet's 1000 classes" in render_card(tmp_path / "unnamed").text
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown", "hidden"),
+    [
+        ({}, {"model", "epochs", "images_per_class", "beta_start", "seed", "learning_rate_schedule"},
+         {"steps", "mixed_precision", "ema_decay"}),
+        ({"steps": 9, "data": "digits", "gradient_accumulation": 2},
+         {"steps", "data", "gradient_accumulation"}, {"epochs", "images_per_class"}),
+        ({"objective": "flow", "ema_decay": [0.9, 0.99]}, {"objective", "ema_decay"},
+         {"beta_start", "beta_end"}),
+        ({"init_from": "org/name", "lora_rank": 4, "mixed_precision": "bf16", "save_every": 5, "workers": 2},
+         {"init_from", "lora_rank", "merge_adapters", "mixed_precision"}, {"model", "save_every", "workers"}),
+    ],
+)  # fmt: skip
+def test_only_settings_that_say_something_are_listed(
+    changes: dict[str, Any], shown: set[str], hidden: set[str], folder: Path
+) -> None:
+    recipe = asdict(Recipe(**changes))
+    (folder / "training.json").write_text(json.dumps({"recipe": recipe, "data": "Shapes."}))
+    table = render_card(folder).text.split("| setting | value |\n|---|---|\n")[1].split("\n\n")[0]
+    listed = {line.split(" | ")[0].strip("| "): line.split(" | ")[1].strip(" |") for line in table.splitlines()}
+    assert shown <= set(listed)
+    assert not (hidden | {"keep_last", "tracker", "streaming", "fsdp", "freeze", "lora_rank"} - shown) & set(listed)
+    assert {name for name, value in listed.items() if value in ("0", "0.0", "no", "none", "False", "")} <= {"seed"}
+
+
+def test_the_fields_of_a_model_are_listed_as_words(folder: Path) -> None:
+    recipe = asdict(Recipe(model={"sample_size": 8, "learn_sigma": False}))
+    (folder / "training.json").write_text(json.dumps({"recipe": recipe}))
+    assert "| model | sample_size 8, learn_sigma False |" in render_card(folder).text
 
 
 def test_results_become_the_hubs_and_a_table(folder: Path) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import dit_hub as dit_hub_package
+from dit_hub import DiTPipeline
 from dit_hub.cli import main
+from dit_hub.files import new_file
 from dit_hub.flops import PUBLISHED
+from dit_hub.sources import EMBEDDED_MODELS
 
 from .command_line import dit_hub
 
@@ -90,6 +94,18 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_p
     ("arguments", "words"),
     [
         (("generate", "no-such-model"), ("no-such-model", TOY)),
+        (("generate", "./nope"), ("There is no folder ./nope.",)),
+        (("generate", "../nope"), ("There is no folder ../nope.",)),
+        (("generate", "/no/where"), ("There is no folder /no/where.",)),
+        (("generate", "~/nope"), ("There is no folder ~/nope.",)),
+        (("generate", "runs/toy/"), ("There is no folder runs/toy/.",)),
+        (("generate", "a/b/c"), ("There is no folder a/b/c.",)),
+        (("generate", "nope.onnx"), ("There is no file nope.onnx.",)),
+        (("info", "./nope"), ("There is no folder ./nope.",)),
+        (("card", "./nope"), ("There is no folder ./nope.",)),
+        (("card", "org/nope"), ("There is no folder org/nope.",)),
+        (("convert", "./nope", "out"), ("There is no folder ./nope.",)),
+        (("export", "onnx", "./nope", "out"), ("There is no folder ./nope.",)),
         (("generate", TOY, "red-cirle"), ("red-cirle", "red-circle")),
         (("generate", TOY, "16"), ("16", "0 to 15")),
         (("generate", TOY, "--steps", "0"), ("num_inference_steps", "0")),
@@ -97,13 +113,17 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_p
         (("generate", TOY, "--scheduler", "dim"), ("dim", "ddim")),
         (("generate", TOY, "--threads", "0"), ("threads",)),
         (("generate", TOY, "--device", "gpu"), ("gpu",)),
-        (("generate", "org/not-in-the-cache"), ("org/not-in-the-cache", "cannot be reached")),
+        (("generate", "org/not-here"), ("org/not-here, which is no folder here,", "cannot be reached")),
         (("generate", TOY, "--out", "grid.docx"), ("grid.docx",)),
+        (("generate", TOY, "--out", "/tmp.png/x.png"), ("There is no folder /tmp.png",)),
+        (("generate", TOY, "²"), ("no class named '²'",)),
         (("generate", TOY, "--out", "no/folder/grid.png"), ("no/folder",)),
         (("info", "DiT-XL3"), ("DiT-XL3", "DiT-XL/2")),
         (("info",), ("--all",)),
         (("info", "DiT-XL/8", "--image-size", "200"), ("200", "64")),
         (("train", "toyy"), ("toyy", "toy")),
+        (("train", "my.yaml"), ("There is no file my.yaml.",)),
+        (("train", "./nope/my.yml"), ("There is no file ./nope/my.yml.",)),
         (("train", "toy", "epoch=3"), ("epoch", "epochs")),
         (("train", "toy", "epochs=many"), ("epochs", "many")),
         (("train", "toy", "epochs"), ("key=value",)),
@@ -128,6 +148,80 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert isinstance(exit_.value.code, int)
     assert_refused(subprocess.CompletedProcess(arguments, exit_.value.code, captured.out, captured.err), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_of_a_pipeline_is_told_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DiTPipeline.from_pretrained(TOY).save_pretrained(tmp_path / "toy")
+    onnx = tmp_path / "toy" / "transformer" / "model.onnx"
+    onnx.touch()
+    monkeypatch.chdir(tmp_path)
+
+    def said(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["dit-hub", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    file = "toy/transformer/model.onnx"
+    for command in (
+        ("export", "onnx", file, "out"),
+        ("generate", file),
+        ("info", file),
+        ("export", "web", file, "out"),
+    ):
+        line = said(*command)
+        assert f"{file} is a file for ONNX Runtime already: give toy, the folder it is a part of" in line
+        assert "`dit-hub export tensorrt` takes it" in line
+    onnx.rename(tmp_path / "model.onnx")
+    assert "model.onnx is a file for ONNX Runtime already: give the folder of its pipeline" in said(
+        "info", "model.onnx"
+    )
+    file = "toy/transformer/model.safetensors"
+    assert f"{file} is a part of the pipeline toy; give that folder." in said("generate", file)
+    assert "toy/transformer is a part of the pipeline toy; give that folder." in said("generate", "toy/transformer")
+    (tmp_path / "folder.png").mkdir()
+    assert "folder.png is a folder, not a picture." in said("generate", TOY, "--out", "folder.png", "--overwrite")
+    assert "model.onnx is a file for ONNX Runtime already" in said("convert", "model.onnx", "out")
+
+
+def test_the_embedded_models_card_is_shown_by_its_name(tmp_path: Path) -> None:
+    run = dit_hub("card", TOY, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == (EMBEDDED_MODELS[TOY] / "README.md").read_text().strip()
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    assert dit_hub("--version", cwd=tmp_path).stdout == f"dit-hub {dit_hub_package.__version__}\n"
+
+
+def test_a_picture_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    arguments = ("generate", TOY, "0", "--steps", 1, "--out", "grid.png")
+    run = dit_hub(*arguments, cwd=tmp_path, file_limit=900)
+    assert_refused(run, "grid.png could not be written: the disk is full")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "grid.png").write_bytes(b"mine")
+    assert_refused(dit_hub(*arguments, "--overwrite", cwd=tmp_path, file_limit=900), "grid.png could not be written")
+    assert (tmp_path / "grid.png").read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_a_file_that_appears_while_one_is_made_is_kept(tmp_path: Path) -> None:
+    def write_late(overwrite: bool) -> None:
+        with new_file(tmp_path / "grid.png", overwrite) as path:
+            path.write_bytes(b"new")
+            (tmp_path / "grid.png").write_bytes(b"theirs")
+
+    with pytest.raises(ValueError, match=r"grid\.png exists"):
+        write_late(overwrite=False)
+    assert (tmp_path / "grid.png").read_bytes() == b"theirs"
+    write_late(overwrite=True)
+    assert (tmp_path / "grid.png").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
 def test_an_existing_picture_is_kept_unless_told(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModel, Trainer, TrainingArguments
 
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
+from dit_hub.adapters import merge_adapters
 from dit_hub.configuration_dit import PUBLISHED_MODELS
 from dit_hub.conversion import config_from_official, from_diffusers, load_single_file, to_diffusers, to_official
 from dit_hub.conversion.diffusers_layout import OFFICIAL_NUMERICS_PATCH, diffusers_config
@@ -336,7 +339,6 @@ def test_a_diffusers_folder_loads_and_equals_stock_diffusers(
     other = DiTPipeline.from_pretrained(folder, variant=variant, timestep_freq_shift=0)
     difference = (predict(other.transformer, model.config) - expected).abs().max()
     assert difference > 1e-3  # the tolerance above tells the two apart
-    assert pipe.get_label_ids("golden retriever") == [207]
     pipe.save_pretrained(tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "model_index.json").read_text())["transformer"][0] == "dit_hub"
     again = DiTPipeline.from_pretrained(tmp_path / "ours")
@@ -408,11 +410,60 @@ def test_what_diffusers_cannot_express_is_refused(fields: dict[str, Any], words:
         diffusers_config(make_model(**{**STOCK, **fields}).config)
 
 
+# --- What a door is asked for ----------------------------------------------------------------------------------------
+
+
+def test_a_file_loads_in_the_dtype_that_either_name_asks_for(make_model: MakeModel, tmp_path: Path) -> None:
+    path = write(tmp_path / "weights.pt", official_weights(make_model()))
+    options: dict[str, Any] = {"vae": None, "num_attention_heads": 4}
+    for name in ("dtype", "torch_dtype"):
+        pipe = DiTPipeline.from_single_file(path, **options, **{name: torch.float16})
+        assert pipe.transformer.dtype == torch.float16
+        with pytest.raises(ValueError, match=f"{name} must be a torch.dtype, not 'float16'"):
+            DiTPipeline.from_single_file(path, **options, **{name: "float16"})
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("dtyp", "dtype"), ("num_heads", "num_attention_heads"), ("name_or_path", "norm_eps"), ("_family", "family"),
+     ("attn_implementation", "attention"), ("revison", "revision")],
+)  # fmt: skip
+def test_a_file_is_not_opened_with_a_word_that_means_nothing(
+    name: str, near: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "weights.pt", official_weights(make_model()))
+    with pytest.raises(ValueError, match=f"from_single_file takes no {name!r}. The nearest names: .*{near}"):
+        DiTPipeline.from_single_file(path, vae=None, num_attention_heads=4, **{name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("foo", ""), ("dtyp", "dtype"), ("id2lable", "id2label"), ("revison", "revision")]
+)
+def test_a_folder_is_not_opened_with_a_word_that_means_nothing(name: str, near: str) -> None:
+    with pytest.raises(ValueError, match=f"from_pretrained takes no {name!r}. The nearest names: .*{near}"):
+        DiTPipeline.from_pretrained("dit-toy-shapes", **{name: 1})
+
+
+def test_what_diffusers_and_the_pipeline_take_is_taken() -> None:
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=7)
+    options = {"low_cpu_mem_usage": False, "use_safetensors": True, "trust_remote_code": False, "proxies": None}
+    pipe = DiTPipeline.from_pretrained("dit-toy-shapes", scheduler=scheduler, id2label={0: "dot"}, **options)
+    assert pipe.scheduler.config.num_train_timesteps == 7
+    assert pipe.id2label == {0: "dot"}
+
+
+def test_a_device_map_that_is_none_is_named_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"device_map must be one of balanced, cpu.*, not 'nonsense'"):
+        DiTPipeline.from_pretrained("dit-toy-shapes", device_map="nonsense")
+    pipe = DiTPipeline.from_pretrained("dit-toy-shapes", device_map="cpu")
+    assert pipe.transformer.device.type == "cpu"
+
+
 # --- Names of classes ------------------------------------------------------------------------------------------------
 
 
-def test_1000_classes_are_imagenets_and_every_synonym_is_found(make_model: MakeModel, tmp_path: Path) -> None:
-    path = write(tmp_path / "weights.pt", official_weights(make_model(num_classes=1000)))
+def test_known_weights_know_imagenets_classes_by_every_synonym(make_model: MakeModel, tmp_path: Path) -> None:
+    path = write(tmp_path / "DiT-XL-2-256x256.pt", official_weights(make_model(num_classes=1000)))
     pipe = DiTPipeline.from_single_file(path, vae=None, num_attention_heads=4)
     assert len(pipe.id2label) == 1000
     known = {
@@ -431,10 +482,35 @@ def test_1000_classes_are_imagenets_and_every_synonym_is_found(make_model: MakeM
     for label, name in synonyms:
         if name in unique:
             assert pipe.get_label_ids(name) == [label]
-    ten = write(tmp_path / "ten.pt", official_weights(make_model()))
+    ten = write(tmp_path / "SiT-XL-2-256x256.pt", official_weights(make_model()))
     assert DiTPipeline.from_single_file(ten, vae=None, num_attention_heads=4).id2label == {}
     named = DiTPipeline.from_single_file(ten, vae=None, num_attention_heads=4, id2label={3: "cat"})
     assert named.get_label_ids("cat") == [3]
+
+
+def test_1000_classes_of_unknown_weights_have_no_names(make_model: MakeModel, tmp_path: Path) -> None:
+    """1000 products of a shop are not ImageNet's 1000 classes: only what is said of the weights tells."""
+    weights = official_weights(make_model(num_classes=1000))
+
+    def names(path: Path) -> dict[int, str]:
+        return DiTPipeline.from_single_file(path, vae=None, num_attention_heads=4).id2label
+
+    assert names(write(tmp_path / "shop.pt", weights)) == {}
+    said = {"shop": "/data/shop", "train": "/data/ImageNet/train", "ilsvrc": "/data/ilsvrc2012"}
+    for name, data_path in said.items():
+        arguments = argparse.Namespace(model="DiT-XL/2", data_path=data_path)
+        path = write(tmp_path / f"{name}.pt", {"ema": weights, "args": arguments})
+        assert bool(names(path)) == (name != "shop")
+    (tmp_path / "with-card").mkdir()
+    card = tmp_path / "with-card" / "README.md"
+    path = write(tmp_path / "with-card" / "weights.pt", weights)
+    for dataset, known in (("me/shop", False), ("imagenet-1k", True), ("ILSVRC/imagenet-1k", True)):
+        card.write_text(f"---\nlicense: mit\ndatasets:\n- {dataset}\n---\n# A model\n")
+        assert bool(names(path)) == known
+    folder = stock_folder(make_model(**STOCK), tmp_path / "stock")
+    assert DiTPipeline.from_pretrained(folder).id2label == {}
+    (folder / "README.md").write_text("---\ndatasets: ILSVRC/imagenet-1k\n---\n# A model\n")
+    assert DiTPipeline.from_pretrained(folder).get_label_ids("golden retriever") == [207]
 
 
 def test_a_name_is_the_same_however_its_words_are_joined(make_model: MakeModel) -> None:
@@ -446,10 +522,80 @@ def test_a_name_is_the_same_however_its_words_are_joined(make_model: MakeModel) 
     assert pipe.get_label_ids(["t-shirt", "t shirt", "7"]) == [2, 3, 4]  # two classes, each by its own spelling
     with pytest.raises(ValueError, match=r"'t_shirt' names the classes 2 \(t-shirt, T-Shirt\), 3 \(t shirt\)"):
         pipe.get_label_ids("t_shirt")
-    with pytest.raises(ValueError, match="'red_cirle'. The nearest names: red-circle"):
+    with pytest.raises(ValueError, match=r"'red_cirle'\. The nearest names: red-circle"):
         pipe.get_label_ids("red_cirle")
     with pytest.raises(ValueError, match="no class named '-7'"):
         pipe.get_label_ids("-7")
+
+
+# --- transformers' and peft's own ------------------------------------------------------------------------------------
+
+
+class NoiseTrainer(Trainer):
+    """transformers' Trainer, as a user of a `DiTTransformer` would set it up."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        noise = torch.randn_like(inputs["latents"])
+        sample = model(inputs["latents"] + noise, inputs["timestep"], inputs["class"]).sample
+        return (sample[:, :4] - noise).square().mean()
+
+
+def test_what_transformers_trainer_saved_loads(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model()
+    rows = [{"latents": torch.randn(4, 8, 8), "timestep": torch.tensor(3), "class": torch.tensor(1)} for _ in range(2)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        use_cpu=True,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    NoiseTrainer(model=model, args=arguments, train_dataset=rows).train()  # pyright: ignore[reportArgumentType]
+    folder = tmp_path / "checkpoint-1"
+    assert "use_cache" in json.loads((folder / "config.json").read_text())
+    for loaded in (DiTTransformer.from_pretrained(folder), AutoModel.from_pretrained(folder)):
+        assert_same_weights(loaded.state_dict(), model.state_dict())
+    DiTPipeline(loaded, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    assert_same_weights(DiTPipeline.from_pretrained(tmp_path / "pipeline").transformer.state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="no field 'use_cach'"):
+        DiTConfig(use_cach=False)
+
+
+@pytest.mark.parametrize("how", ["get_peft_model", "inject", "add_adapter", "no library"])
+def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_written(
+    how: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    pipe = DiTPipeline(make_model(), diffusers.DDIMScheduler())
+    settings = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    if how == "get_peft_model":
+        pipe.transformer = peft.get_peft_model(pipe.transformer, settings)
+    elif how == "inject":
+        peft.inject_adapter_in_model(settings, pipe.transformer)
+    elif how == "add_adapter":
+        pipe.transformer.add_adapter(settings)
+    else:
+        pipe.transformer = torch.nn.Linear(2, 2)
+    words = {"get_peft_model": "merge_and_unload", "no library": "Linear, which diffusers cannot save"}.get(
+        how, "merge_adapters"
+    )
+    for save in (lambda: pipe.save_pretrained(tmp_path / "out"), lambda: pipe.push_to_hub("me/never")):
+        with pytest.raises(ValueError, match=words):
+            save()
+    assert list(tmp_path.iterdir()) == []
+    assert pipe.config["transformer"][1] is not None  # a save that is refused changes nothing
+    if how != "no library":  # what the sentence says works
+        expected = predict(pipe.transformer, pipe.transformer.config)
+        if how == "get_peft_model":
+            pipe.transformer = pipe.transformer.merge_and_unload()
+        else:
+            merge_adapters(pipe.transformer)
+        pipe.save_pretrained(tmp_path / "out")
+        again = DiTPipeline.from_pretrained(tmp_path / "out").transformer
+        torch.testing.assert_close(predict(again, again.config), expected, rtol=0, atol=FORWARD_ATOL)
 
 
 # --- Other classes ---------------------------------------------------------------------------------------------------

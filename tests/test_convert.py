@@ -258,9 +258,10 @@ def test_a_self_contained_folder_draws_the_same_bytes_without_dit_hub(
 ) -> None:
     import hashlib
 
-    source = official_file(make_model(**SHARED), tmp_path / "weights.pt")
-    make_vae().save_pretrained(tmp_path / "vae")
     family = "sit" if parameterization == "sit" else None
+    name = "SiT-XL-2-256x256.pt" if family else "DiT-XL-2-256x256.pt"
+    source = official_file(make_model(**SHARED), tmp_path / name)
+    make_vae().save_pretrained(tmp_path / "vae")
     folder = tmp_path / "folder"
     convert(source, folder, self_contained=True, num_attention_heads=4, vae=str(tmp_path / "vae"), family=family)
     pipe = DiTPipeline.from_pretrained(folder)

@@ -16,20 +16,13 @@ def run(name: str, cwd: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def table_of(text: str) -> dict[tuple[str, ...], float]:
-    rows = [
-        line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "family" not in line
-    ]
-    return {tuple(row[:-1]): float(row[-1]) for row in rows}
-
-
 def test_the_table_of_families_is_what_the_example_prints(tmp_path: Path) -> None:
-    printed = table_of(run("checkpoint_families.py", tmp_path))
-    document = table_of((ROOT / "docs" / "checkpoints.md").read_text())
-    assert document.keys() == printed.keys()
-    for row, error in printed.items():  # another processor rounds otherwise
-        assert error < 1e-6 or row[2].endswith("as it is")
-        assert document[row] == error or 0.2 < document[row] / error < 5
+    printed = [line for line in run("checkpoint_families.py", tmp_path).splitlines() if line.startswith("|")]
+    document = (ROOT / "docs" / "checkpoints.md").read_text().splitlines()
+    assert printed == [line for line in document if line.startswith("|")]
+    *same, control = [line.strip("| ").split(" | ")[-1] for line in printed[2:]]
+    assert set(same) == {"below 1e-6", "weights equal, bit for bit"}
+    assert 0.01 < float(control) < 0.1  # diffusers' class without the patch
 
 
 def test_two_people_and_a_hub_get_equal_pictures(tmp_path: Path) -> None:

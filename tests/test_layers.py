@@ -28,7 +28,7 @@ LAYERS = (
     {"modeling_dit"},
     {"adapters", "conversion", "flops", "visualize"},
     {"model_cards"},
-    {"hub"},
+    {"hub", "sources"},
     {"pipeline_dit"},
     {"convert", "export", "training"},
     {"cli"},

@@ -1,13 +1,44 @@
 """The wheel: complete, and importable without the repository."""
 
+import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dit_hub.extras import require
+
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        (None, 'pip install "dit-hub[train]"'),
+        ({"url": "file:///home/me/dit%20hub", "dir_info": {"editable": True}},
+         'pip install -e "/home/me/dit hub[train]"'),
+        ({"url": "file:///home/me/dit-hub", "dir_info": {}}, 'pip install "/home/me/dit-hub[train]"'),
+        ({"url": "https://example.com/dit-hub", "vcs_info": {"vcs": "git", "commit_id": "1"}},
+         'pip install "dit-hub[train] @ git+https://example.com/dit-hub"'),
+    ],
+    ids=["index", "editable", "folder", "git"],
+)  # fmt: skip
+def test_what_a_missing_package_asks_for_can_be_installed_from_where_dit_hub_is(
+    source: dict[str, Any] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pip notes it beside what it installed (PEP 610); a clone's folder, since no index may have the package."""
+    installed = tmp_path / "dit_hub-9.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dit-hub\nVersion: 9\n")
+    if source is not None:
+        (installed / "direct_url.json").write_text(json.dumps(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError) as refused:
+        require("no_such_package", "train")
+    assert str(refused.value) == f"This needs no_such_package, which is not installed: {command}."
 
 
 @pytest.fixture(scope="module")

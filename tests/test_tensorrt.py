@@ -184,7 +184,7 @@ def test_an_engine_says_why_it_does_not_run_here(engines: Path) -> None:
     assert misfit(manifest, fitting) is None
     for machine, words in (
         (Machine(fitting.products, None), "needs an NVIDIA GPU"),
-        (Machine({}, "8.9"), 'pip install "dit-hub[tensorrt-rtx]"'),
+        (Machine({}, "8.9"), '[tensorrt-rtx]"'),
         (
             Machine({"tensorrt_rtx": "1.2.0"}, "8.9"),
             f"built with tensorrt_rtx {manifest.version}, and 1.2.0 is installed",

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.files import new_folder
 from dit_hub.flops import PUBLISHED
-from dit_hub.hub import EMBEDDED_MODELS
 from dit_hub.model_cards import render_card
 from dit_hub.objectives import (
     flow_matching,
@@ -28,6 +27,7 @@ from dit_hub.objectives import (
     uniform_timesteps,
     v_prediction,
 )
+from dit_hub.sources import EMBEDDED_MODELS
 from dit_hub.training.data import CachedLatents, ImageFolder, Pictures, Schedule
 from dit_hub.training.images import center_crop
 from dit_hub.training.latents import cache_latents

@@ -1,8 +1,8 @@
 """dit-hub: Diffusion Transformers for the Hugging Face ecosystem.
 
 Names are imported when first used, so that `import dit_hub` does not wait for torch. It also makes dit_hub's classes
-known to diffusers and transformers, as soon as those are imported: `DiffusionPipeline.from_pretrained` and
-`AutoModel.from_pretrained` then load our folders, from the Hub too.
+known to diffusers and transformers, as soon as those are imported: `DiffusionPipeline.from_pretrained` then opens our
+pipelines as `DiTPipeline.from_pretrained` does, and `AutoModel.from_pretrained` our models, from the Hub too.
 """
 
 import importlib

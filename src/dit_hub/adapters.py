@@ -40,6 +40,8 @@ def merge_adapters(model: nn.Module) -> None:
             adapted.merge()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, adapted.get_base_layer())
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers' own note of what `add_adapter` put in
+        vars(model).update(_hf_peft_config_loaded=False, peft_config={})
 
 
 def save_adapters(model: nn.Module, rank: int, base: str, id2label: dict[int, str], folder: Path) -> None:

@@ -1,11 +1,13 @@
 """The command line: each command a thin call of a public function."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import __version__
 from .extras import quiet_libraries, require
 
 app = typer.Typer(
@@ -22,6 +24,21 @@ app.add_typer(export_app, name="export")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 MaxError = Annotated[float | None, typer.Option(help="Accept a larger error than the precision's bound.")]
 Model = Annotated[str, typer.Argument(help="A Hub id, a folder, or dit-toy-shapes, which comes with the package.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dit-hub {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What goes before the name of a command."""
 
 
 @app.command()
@@ -47,6 +64,7 @@ def generate(
     quiet_libraries()
     import torch
 
+    from .files import new_file
     from .pipeline_dit import DiTPipeline
     from .schedulers import switch_scheduler
     from .visualize import Trajectory, image_grid
@@ -58,7 +76,7 @@ def generate(
     if scheduler is not None:
         pipeline.scheduler = switch_scheduler(pipeline.scheduler, scheduler)
     num_classes = pipeline.transformer.config.num_classes
-    wanted = [int(label) if label.isdigit() else label for label in labels or []]
+    wanted = [int(label) if label.isdecimal() else label for label in labels or []]
     ids = pipeline.get_label_ids(wanted or range(num_classes)) if num_classes or wanted else None
     frames = Trajectory()
     images = pipeline(
@@ -72,10 +90,12 @@ def generate(
     names = [pipeline.id2label.get(index, str(index)) for index in ids or [] for _ in range(per_label)]
     captions = [name.split(",")[0] for name in names] or None
     columns = per_label if per_label > 1 else _columns(len(images))
-    image_grid(images, columns, captions).save(out)
+    with new_file(out, overwrite) as path:
+        image_grid(images, columns, captions).save(path)
     print(f"{len(images)} {'picture' if len(images) == 1 else 'pictures'} in {out}")
     if trajectory:
-        frames.picture(pipeline).save(trajectory)
+        with new_file(trajectory, overwrite) as path:
+            frames.picture(pipeline).save(path)
         print(f"The denoising in {trajectory}")
 
 
@@ -438,14 +458,19 @@ def convert(
 
 @app.command()
 def card(
-    folder: Annotated[Path, typer.Argument(help="A pipeline folder, an export or a conversion.")],
+    folder: Annotated[str, typer.Argument(help="A pipeline folder, an export, a conversion, or dit-toy-shapes.")],
     repository: Annotated[str | None, typer.Option(help="What the card's code loads; default: the folder.")] = None,
 ) -> None:
     """Show the card that a push would make."""
     quiet_libraries()
     from dit_hub.model_cards import render_card
 
-    print(render_card(_folder(folder), repository))
+    from .sources import local_folder
+
+    path = local_folder(folder)
+    if path is None:  # what could be a Hub id
+        raise ValueError(f"There is no folder {folder}.")
+    print(render_card(path, repository))
 
 
 @app.command()
@@ -467,7 +492,7 @@ def push(
     from .hub import push_folder
     from .pipeline_dit import DiTPipeline
 
-    if (_folder(folder) / "model_index.json").is_file():
+    if (folder / "model_index.json").is_file():
         pipeline = DiTPipeline.from_pretrained(folder)  # also a check that it loads
         if not pipeline.draw_samples(folder, force=draw):
             print("No samples.png for the card: drawing it would take long, or needs a decoder; --draw draws it.")
@@ -484,12 +509,6 @@ def main() -> None:
         sys.exit(2)
 
 
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise ValueError(f"There is no folder {path}.")
-    return path
-
-
 def _split_setting(setting: str) -> tuple[str, str]:
     key, equals, value = setting.partition("=")
     if not equals:
@@ -504,8 +523,12 @@ def _check_picture_path(path: Path, overwrite: bool) -> None:
         raise ValueError(f"{path} has no ending of a picture, such as .png.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a picture.")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} cannot be written to.")
 
 
 def _columns(count: int) -> int:

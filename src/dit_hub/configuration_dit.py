@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import inspect
 from typing import Any, Literal, TypeVar, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -38,15 +39,11 @@ _VAE_SCALE_FACTOR = 8
 # Flow-matching schedulers of diffusers count the time from data (0) to noise in thousandths.
 FLOW_TIMESTEPS = 1000
 
-# Keys that transformers itself may write into config.json beside the fields below.
+# Keys that transformers itself may write into config.json beside its fields, which are fields below too: its
+# properties, and what those who load, quantise, train or share a model put there.
 _LIBRARY_KEYS = {
-    "attn_implementation",
-    "auto_map",
-    "model_type",
-    "name_or_path",
-    "output_attentions",
-    "quantization_config",
-    "torch_dtype",
+    *(name for name, _ in inspect.getmembers(PreTrainedConfig, lambda member: isinstance(member, property))),
+    *("attn_implementation", "auto_map", "fusion_config", "model_type", "quantization_config", "use_cache"),
 }
 
 

@@ -24,14 +24,15 @@ from dit_hub.model_cards import render_card
 
 from .configuration_dit import DiTConfig
 from .files import check_free, new_folder
-from .hub import CARD_FILE, SHIFT_KEY, is_url, local_folder
+from .hub import SHIFT_KEY
 from .modeling_dit import DiTTransformer
 from .pipeline_dit import DiTPipeline
+from .sources import CARD_FILE, is_url, local_folder
 
 LAYOUTS = ("dit-hub", "official", "diffusers")
 
 # Relative L2 distance of two forward passes. The weights are the same, so this is rounding: of other kernels in
-# diffusers' class, of nothing elsewhere.
+# diffusers' class, elsewhere of weights that lie otherwise in memory, by which some processors choose their kernels.
 MAX_RELATIVE_ERROR = 1e-5
 
 # The weights in the "official" layout.
@@ -124,7 +125,7 @@ def _open(
     source: str | os.PathLike, vae: Any, timestep_freq_shift: float | None, options: dict[str, Any]
 ) -> DiTPipeline:
     """The pipeline of a file, a folder or a repository."""
-    if Path(source).is_file() or is_url(source):
+    if (Path(source).is_file() and Path(source).suffix != ".onnx") or is_url(source):
         shift = {} if timestep_freq_shift is None else {"timestep_freq_shift": timestep_freq_shift}
         return DiTPipeline.from_single_file(source, vae=vae, **shift, **options)
     folder = local_folder(source)

@@ -1,8 +1,12 @@
 """Other packages: the optional ones, which are imported where they are used, and what all of them print."""
 
 import importlib
+import json
 import os
+from importlib import metadata
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 
 def require(module: str, extra: str) -> Any:
@@ -20,7 +24,20 @@ def require(module: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
             raise
-        raise ImportError(f'This needs {module}, which is not installed: pip install "dit-hub[{extra}]".') from None
+        raise ImportError(f"This needs {module}, which is not installed: {install_command(extra)}.") from None
+
+
+def install_command(extra: str) -> str:
+    """What installs an extra where this dit-hub comes from: a clone, a repository or an index."""
+    try:
+        source = json.loads(metadata.distribution("dit-hub").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        source = {}
+    if "dir_info" in source:
+        folder = url2pathname(urlsplit(source["url"]).path)
+        return f'pip install {"-e " if source["dir_info"].get("editable") else ""}"{folder}[{extra}]"'
+    address = f" @ git+{source['url']}" if "vcs_info" in source else ""
+    return f'pip install "dit-hub[{extra}]{address}"'
 
 
 def quiet_libraries() -> None:

@@ -70,6 +70,48 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[P
                     folder.rmdir()
 
 
+@contextmanager
+def new_file(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """A path to write, which takes the name `target` when the block ends well and vanishes when it raises.
+
+    Args:
+        target: where the file goes, in a folder that is there; the path that is given has its ending.
+        overwrite: replace a file that is there. Until the new one is complete, the old one stays.
+
+    Raises:
+        ValueError: there is such a file and `overwrite` is off.
+        OSError: the disk is full.
+    """
+    target = Path(target)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        building = Path(folder, target.name)
+        try:
+            yield building
+            _sync(building)
+            if overwrite:
+                building.replace(target)
+            else:
+                _link(building, target)
+        except FileExistsError:
+            raise ValueError(f"{target} exists; choose another name or pass --overwrite.") from None
+        except Exception as error:
+            if any(sign in str(error) for sign in _FULL):
+                raise OSError(f"{target} could not be written: the disk is full or a limit is reached.") from error
+            raise
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file a second name; unlike a rename, this fails where the name was taken meanwhile."""
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if name.exists():
+            raise FileExistsError(name) from None
+        file.replace(name)
+
+
 def check_free(target: str | os.PathLike, overwrite: bool = False) -> None:
     """Raise ValueError where `new_folder` would, so that long work need not be done first."""
     target = Path(target)

@@ -1,34 +1,24 @@
 """HubPipeline: what goes into a pipeline and out of it. Folders, the Hub, single files; saving, pushing with a card."""
 
-import contextlib
+import inspect
 import json
 import logging
 import os
-import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.constants import ENDPOINT
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 
 from dit_hub.conversion.diffusers_layout import DIFFUSERS_CLASSES, OFFICIAL_WEIGHTS, load_diffusers_folder
 from dit_hub.conversion.origin import (
@@ -43,35 +33,26 @@ from dit_hub.conversion.single_file import load_single_file
 from dit_hub.model_cards import is_own_card, render_card
 
 from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
+from .configuration_dit import DiTConfig, nearest
 from .flops import measure
 from .labels import imagenet_id2label
 from .modeling_dit import DiTTransformer
 from .runtime import RuntimeOptions, use_options
 from .schedulers import official_scheduler, scheduler_from_dict
+from .sources import CARD_FILE, fetch, fetch_url, is_url, local_folder, plain_hub_errors
 from .visualize import sample_grid
 
 logger = logging.getLogger(__name__)
 
-# The models that come with the package, found by name without a network.
-EMBEDDED_MODELS = {"dit-toy-shapes": Path(__file__).parent / "assets" / "dit-toy-shapes"}
-
 # Facts about the weights that lie beside them, which the card is made from and which go where the weights go.
 FACT_FILES = (ORIGIN_FILE, "training.json", "evaluation.json")
 
-_DOWNLOAD_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "token",
-    "variant",
-    "use_safetensors",
-)
+# Of huggingface_hub's downloads; and of diffusers' download, which tells variants and kinds of weights apart.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_DOWNLOAD_OPTIONS = (*_HUB_OPTIONS, "variant", "use_safetensors")
 
 # In model_index.json: what diffusers' config of the transformer cannot say.
 SHIFT_KEY = "_timestep_freq_shift"
-
-CARD_FILE = "README.md"
 
 # The picture of the card. Drawn while pushing where it costs no more than this many multiply-accumulates in all, which
 # are seconds on a CPU, or where there is a GPU.
@@ -112,9 +93,15 @@ class HubPipeline(DiffusionPipeline):
                 `dtype={"default": ..., "vae": ...}` says otherwise.
 
         Raises:
-            ValueError, OSError: no such folder or repository, or files that are missing or damaged.
+            ValueError, OSError: no such folder or repository, files that are missing or damaged, or an argument that
+                neither this nor diffusers takes.
         """
         name = str(pretrained_model_name_or_path)
+        known = [*_arguments(HubPipeline.from_pretrained), *_arguments(cls), *_stock_options()]
+        _refuse_unknown(kwargs, known, "from_pretrained")
+        if (device_map := kwargs.get("device_map")) is not None and device_map not in SUPPORTED_DEVICE_MAP:
+            strategies = ", ".join(dict.fromkeys(SUPPORTED_DEVICE_MAP))
+            raise ValueError(f"device_map must be one of {strategies} on this machine, not {device_map!r}.")
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
             folder = Path(cls.download(name, **{key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}))
@@ -125,14 +112,8 @@ class HubPipeline(DiffusionPipeline):
         layout = "diffusers" if _is_foreign(index.get("transformer")) else "dit-hub"
         if layout == "diffusers" and "transformer" not in kwargs:
             kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
-        try:
-            with use_options(RuntimeOptions(providers, num_threads, cuda_graphs)):
-                pipeline = super().from_pretrained(folder, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(
-                f"{name} does not load; are its JSON files sound? {type(error).__name__}: {reason}"
-            ) from error
+        with _unsound_values(f"{name} does not load"), use_options(RuntimeOptions(providers, num_threads, cuda_graphs)):
+            pipeline = super().from_pretrained(folder, **kwargs)
         pipeline._remember(name, folder, layout)
         return pipeline
 
@@ -147,6 +128,12 @@ class HubPipeline(DiffusionPipeline):
         weights: str | None = None,
         family: str | None = None,
         num_attention_heads: int | None = None,
+        torch_dtype: torch.dtype | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
         **overrides: Any,
     ) -> Any:
         """Load a checkpoint file that comes without a configuration, such as `DiT-XL-2-256x256.pt`.
@@ -156,14 +143,26 @@ class HubPipeline(DiffusionPipeline):
             vae: the decoder of a latent model: an `AutoencoderKL`, a folder or a Hub id. Models of pixels get none, and
                 None leaves it out.
             scheduler: None means that of the conversion to the official layout, or else `official_scheduler`.
-            id2label: names of the classes; None means those of the conversion, or else ImageNet's for 1000 classes.
+            id2label: names of the classes; None means those of the conversion, or else ImageNet's for the 1000 classes
+                of weights that are known to be of ImageNet (see `Origin.dataset`).
             dtype: of the transformer's weights; None keeps the file's.
             weights, family, num_attention_heads, overrides: see `dit_hub.conversion.load_single_file`.
+            torch_dtype: the older name of `dtype`.
+            cache_dir, force_download, local_files_only, token: for what is downloaded, the file or the decoder.
+            revision: of the file, before that in its address.
 
         Raises:
-            ValueError, OSError: see `dit_hub.conversion.load_single_file`.
+            ValueError, OSError: see `dit_hub.conversion.load_single_file`; an argument that nothing takes.
         """
-        file = _fetch_url(str(path)) if is_url(path) else path
+        fields = list(DiTConfig.__annotations__)
+        _refuse_unknown(overrides, [*_arguments(HubPipeline.from_single_file), *fields], "from_single_file")
+        for name, given in (("dtype", dtype), ("torch_dtype", torch_dtype)):
+            if given is not None and not isinstance(given, torch.dtype):
+                raise ValueError(f"{name} must be a torch.dtype, not {given!r}.")
+        dtype = dtype or torch_dtype
+        given = (cache_dir, force_download, local_files_only, revision, token)
+        hub_options = {name: value for name, value in zip(_HUB_OPTIONS, given, strict=True) if value is not None}
+        file = fetch_url(str(path), hub_options) if is_url(path) else path
         transformer, origin = load_single_file(file, weights, family, num_attention_heads, **overrides)
         beside = official_export(file)
         if scheduler is None and "scheduler" in beside:
@@ -173,10 +172,11 @@ class HubPipeline(DiffusionPipeline):
         if dtype is not None:
             cast(Any, transformer).to(dtype)
         config = transformer.config
-        if id2label is None and config.num_classes == 1000:
+        if id2label is None and config.num_classes == 1000 and origin.is_imagenet:
             id2label = imagenet_id2label()
         if isinstance(vae, (str, os.PathLike)):
-            vae = _load_vae(str(vae)) if config.in_channels == 4 else None
+            hub_options.pop("revision", None)  # of another repository
+            vae = _load_vae(str(vae), hub_options) if config.in_channels == 4 else None
         pipeline = cast(Any, cls)(transformer, scheduler or official_scheduler(config), vae, id2label)
         pipeline.origin = origin
         pipeline._loaded_weights = _weights_state(transformer)
@@ -204,6 +204,8 @@ class HubPipeline(DiffusionPipeline):
         """
         path = folder / cls.config_name
         if not path.is_file():
+            if (folder.parent / cls.config_name).is_file():
+                raise ValueError(f"{folder} is a part of the pipeline {folder.parent}; give that folder.")
             raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
         try:
             index = json.loads(path.read_text())
@@ -223,12 +225,8 @@ class HubPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
         """As diffusers' `download`, but with the facts, and the files of other runtimes, fetched as whole folders."""
-        hub_options = {
-            key: value
-            for key, value in kwargs.items()
-            if key in _DOWNLOAD_OPTIONS[:5] and value is not None  # those that huggingface_hub knows
-        }
-        path = Path(_fetch(pretrained_model_name, cls.config_name, hub_options))
+        hub_options = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS and value is not None}
+        path = Path(fetch(pretrained_model_name, cls.config_name, hub_options, ", which is no folder here,"))
         index = json.loads(path.read_text())
         components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
         wanted = [*FACT_FILES, CARD_FILE]
@@ -237,7 +235,7 @@ class HubPipeline(DiffusionPipeline):
             wanted += [cls.config_name, "report.json", *(f"{name}/*" for name in components)]
         else:
             super().download(pretrained_model_name, **kwargs)
-        with _plain_hub_errors(f"load {pretrained_model_name} from"):
+        with plain_hub_errors(f"load {pretrained_model_name} from"):
             return snapshot_download(pretrained_model_name, allow_patterns=wanted, **hub_options)
 
     def _remember(self, name: str, folder: Path, layout: str) -> None:
@@ -247,7 +245,8 @@ class HubPipeline(DiffusionPipeline):
         self.origin = origin_of_repository(name, folder, layout)
         self._facts = {key: (folder / key).read_text() for key in FACT_FILES[1:] if (folder / key).is_file()}
         self._loaded_weights = _weights_state(pipeline.transformer)
-        if layout == "diffusers" and not pipeline.config.id2label and pipeline.transformer.config.num_classes == 1000:
+        is_imagenet = pipeline.transformer.config.num_classes == 1000 and self.origin.is_imagenet
+        if layout == "diffusers" and not pipeline.config.id2label and is_imagenet:
             pipeline.register_to_config(id2label=imagenet_id2label())
 
     def load_adapters(self, folder: str | os.PathLike) -> None:
@@ -262,7 +261,7 @@ class HubPipeline(DiffusionPipeline):
         pipeline = cast(Any, self)
         path = Path(folder)
         if not path.is_dir() and str(folder).count("/") == 1:
-            with _plain_hub_errors(f"load {folder} from"):
+            with plain_hub_errors(f"load {folder} from"):
                 path = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
         id2label = load_adapters(pipeline.transformer, path)
         if id2label:
@@ -271,7 +270,13 @@ class HubPipeline(DiffusionPipeline):
     # --- Out ---------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """As diffusers' `save_pretrained`, with the facts about the weights beside them."""
+        """As diffusers' `save_pretrained`, with the facts about the weights beside them.
+
+        Raises:
+            ValueError: a component that cannot be saved, which diffusers would leave out; nothing is written.
+        """
+        for name, component in cast(Any, self).components.items():
+            _check_saveable(name, getattr(component, "_orig_mod", component))  # itself, where it is compiled
         super().save_pretrained(save_directory, **kwargs)
         self.save_facts(save_directory)
 
@@ -372,7 +377,7 @@ def push_folder(
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
     additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     repository = make_repository(repo_id, private, token)
-    with _plain_hub_errors(f"push to {repo_id} on"):
+    with plain_hub_errors(f"push to {repo_id} on"):
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         if not (folder / CARD_FILE).is_file() or is_own_card(folder / CARD_FILE):
@@ -387,37 +392,12 @@ def push_folder(
 
 def make_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
     """Make a repository on the Hub, unless it is there; returns its whole name. Errors as for `push_folder`."""
-    with _plain_hub_errors(f"push to {repo_id} on"):
+    with plain_hub_errors(f"push to {repo_id} on"):
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def is_url(source: str | os.PathLike) -> bool:
-    """Whether a source is an address of the web."""
-    return str(source).startswith(("https://", "http://"))
-
-
-def local_folder(name: str | os.PathLike) -> Path | None:
-    """The folder that a name stands for: itself or an embedded model's. None for a Hub id.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ValueError(f"{name} is a file; load it with DiTPipeline.from_single_file or `dit-hub convert`.")
-    if str(name) in EMBEDDED_MODELS:
-        return EMBEDDED_MODELS[str(name)]
-    if folder.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json"):
-        raise ValueError(f"There is no file {name}.")
-    if str(name).count("/") == 1:  # "organisation/name"
-        return None
-    raise ValueError(f"There is no folder and no embedded model {str(name)!r}; embedded: {', '.join(EMBEDDED_MODELS)}.")
 
 
 # --- Details ---------------------------------------------------------------------------------------------------------
@@ -458,12 +438,52 @@ def _load_foreign(
     return transformer.to(dtype) if dtype is not None else transformer
 
 
-def _load_vae(name: str) -> Any:
+def _arguments(door: Any) -> list[str]:
+    """The names of the arguments of a class or one of its methods."""
+    parameters = inspect.signature(door).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+
+
+def _stock_options() -> list[str]:
+    """What diffusers' `from_pretrained` takes: it reads its options by name, so that only its code says them."""
+    constants = inspect.unwrap(DiffusionPipeline.from_pretrained).__code__.co_consts
+    return [name for name in constants if isinstance(name, str) and name.isidentifier()]
+
+
+def _refuse_unknown(given: dict[str, Any], known: list[str], door: str) -> None:
+    """ValueError for an argument that nothing would read."""
+    for name in given.keys() - set(known):
+        raise ValueError(f"{door} takes no {name!r}. The nearest names: {nearest(name, known)}.")
+
+
+def _check_saveable(name: str, component: Any) -> None:
+    """ValueError for a component that diffusers would leave out of a folder, or write only a part of."""
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")  # without it nothing holds adapters
+    modules = component.modules() if isinstance(component, torch.nn.Module) and tuners else ()
+    if any(isinstance(module, tuners.BaseTunerLayer) for module in modules):
+        whole = hasattr(component, "merge_and_unload")
+        merge = f"pipe.{name} = pipe.{name}.merge_and_unload()" if whole else f"merge_adapters(pipe.{name})"
+        raise ValueError(
+            f"The {name} holds adapters, which a pipeline folder has no place for, so nothing was written; add them to "
+            f"its weights first: {merge}{'' if whole else ', of dit_hub.adapters'}."
+        )
+    bases = (
+        getattr(sys.modules[library], base, None)
+        for library, classes in LOADABLE_CLASSES.items()
+        if library in sys.modules
+        for base in classes
+    )
+    if component is not None and not any(isinstance(component, base) for base in bases if base is not None):
+        kind = type(component).__name__
+        raise ValueError(f"The {name} is a {kind}, which diffusers cannot save, so nothing was written.")
+
+
+def _load_vae(name: str, hub_options: dict[str, Any]) -> Any:
     """A decoder, or None with a word of advice where it cannot be had now."""
     try:
         with warnings.catch_warnings():  # diffusers' own use of a deprecated argument
             warnings.simplefilter("ignore")
-            return AutoencoderKL.from_pretrained(name)
+            return AutoencoderKL.from_pretrained(name, **hub_options)
     except (OSError, ValueError):
         logger.warning(
             "The decoder %s cannot be loaded now, so this pipeline draws latents only; pass vae= another, or set "
@@ -488,56 +508,3 @@ def _unsound_values(problem: str) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{problem}; are its JSON files sound? {type(error).__name__}: {reason}") from error
-
-
-def _fetch_url(url: str) -> str:
-    """The cached path of a file on the Hub, or on the mirror that HF_ENDPOINT names."""
-    found = re.fullmatch(r"(https?://[^/]+)/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/(.+?)(?:\?.*)?", url)
-    if not found or found[1] not in ("https://huggingface.co", "https://hf.co", ENDPOINT):
-        raise ValueError(
-            f"{url} is no address of a file on the Hub: https://huggingface.co/ORG/NAME/resolve/main/FILE."
-        )
-    _, repository, revision, name = found.groups()
-    for fact in (ORIGIN_FILE, CARD_FILE):  # beside the file, where its licence may be named
-        with contextlib.suppress(OSError):
-            _fetch(repository, str(PurePosixPath(name).with_name(fact)), {"revision": revision})
-    return _fetch(repository, name, {"revision": revision})
-
-
-def _fetch(repository: str, name: str, hub_options: dict[str, Any]) -> str:
-    """The cached path of a repository's file; what the Hub refuses becomes one sentence."""
-    with _plain_hub_errors(f"load {repository} from", name, hub_options.get("revision")):
-        return hf_hub_download(repository, name, **hub_options)
-
-
-@contextmanager
-def _plain_hub_errors(action: str, name: str = "such file", revision: str | None = None) -> Iterator[None]:
-    """One sentence for what the Hub refuses; it holds no token, nor an address that could hold one."""
-    try:
-        yield
-    except GatedRepoError as error:
-        problem, cause = "it is gated; ask for access on its page and log in", error
-    except RepositoryNotFoundError as error:
-        problem, cause = "there is no such repository, or the token does not open it", error
-    except RevisionNotFoundError as error:
-        problem, cause = f"it has no revision {revision}", error
-    except LocalEntryNotFoundError as error:  # before its parent, EntryNotFoundError
-        problem, cause = "it cannot be reached, and the files are not in the cache", error
-    except OfflineModeIsEnabled as error:
-        problem, cause = "HF_HUB_OFFLINE is set", error
-    except EntryNotFoundError as error:
-        problem, cause = f"it has no {name}", error
-    except LocalTokenNotFoundError as error:
-        problem, cause = "no token; run `hf auth login` or set HF_TOKEN", error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        advice = {401: ", the token is missing or wrong", 403: ", the token may not write there"}.get(status, "")
-        problem, cause = f"it answers with status {status}{advice}", error
-    except HTTPError as error:
-        problem, cause = (
-            f"the connection broke ({type(error).__name__}); what has arrived need not be sent again",
-            error,
-        )
-    else:
-        return
-    raise OSError(f"Cannot {action} the Hub: {problem}.") from cause

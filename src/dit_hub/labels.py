@@ -25,7 +25,7 @@ def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> lis
     """Class ids of labels given by id or by name; a lone one counts as a list of one.
 
     Args:
-        labels: ids below `num_classes`, or names; "golden_retriever", "golden-retriever" and "Golden Retriever" are one.
+        labels: ids below `num_classes`, or names; "golden_retriever", "golden-retriever", "Golden Retriever" are one.
         id2label: names by id; several names of one class are separated by commas.
         num_classes: number of classes.
 

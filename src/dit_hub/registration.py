@@ -1,11 +1,15 @@
 """Makes dit_hub's classes known to diffusers and transformers when those are imported, if ever."""
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Classes that model_index.json may name as components of a pipeline folder, all living in `dit_hub`.
 COMPONENTS = (
@@ -19,6 +23,8 @@ COMPONENTS = (
     "TensorRTVAEDecoder",
 )
 
+_INDEX = "model_index.json"
+
 
 def _register_components(loading: ModuleType) -> None:
     # Without this, diffusers refuses a component of an unknown library in a Hub repository, and writes the file a
@@ -28,12 +34,46 @@ def _register_components(loading: ModuleType) -> None:
     loading.ALL_IMPORTABLE_CLASSES.update(methods)
 
 
+def _open_our_pipelines(pipelines: ModuleType) -> None:
+    # diffusers has a DiTPipeline of its own, which its generic loader would take for ours.
+    generic: Any = pipelines.DiffusionPipeline
+    stock = vars(generic)["from_pretrained"].__func__
+
+    @functools.wraps(stock)
+    def from_pretrained(cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        if cls is generic and _holds_our_pipeline(pretrained_model_name_or_path, kwargs):
+            ours: Any = importlib.import_module(".pipeline_dit", __package__)
+            return ours.DiTPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return stock(cls, pretrained_model_name_or_path, **kwargs)
+
+    generic.from_pretrained = classmethod(from_pretrained)
+
+
+def _holds_our_pipeline(name: Any, options: dict[str, Any]) -> bool:
+    """Whether the model_index.json of a folder or repository names our pipeline with a component of ours."""
+    if options.get("custom_pipeline") is not None:
+        return False
+    hub = importlib.import_module("huggingface_hub")
+    hub_options = {
+        key: options[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in options
+    }
+    try:
+        folder = Path(name)
+        path = folder if folder.is_dir() else Path(hub.hf_hub_download(name, _INDEX, **hub_options)).parent
+        index = json.loads((path / _INDEX).read_text())
+        named = [entry[0] for entry in index.values() if isinstance(entry, list) and entry]
+    except Exception:  # whatever is wrong with it, diffusers says it
+        return False
+    return index.get("_class_name") == "DiTPipeline" and "dit_hub" in named
+
+
 def _register_auto_classes(auto: ModuleType) -> None:
     importlib.import_module(".modeling_dit", __package__)  # registers itself and its config
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.pipelines.pipeline_loading_utils": _register_components,
+    "diffusers.pipelines.pipeline_utils": _open_our_pipelines,
     "transformers.models.auto.modeling_auto": _register_auto_classes,
 }
 

@@ -14,7 +14,8 @@ from dit_hub.model_cards import render_card
 
 from ..adapters import save_adapters
 from ..files import new_folder
-from ..hub import CARD_FILE, EMBEDDED_MODELS, SAMPLES_FILE
+from ..hub import SAMPLES_FILE
+from ..sources import CARD_FILE, EMBEDDED_MODELS
 from ..visualize import Trajectory, loss_curve, sample_grid
 from .monitor import LOGS_FOLDER
 from .recipe import get_recipe

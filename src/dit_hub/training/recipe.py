@@ -247,7 +247,9 @@ def get_recipe(name: str) -> Recipe:
     shipped = shipped_recipes()
     if name in shipped:
         text = (resources.files("dit_hub.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
+    elif name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"There is no file {name}.")
         text = Path(name).read_text(encoding="utf-8")
     else:
         known = ", ".join(shipped)
