@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path
 
 # In the order of their imports. What loads other layouts and pushes stays out: such a folder needs neither.
-_MODEL_MODULES = ("files", "configuration_dit", "layers", "modeling_dit")
-_PIPELINE_MODULES = ("configuration_dit", "labels", "schedulers", "solvers", "pipeline_dit")
+_MODEL_MODULES = ("checks", "files", "configuration_dit", "layers", "modeling_dit")
+_PIPELINE_MODULES = ("checks", "configuration_dit", "labels", "schedulers", "solvers", "pipeline_dit")
 
 _MODEL_FILE = "modeling_dit.py"
 _PIPELINE_FILE = "pipeline.py"

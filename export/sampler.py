@@ -97,7 +97,7 @@ class _Sampler(nn.Module):
         # Where there are as many rows as pictures, both halves below are the whole, and guidance adds nothing.
         prediction = self.transformer(torch.cat([sample, sample])[:rows], condition=condition).sample
         halves = torch.cat([prediction[:count], prediction[rows - count :]])
-        return guide(halves, guidance_scale, self.config.guidance_channels)
+        return guide(halves, guidance_scale, self.config.guided_channels)
 
     def _pictures(self, sample: Tensor) -> Tensor:
         """(N, height, width, channels) uint8."""

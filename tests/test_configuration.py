@@ -125,7 +125,12 @@ def test_unknown_field_in_a_file_is_an_error(tmp_path: Path) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers must be above 0"),
         ({"num_attention_heads": -1}, "num_attention_heads must be above 0"),
         ({"mlp_ratio": -4.0}, "mlp_ratio must be above 0"),
-        ({"guidance_channels": 0}, "guidance_channels must be above 0"),
+        ({"guidance_channels": 0}, "guidance_channels must be 1 or more, not 0"),
+        ({"guidance_channels": -1}, "guidance_channels must be 1 or more, not -1"),
+        ({"guidance_channels": 5}, "guidance_channels must be at most 4, not 5"),
+        ({"guidance_channels": 2, "in_channels": 1}, "guidance_channels must be at most 1, not 2"),
+        ({"guidance_channels": True}, "guidance_channels"),
+        ({"guidance_channels": 2.5}, "guidance_channels"),
         ({"num_classes": -1}, "num_classes must be 0"),
         ({"class_dropout_prob": -0.1}, "class_dropout_prob must lie between 0 and 1"),
         ({"class_dropout_prob": 1.1}, "class_dropout_prob must lie between 0 and 1"),
@@ -153,6 +158,31 @@ def test_null_class_exists_where_labels_are_dropped(
     assert config.null_class == null_class
 
 
+@pytest.mark.parametrize(
+    ("fields", "guided"),
+    [
+        ({}, 3),  # the official family's latents
+        ({"parameterization": "sit"}, 3),
+        ({"timestep_freq_shift": 1.0}, 4),  # as diffusers computes
+        ({"in_channels": 1}, 1),
+        ({"in_channels": 3}, 3),
+        ({"in_channels": 16}, 16),
+        ({"in_channels": 16, "guidance_channels": 3}, 3),
+        ({"guidance_channels": 4}, 4),
+    ],
+)
+def test_guided_channels_follow_the_family_unless_given(fields: dict[str, Any], guided: int) -> None:
+    assert DiTConfig(**fields).guided_channels == guided
+
+
+@pytest.mark.parametrize(("in_channels", "guided"), [(4, 3), (3, 3), (2, 2), (1, 1)])
+def test_files_of_the_old_default_of_guidance_load(in_channels: int, guided: int, tmp_path: Path) -> None:
+    DiTConfig(in_channels=in_channels).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "guidance_channels": 3}))
+    assert DiTConfig.from_pretrained(tmp_path).guided_channels == guided
+
+
 @pytest.mark.parametrize(("learn_sigma", "out_channels"), [(True, 6), (False, 3)])
 def test_learned_variance_doubles_the_output_channels(learn_sigma: bool, out_channels: int) -> None:
     assert DiTConfig(in_channels=3, learn_sigma=learn_sigma).out_channels == out_channels
@@ -171,6 +201,13 @@ def test_sample_size_survives_json(
     config = saved_and_loaded(DiTConfig(sample_size=sample_size), tmp_path)
     assert config.sample_size == loaded
     assert config.sample_height_width == height_width
+
+
+@pytest.mark.parametrize("guidance_channels", [None, 2])
+def test_guidance_channels_survive_json(guidance_channels: int | None, tmp_path: Path) -> None:
+    assert saved_and_loaded(DiTConfig(guidance_channels=guidance_channels), tmp_path).guidance_channels == (
+        guidance_channels
+    )
 
 
 def test_every_field_survives_json(tmp_path: Path) -> None:

@@ -122,6 +122,25 @@ def test_ours_to_diffusers_and_back_is_the_same_model(shift: float, make_model: 
     assert "from diffusers import" in text
 
 
+@pytest.mark.parametrize(
+    ("fields", "guided"),
+    [
+        ({"timestep_freq_shift": 0.0}, 3),
+        ({"timestep_freq_shift": 1.0}, 4),
+        ({"timestep_freq_shift": 0.0, "guidance_channels": 2}, 2),
+        ({"timestep_freq_shift": 1.0, "guidance_channels": 3}, 3),
+    ],
+)
+def test_guidance_is_the_same_after_diffusers_and_back(
+    fields: dict[str, Any], guided: int, make_model: MakeModel, tmp_path: Path
+) -> None:
+    DiTPipeline(make_model(**SHARED, **fields), diffusers.DDIMScheduler()).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", to="diffusers")
+    back = DiTPipeline.from_pretrained(tmp_path / "stock").transformer.config
+    assert back.guided_channels == guided
+    assert back.guidance_channels == fields.get("guidance_channels")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("to", ["dit-hub", "official", "diffusers"])
 def test_half_precision_stays_as_it_is(to: str, dtype: torch.dtype, make_model: MakeModel, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """`DiTTransformer`: the official numbers, the paper's sizes, and what it promises to trainers and exporters."""
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_hub import DiTConfig, DiTTransformer
+from dit_hub.layers import POSITION_TABLES
 from dit_hub.pipeline_dit import guide
 
 from .conftest import Golden
@@ -91,7 +97,7 @@ def guided_halves(golden: Golden, guidance_channels: int) -> tuple[Tensor, Tenso
 
 
 def test_guidance_equals_the_official_code(golden: Golden) -> None:
-    guided, prediction = guided_halves(golden, golden.model().config.guidance_channels)
+    guided, prediction = guided_halves(golden, golden.model().config.guided_channels)
     conditional, unconditional = golden.expected["cfg.out"].chunk(2)
     torch.testing.assert_close(guided, conditional, rtol=0, atol=GUIDED_ATOL)
     # The official second half repeats the guided noise and keeps its own other channels.
@@ -400,6 +406,78 @@ def test_positions_of_a_rectangle_encode_column_then_row(make_model: MakeModel) 
             for k in range(quarter)
         ]
         torch.testing.assert_close(table[token], torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+class CountSines(TorchDispatchMode):
+    """Counts the sines in float64, which only a position table needs."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.sin.default and args[0].dtype == torch.float64
+        return func(*args, **(kwargs or {}))
+
+
+def sines(model: DiTTransformer, size: tuple[int, int]) -> int:
+    with CountSines() as counted:
+        predict(model, *inputs_for(model, size=size))
+    return counted.count
+
+
+def test_positions_of_another_size_are_computed_once(make_model: MakeModel) -> None:
+    model = make_model(hidden_size=36, num_attention_heads=3)  # a width of its own: nothing is held yet
+    assert sines(model, (8, 8)) == 0  # the trained size
+    assert [sines(model, (12, 4)) for _ in range(3)] == [2, 0, 0]  # of columns and of rows
+    assert [sines(model, (4, 12)) for _ in range(2)] == [2, 0]
+    assert sines(copy.deepcopy(model), (12, 4)) == 0
+
+
+def test_few_position_tables_are_held(make_model: MakeModel) -> None:
+    model = make_model(hidden_size=44, num_attention_heads=11)
+    tables = [weakref.ref(model.positions(2, width)) for width in range(5, 5 + 3 * POSITION_TABLES)]
+    gc.collect()
+    held = [table for table in tables if table() is not None]
+    assert held == tables[-POSITION_TABLES:]
+
+
+def test_positions_that_inference_asked_for_first_can_be_trained_with(make_model: MakeModel) -> None:
+    model = make_model(hidden_size=52, num_attention_heads=13)
+    inputs = inputs_for(model, size=(12, 12))
+    with torch.inference_mode():
+        expected = model(*inputs).sample
+    assert not model.positions(6, 6).is_inference()
+    scale = torch.ones(52, requires_grad=True)
+    (model.positions(6, 6) * scale).sum().backward()  # keeps the table for the backward pass
+    output = model(*inputs).sample
+    output.sum().backward()
+    torch.testing.assert_close(output, expected.clone(), rtol=1e-6, atol=1e-6)
+
+
+def test_positions_of_a_trace_are_not_held(make_model: MakeModel) -> None:
+    model = make_model(hidden_size=60, num_attention_heads=15)
+    inputs = inputs_for(model, size=(12, 4))
+    expected = predict(make_model(hidden_size=60, num_attention_heads=15), *inputs)
+
+    def run(*tensors: Tensor) -> Tensor:
+        return model(*tensors).sample
+
+    make_fx(run, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    with FakeTensorMode() as mode:
+        model.positions(6, 2)
+        assert mode is not None
+    torch.testing.assert_close(predict(model, *inputs), expected, rtol=0, atol=1e-6)
+    program = torch.export.export(model, inputs)
+    torch.testing.assert_close(program.module()(*inputs).sample, expected, rtol=0, atol=1e-5)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs).sample, expected, rtol=0, atol=1e-5)
+
+
+def test_positions_follow_the_device_of_the_model(make_model: MakeModel) -> None:
+    model: Any = make_model(hidden_size=68, num_attention_heads=17)
+    assert model.positions(6, 2).device.type == "cpu"
+    assert model.to("meta").positions(6, 2).device.type == "meta"
 
 
 @pytest.mark.parametrize("size", [(16, 16), (4, 12), (12, 4)])

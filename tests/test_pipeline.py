@@ -1,7 +1,9 @@
 """`DiTPipeline`: the official samples, diffusers' schedulers, and everything a caller can ask for."""
 
+import gc
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -194,6 +196,34 @@ def test_timesteps_for_a_scheduler_that_takes_none_are_an_error(pipe: DiTPipelin
         sample(pipe, timesteps=[900, 500, 7])
 
 
+@pytest.mark.parametrize(
+    "timesteps", [(900, 500, 7), range(900, 0, -400), np.array([900, 500, 7]), [900.0, 500.0, 7.0]]
+)
+def test_timesteps_come_in_many_forms(pipe: DiTPipeline, timesteps: Any) -> None:
+    pipe.scheduler = official_ddpm()
+    assert_same(sample(pipe, timesteps=timesteps), sample(pipe, timesteps=[int(t) for t in timesteps]))
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "complaint"),
+    [
+        ([], "timesteps must be a list of numbers or"),
+        (500, "timesteps must be a list of numbers or"),
+        ([500, 900], r"timesteps must fall, from noise to data, not \[500, 900\]"),
+        ([500, 500], "timesteps must fall"),
+        ([1000, 500], "A timestep must be at most 999, not 1000"),
+        ([500, -1], "A timestep must be 0 or more, not -1"),
+        ([500.5], "A timestep must be a whole number, not 500.5"),
+        (["500"], "A timestep must be a finite number, not '500'"),
+        ([[900, 500]], "A timestep must be a finite number, not"),
+    ],
+)
+def test_timesteps_that_cannot_be_visited_are_errors(pipe: DiTPipeline, timesteps: Any, complaint: str) -> None:
+    pipe.scheduler = official_ddpm()
+    with pytest.raises(ValueError, match=complaint):
+        sample(pipe, timesteps=timesteps)
+
+
 def test_timesteps_by_an_unknown_word_are_an_error(pipe: DiTPipeline) -> None:
     pipe.scheduler = official_ddpm()
     with pytest.raises(ValueError, match="\"official\", not 'oficial'"):
@@ -214,6 +244,15 @@ def test_timesteps_by_an_unknown_word_are_an_error(pipe: DiTPipeline) -> None:
         ("tench, Tinca tinca", [0]),
         (" GREAT WHITE ", [2]),
         (["siamese cat", 1], [4, 1]),
+        ("siamese-cat", [4]),
+        (["Great_White", "great  white"], [2, 2]),
+        (np.int64(3), [3]),
+        (np.array(3), [3]),
+        (np.array([[3], [9]], dtype=np.uint8), [3, 9]),
+        (np.array(["tench", "Siamese cat"]), [0, 4]),
+        ([np.int32(3), torch.tensor(9), 1], [3, 9, 1]),
+        (range(2, 4), [2, 3]),
+        ({5: "of a dictionary, the keys"}, [5]),
         ([], []),
         (None, []),
     ],
@@ -235,7 +274,15 @@ def test_labels_by_name_draw_what_their_ids_draw(pipe: DiTPipeline) -> None:
         ("t", "There is no class named 't'"),
         (10, "The label 10 is out of range: the classes are 0 to 9"),
         (-1, "The label -1 is out of range"),
-        (1.5, "1.5"),
+        (1.5, "A label is a name or a whole number, not 1.5"),
+        (1.0, "A label is a name or a whole number, not 1.0"),
+        (True, "A label is a name or a whole number, not True"),
+        (np.float32(2), "A label is a name or a whole number, not "),
+        (np.bool_(True), "A label is a name or a whole number, not "),
+        (torch.tensor(1.0), "A label is a name or a whole number, not tensor"),
+        (None, "A label is a name or a whole number, not None"),
+        ([1, 2], r"A label is a name or a whole number, not \[1, 2\]"),
+        (b"tench", "A label is a name or a whole number, not b'tench'"),
     ],
 )
 def test_label_that_names_no_single_class_is_an_error(pipe: DiTPipeline, label: Any, complaint: str) -> None:
@@ -272,10 +319,96 @@ def test_labels_for_an_unconditional_model_are_an_error(unconditional_pipe: DiTP
         sample(unconditional_pipe, [1])
 
 
+@pytest.mark.parametrize("labels", [1.0, True, np.array([1.0]), np.array([True]), torch.tensor([0.5]), np.float64(1)])
+def test_labels_that_are_no_whole_numbers_are_errors(pipe: DiTPipeline, labels: Any) -> None:
+    with pytest.raises(ValueError, match=r"^A label is a name or a whole number, not "):
+        sample(pipe, labels)
+
+
+# --- Numbers that callers pass ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("argument", ["num_images_per_label", "num_inference_steps"])
 def test_counts_below_one_are_errors(pipe: DiTPipeline, argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be 1 or more, not 0"):
         sample(pipe, **{argument: 0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, not 2.5"),
+        ({"num_inference_steps": 4.0}, "num_inference_steps must be a whole number, not 4.0"),
+        ({"num_inference_steps": True}, "num_inference_steps must be a whole number, not True"),
+        ({"num_inference_steps": "4"}, "num_inference_steps must be a whole number, not '4'"),
+        ({"num_inference_steps": None}, "num_inference_steps must be a whole number, not None"),
+        ({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, not 1001"),
+        ({"num_images_per_label": 2.5}, "num_images_per_label must be a whole number, not 2.5"),
+        ({"num_images_per_label": False}, "num_images_per_label must be a whole number, not False"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, not nan"),
+        ({"guidance_scale": math.inf}, "guidance_scale must be a finite number, not inf"),
+        ({"guidance_scale": True}, "guidance_scale must be a finite number, not True"),
+        ({"guidance_scale": "4"}, "guidance_scale must be a finite number, not '4'"),
+        ({"guidance_scale": [4.0]}, r"guidance_scale must be a finite number, not \[4.0\]"),
+        ({"guidance_channels": 0}, "guidance_channels must be 1 or more, not 0"),
+        ({"guidance_channels": -1}, "guidance_channels must be 1 or more, not -1"),
+        ({"guidance_channels": 5}, "guidance_channels must be at most 4, not 5"),
+        ({"guidance_channels": 2.5}, "guidance_channels must be a whole number, not 2.5"),
+        ({"guidance_channels": True}, "guidance_channels must be a whole number, not True"),
+        ({"eta": math.nan}, "eta must be a finite number, not nan"),
+        ({"eta": -0.1}, "eta must be 0 or more, not -0.1"),
+        ({"eta": 1.5}, "eta must be at most 1, not 1.5"),
+        ({"eta": None}, "eta must be a finite number, not None"),
+        ({"height": 8.0}, "height must be a whole number, not 8.0"),
+        ({"width": "8"}, "width must be a whole number, not '8'"),
+        ({"height": True}, "height must be a whole number, not True"),
+        ({"generator": 0}, r"generator must be a torch.Generator, such as .* or a list of them, not 0"),
+        ({"generator": [0, 1]}, r"generator must be a torch.Generator, such as .* or a list of them, not \[0, 1\]"),
+        ({"generator": np.random.default_rng(0)}, "generator must be a torch.Generator"),
+        ({"latents": [[0.0]]}, r"latents must be a tensor of floats, not \[\[0.0\]\]"),
+        ({"latents": torch.zeros(2, 4, 8, 8, dtype=torch.long)}, "latents must be a tensor of floats, not tensor"),
+        ({"latents": np.zeros((2, 4, 8, 8), dtype=int)}, "latents must be a tensor of floats, not array"),
+        ({"latents": torch.tensor(0.0)}, r"latents must have the shape \(2, 4, 8, 8\), not \(1,\)"),
+        ({"callback_on_step_end": "print"}, "callback_on_step_end must be a function, not 'print'"),
+        ({"callback_on_step_end": lambda *_: 1}, "callback_on_step_end must return None, or a dict"),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(1)}}, r"callback.* shape \(2, 4, 8, 8\), not"),
+        ({"callback_on_step_end": lambda *_: {"latents": None}}, "callback_on_step_end must return None, or a dict"),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be_are_refused_in_one_sentence(
+    pipe: DiTPipeline, arguments: dict[str, Any], complaint: str
+) -> None:
+    generator = seeded()
+    with pytest.raises(ValueError, match=f"^{complaint}") as caught:
+        sample(pipe, **{"generator": generator, **arguments})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 250
+    if "callback_on_step_end" not in arguments:
+        assert torch.equal(generator.get_state(), seeded().get_state())  # nothing was drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plain"),
+    [
+        ({"num_inference_steps": np.int64(3)}, {"num_inference_steps": 3}),
+        ({"num_images_per_label": np.int64(2)}, {"num_images_per_label": 2}),
+        ({"guidance_scale": np.float32(2)}, {"guidance_scale": 2.0}),
+        ({"guidance_scale": torch.tensor(2.0)}, {"guidance_scale": 2}),
+        ({"guidance_channels": np.int64(2)}, {"guidance_channels": 2}),
+        ({"height": np.int64(12)}, {"height": 12}),
+        ({"eta": np.float64(0.5)}, {"eta": 0.5}),
+        ({"guidance_interval": [0.0, 0.6]}, {"guidance_interval": (0.0, 0.6)}),
+        ({"guidance_interval": np.array([0.0, 0.6])}, {"guidance_interval": (0.0, 0.6)}),
+        ({"latents": np.full((2, 4, 8, 8), 0.5)}, {"latents": torch.full((2, 4, 8, 8), 0.5)}),
+    ],
+    ids=str,
+)
+def test_numbers_of_numpy_and_torch_are_numbers(
+    pipe: DiTPipeline, arguments: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    assert_same(sample(pipe, **arguments), sample(pipe, **plain))
 
 
 # --- Guidance --------------------------------------------------------------------------------------------------------
@@ -292,6 +425,35 @@ def test_guidance_is_off_where_there_is_no_null_class(make_model: MakeModel, unc
     for other, labels in ((pipe, [1]), (unconditional_pipe, None)):
         with pytest.raises(ValueError, match=r"guidance_scale 1.5 needs a null class"):
             sample(other, labels, guidance_scale=1.5)
+
+
+def test_guidance_never_touches_the_variance(make_model: MakeModel) -> None:
+    """Whatever the number of channels: here with one, of which the official three would be noise and variance."""
+    for channels in (1, 2, 4):
+        model = make_model(in_channels=channels)
+        with torch.no_grad():  # a variance that depends on the class
+            model.final_layer.linear.weight.mul_(5.0)
+        seen: list[Tensor] = []
+        pipe = pipeline_of(model, official_ddpm())
+        step: Any = pipe.scheduler.step
+
+        def watch(output: Tensor, *rest: Any, step: Any = step, seen: list[Tensor] = seen, **more: Any) -> Any:
+            seen.append(output)
+            return step(output, *rest, **more)
+
+        pipe.scheduler.step = watch
+        sample(pipe, guidance_scale=7.0, num_inference_steps=1)
+        noise = torch.randn(2, channels, 8, 8, generator=seeded())
+        timestep = pipe.scheduler.timesteps[:1].expand(2)
+        with torch.no_grad():
+            conditional = model(noise, timestep, torch.tensor([1, 2])).sample
+            null = model(noise, timestep, torch.tensor([10, 10])).sample
+        guided = null + 7.0 * (conditional - null)
+        count = model.config.guided_channels
+        torch.testing.assert_close(seen[0][:, :count], guided[:, :count], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen[0][:, count:], conditional[:, count:], rtol=1e-5, atol=1e-5)
+        assert count == (3 if channels == 4 else channels)
+        assert_different(conditional[:, channels:], guided[:, channels:])
 
 
 def test_guidance_channels_default_to_the_models(make_model: MakeModel) -> None:
@@ -331,7 +493,7 @@ def test_guidance_interval_of_everything_and_of_nothing(pipe: DiTPipeline) -> No
     assert_same(sample(pipe, guidance_interval=(0.999, 1.0)), sample(pipe, guidance_scale=1.0))
 
 
-@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.5,)])
+@pytest.mark.parametrize("interval", [(0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.5,), 0.5, None, "01", (math.nan, 1.0)])
 def test_guidance_interval_that_is_none_is_an_error(pipe: DiTPipeline, interval: Any) -> None:
     with pytest.raises(ValueError, match="guidance_interval must be two rising numbers between 0 and 1"):
         sample(pipe, guidance_interval=interval)
@@ -357,7 +519,7 @@ SCHEDULERS = [
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_samples_a_model_with_learned_variance(pipe: DiTPipeline, name: str) -> None:
-    pipe.scheduler = getattr(diffusers, name)()
+    pipe.scheduler = new_scheduler(name)
     images = sample(pipe)
     assert images.shape == (2, 4, 8, 8)
     assert images.isfinite().all()
@@ -415,9 +577,11 @@ def test_eta_reaches_ddim(pipe: DiTPipeline) -> None:
     assert_different(stochastic, sample(pipe))
 
 
-def test_eta_is_left_to_schedulers_that_take_it(pipe: DiTPipeline) -> None:
+def test_eta_for_schedulers_that_take_none_is_an_error(pipe: DiTPipeline) -> None:
     pipe.scheduler = official_ddpm()
-    assert_same(sample(pipe, eta=1.0), sample(pipe))
+    with pytest.raises(ValueError, match=r"eta 1.0 is for DDIMScheduler; DDPMScheduler takes none\."):
+        sample(pipe, eta=1.0)
+    assert_same(sample(pipe, eta=0.0), sample(pipe))
 
 
 # --- Noise -----------------------------------------------------------------------------------------------------------
@@ -442,6 +606,10 @@ def test_sample_with_its_own_generator_does_not_depend_on_its_batch(pipe: DiTPip
 def test_generators_that_do_not_match_the_pictures_are_an_error(pipe: DiTPipeline, count: int) -> None:
     with pytest.raises(ValueError, match="generator"):
         sample(pipe, [1, 2, 3], generator=[seeded(seed) for seed in range(count)])
+
+
+def test_a_tuple_of_generators_is_as_good_as_a_list(pipe: DiTPipeline) -> None:
+    assert_same(sample(pipe, generator=(seeded(7), seeded(8))), sample(pipe, generator=[seeded(7), seeded(8)]))
 
 
 def test_latents_given_are_the_noise_drawn(pipe: DiTPipeline) -> None:
@@ -535,6 +703,10 @@ def test_callback_sees_every_step(pipe: DiTPipeline) -> None:
     images = sample(pipe, callback_on_step_end=watch)
     assert seen == [(pipe, step, timestep) for step, timestep in enumerate([750, 500, 250, 0])]
     assert_same(last["latents"], images)
+
+
+def test_callback_may_return_other_things_in_its_dict(pipe: DiTPipeline) -> None:
+    assert_same(sample(pipe, callback_on_step_end=lambda *_: {"seen": 1}), sample(pipe))
 
 
 def test_callback_replaces_the_latents(pipe: DiTPipeline) -> None:
@@ -653,6 +825,55 @@ def test_conditions_are_computed_in_bounded_memory(
     assert seen == rows
 
 
+def test_few_conditions_are_held_at_a_time(pipe: DiTPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five steps with three classes each, those of two steps fit; counted at each step among all living tensors."""
+    monkeypatch.setattr("dit_hub.pipeline_dit.MODULATION_BYTES", 2 * BYTES_PER_STEP)
+    held: list[int] = []
+
+    def count(*_: Any) -> None:
+        living = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.shape == (3, 14, 32)]
+        held.append(len({tensor.untyped_storage().data_ptr() for tensor in living}))
+
+    sample(pipe, [2, 1], num_inference_steps=5, callback_on_step_end=count)
+    assert held == [1, 1, 1, 1, 1]
+
+
+# --- Modes of the model ----------------------------------------------------------------------------------------------
+
+
+def modes(pipe: DiTPipeline) -> list[bool]:
+    return [part.training for module in (pipe.transformer, pipe.vae) for part in module.modules()]
+
+
+def test_a_model_in_training_samples_as_in_evaluation(make_model: MakeModel, make_vae: Callable[..., Any]) -> None:
+    pipe = pipeline_of(make_model(class_dropout_prob=0.9), vae=make_vae())
+    expected = sample(pipe, output_type="pt")
+    pipe.transformer.train()
+    pipe.transformer.blocks[0].eval()  # a part that was frozen stays so
+    before = modes(pipe)
+    assert_same(sample(pipe, output_type="pt"), expected)
+    assert modes(pipe) == before
+    pipe.vae.train()
+    before = modes(pipe)
+    assert_same(sample(pipe, output_type="pt"), expected)
+    assert modes(pipe) == before
+
+
+def test_a_model_in_training_is_so_again_after_an_error(latent_pipe: DiTPipeline) -> None:
+    def fail(*_: Any) -> None:
+        assert not any(modes(latent_pipe))
+        raise RuntimeError("stop")
+
+    latent_pipe.transformer.train()
+    before = modes(latent_pipe)
+    with pytest.raises(RuntimeError, match="stop"):
+        sample(latent_pipe, callback_on_step_end=fail)
+    assert modes(latent_pipe) == before
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        sample(latent_pipe, num_inference_steps=0)
+    assert modes(latent_pipe) == before
+
+
 # --- Files and other loaders -----------------------------------------------------------------------------------------
 
 
@@ -719,6 +940,54 @@ def test_stock_diffusers_draws_the_same_pictures(
     ours = sample(pipe, [0, 999], guidance_channels=4, output_type="np")
     torch.testing.assert_close(stock, torch.from_numpy(ours), rtol=0, atol=1e-5)
     assert_different(stock, torch.from_numpy(sample(pipe, [0, 999], output_type="np")))
+
+
+def test_a_pipeline_of_another_ones_components_is_the_same(latent_pipe: DiTPipeline) -> None:
+    latent_pipe.register_to_config(id2label=NAMES)
+    expected = sample(latent_pipe, "tench", output_type="pt")
+    for other in (
+        DiTPipeline(**latent_pipe.components),
+        DiTPipeline.from_pipe(latent_pipe),
+        DiTPipeline.from_pipe(DiTPipeline(**latent_pipe.components)),
+    ):
+        other.set_progress_bar_config(disable=True)
+        assert other.id2label == NAMES
+        assert other.transformer is latent_pipe.transformer
+        assert_same(sample(other, "tench", output_type="pt"), expected)
+    assert DiTPipeline.from_pipe(latent_pipe, id2label={3: "perch"}).id2label == {3: "perch"}
+    assert sorted(latent_pipe.components) == ["id2label", "scheduler", "transformer", "vae"]
+
+
+def test_components_without_names_stay_without(pipe: DiTPipeline) -> None:
+    pipe.register_to_config(id2label=None)
+    assert DiTPipeline(**pipe.components).id2label == {}
+
+
+def test_stock_diffusers_draws_the_same_pictures_of_its_own_folder(
+    make_vae: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With its own numerics, and guidance of all latent channels."""
+    torch.manual_seed(0)
+    tiny: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 1,
+        "sample_size": 8,
+        "patch_size": 2,
+    }
+    model = diffusers.DiTTransformer2DModel(**tiny, in_channels=4, out_channels=8, num_embeds_ada_norm=1000).eval()
+    stock: Any = diffusers.DiTPipeline(model, make_vae(), ddim())  # pyright: ignore[reportArgumentType]
+    stock.set_progress_bar_config(disable=True)
+    stock.save_pretrained(tmp_path)
+    arguments = {"guidance_scale": 5.0, "num_inference_steps": 4, "output_type": "np"}
+    expected = torch.from_numpy(stock([1, 2], generator=seeded(), **arguments).images)
+    ours = pipeline_from(tmp_path)
+    images = torch.from_numpy(sample(ours, **arguments))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+    three = torch.from_numpy(sample(ours, **arguments, guidance_channels=3))
+    assert (three - expected).abs().max() > 1e-4
+    official = pipeline_from(tmp_path, timestep_freq_shift=0)
+    assert (ours.transformer.config.guided_channels, official.transformer.config.guided_channels) == (4, 3)
 
 
 def test_cpu_offload_draws_the_same_pictures(latent_pipe: DiTPipeline) -> None:

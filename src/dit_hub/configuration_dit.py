@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from .checks import whole_number
+
 ConfigClass = TypeVar("ConfigClass", bound=type)
 Conditioning = Literal["adaln_zero", "adaln", "cross_attention", "in_context"]
 Parameterization = Literal["diffusion", "flow", "sit"]
@@ -97,7 +99,7 @@ class DiTConfig(PreTrainedConfig):
         timestep_freq_shift: frequencies are exp(-ln(10000) k / (half - shift)): 0 in the official code, 1 in diffusers.
         norm_eps: epsilon of every LayerNorm.
         mlp_norm_eps: another epsilon for the one before the MLP, which diffusers sets apart; None means `norm_eps`.
-        guidance_channels: how many leading channels classifier-free guidance touches: 3 in the official code.
+        guidance_channels: how many leading channels classifier-free guidance touches. None: see `guided_channels`.
         parameterization: what the network predicts. "diffusion": what DDPM's schedulers step with, noise unless
             theirs says otherwise, at timesteps 0 to T - 1. "flow": the velocity noise - data of the straight path, at
             timesteps 0 (data) to 1000 (noise), for flow-matching schedulers. "sit": the same to the outside; inside,
@@ -125,7 +127,7 @@ class DiTConfig(PreTrainedConfig):
     timestep_freq_shift: float | int = 0.0
     norm_eps: float = 1e-6
     mlp_norm_eps: float | None = None
-    guidance_channels: int = 3
+    guidance_channels: int | None = None
     parameterization: str = "diffusion"
 
     def __post_init__(self, **kwargs: Any):
@@ -148,9 +150,11 @@ class DiTConfig(PreTrainedConfig):
 
     def _check_ranges(self) -> None:
         names = ("patch_size", "in_channels", "hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio")
-        for name in (*names, "guidance_channels"):
+        for name in names:
             if not 0 < getattr(self, name) <= _LARGEST:
                 raise ValueError(f"{name} must be above 0 and at most {_LARGEST}, not {getattr(self, name)}.")
+        if self.guidance_channels is not None:
+            whole_number("guidance_channels", self.guidance_channels, 1, self.in_channels)
         if not 0 <= self.num_classes <= _LARGEST:
             raise ValueError(
                 f"num_classes must be 0 (unconditional) or more, and at most {_LARGEST}, not {self.num_classes}."
@@ -200,6 +204,17 @@ class DiTConfig(PreTrainedConfig):
         return self.in_channels * 2 if self.learn_sigma else self.in_channels
 
     @property
+    def guided_channels(self) -> int:
+        """How many leading channels guidance touches: `guidance_channels`, or what the family's code does.
+
+        The official code guides 3 of the 4 latent channels; diffusers' class, which `timestep_freq_shift` 1 stands for,
+        guides all of them, and so do models of other inputs. The variance is never guided.
+        """
+        if self.guidance_channels is not None:
+            return self.guidance_channels
+        return 3 if self.in_channels == 4 and self.timestep_freq_shift == 0 else self.in_channels
+
+    @property
     def null_class(self) -> int | None:
         """The label that stands for "no class", or None where the model was not trained with one."""
         return self.num_classes if self.num_classes > 0 and self.class_dropout_prob > 0 else None
@@ -215,6 +230,13 @@ class DiTConfig(PreTrainedConfig):
         if self.modulation_rows:
             return self.num_hidden_layers * self.modulation_rows + 2
         return 2 if self.num_classes else 1
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`; files that say 3 guided channels of fewer, once the default, still load."""
+        if config_dict.get("guidance_channels") == 3 and config_dict.get("in_channels") in (1, 2):
+            config_dict = {**config_dict, "guidance_channels": None}
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_name(cls, name: str, image_size: int = 256, **overrides: Any) -> "DiTConfig":

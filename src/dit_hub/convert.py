@@ -24,7 +24,7 @@ from dit_hub.model_cards import render_card
 
 from .configuration_dit import DiTConfig
 from .files import check_free, new_folder
-from .hub import SHIFT_KEY
+from .hub import GUIDANCE_KEY, SHIFT_KEY
 from .modeling_dit import DiTTransformer
 from .pipeline_dit import DiTPipeline
 from .sources import CARD_FILE, is_url, local_folder
@@ -160,9 +160,9 @@ def _write_diffusers(pipeline: DiTPipeline, folder: Path) -> None:
         scheduler = diffusers.DDIMScheduler.from_config({**scheduler.config, **kept})
     stock: Any = diffusers.DiTPipeline(_stock(pipeline.transformer), pipeline.vae, cast(Any, scheduler))
     stock.save_pretrained(folder)
-    shift = pipeline.transformer.config.timestep_freq_shift
-    index = json.loads((folder / "model_index.json").read_text())
-    index.update({SHIFT_KEY: shift, "id2label": pipeline.id2label})  # stock reads the names but does not write them
+    config, index = pipeline.transformer.config, json.loads((folder / "model_index.json").read_text())
+    index.update({SHIFT_KEY: config.timestep_freq_shift, GUIDANCE_KEY: config.guidance_channels})
+    index["id2label"] = pipeline.id2label  # stock reads the names but does not write them
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -53,6 +53,7 @@ _DOWNLOAD_OPTIONS = (*_HUB_OPTIONS, "variant", "use_safetensors")
 
 # In model_index.json: what diffusers' config of the transformer cannot say.
 SHIFT_KEY = "_timestep_freq_shift"
+GUIDANCE_KEY = "_guidance_channels"
 
 # The picture of the card. Drawn while pushing where it costs no more than this many multiply-accumulates in all, which
 # are seconds on a CPU, or where there is a GPU.
@@ -431,6 +432,7 @@ def _load_foreign(
             "%s is in diffusers' layout: timestep_freq_shift=%g, since %s; pass %s.", name, shift, reason, other
         )
     numerics: dict[str, Any] = {"timestep_freq_shift": shift, **({"mlp_norm_eps": None} if shift == 0 else {})}
+    numerics["guidance_channels"] = index.get(GUIDANCE_KEY)
     transformer = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
     dtype = options.get("dtype", options.get("torch_dtype"))
     if isinstance(dtype, dict):

@@ -1,19 +1,20 @@
 """Classes by id or by name."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from .checks import shown, whole_number
 from .configuration_dit import nearest
 
 # One class a line, in the order of ILSVRC 2012; the names are those of its WordNet synset.
 _IMAGENET_CLASSES = Path(__file__).parent / "assets" / "imagenet_classes.txt"
 
-Labels = int | str | Sequence[int | str] | Tensor | None
+Labels = int | str | Sequence[int | str] | np.ndarray | Tensor | None
 
 
 def imagenet_id2label() -> dict[int, str]:
@@ -32,18 +33,23 @@ def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> lis
     Raises:
         ValueError: an id out of range, or an unknown or ambiguous name; the message lists the nearest names.
     """
-    if isinstance(labels, Tensor):
-        labels = labels.flatten().tolist()
-    if labels is None or isinstance(labels, (int, float, str)):
-        labels = [] if labels is None else [labels]
     by_name: dict[str, list[tuple[int, str]]] = {}
     for index, names in id2label.items():
         for name in dict.fromkeys(name.strip() for name in (*names.split(","), names)):
             by_name.setdefault(_folded(name), []).append((index, name))
     return [
         _by_name(label, by_name, id2label) if isinstance(label, str) else _checked(label, num_classes)
-        for label in labels
+        for label in _listed(labels)
     ]
+
+
+def _listed(labels: Any) -> list[Any]:
+    """The labels of a scalar, a sequence, an array or a tensor."""
+    if labels is None:
+        return []
+    if isinstance(labels, (Tensor, np.ndarray)):
+        return labels.flatten().tolist()
+    return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, (str, bytes)) else [labels]
 
 
 def _by_name(label: str, by_name: dict[str, list[tuple[int, str]]], id2label: dict[int, str]) -> int:
@@ -68,8 +74,10 @@ def _folded(name: str) -> str:
 
 
 def _checked(label: Any, num_classes: int) -> int:
-    if not isinstance(label, (int, np.integer)):
-        raise ValueError(f"A label is a name or a whole number, not {label!r}.")
+    try:
+        label = whole_number("label", label)
+    except ValueError:
+        raise ValueError(f"A label is a name or a whole number, not {shown(label)}.") from None
     if not 0 <= label < num_classes:
         raise ValueError(f"The label {label} is out of range: the classes are 0 to {num_classes - 1}.")
-    return int(label)
+    return label

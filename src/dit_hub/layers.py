@@ -14,6 +14,10 @@ from .configuration_dit import FLOW_TIMESTEPS, DiTConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# Position tables of other sizes than the trained one that are held; XL/2 at 512x512 has one of 4.7 MB.
+POSITION_TABLES = 16
+_held_tables: dict[tuple[int, int, int, torch.device], Tensor] = {}
+
 
 def initialised_by(kind: str, module: Module) -> Module:
     """Note how a layer starts: "xavier", "normal" or "zeros"; `DiTTransformer._init_weights` reads it.
@@ -61,6 +65,20 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device | s
     columns = torch.arange(width, dtype=torch.float64)[None, :].expand(height, width)
     table = torch.cat([encode(columns), encode(rows)], dim=1)
     return table.to(dtype=torch.float32, device=device)[None]
+
+
+def held_sincos_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
+    """As `sincos_positions`, but the last `POSITION_TABLES` are held: a tensor to read, not to write to."""
+    key = (height, width, dim, device)
+    table = _held_tables.get(key)
+    if table is None:
+        with torch.inference_mode(mode=False):  # or autograd could not use a table that was first asked for in there
+            table = sincos_positions(height, width, dim, device)
+        if type(table) is Tensor:  # a tracer's own kind is of no use to others
+            while len(_held_tables) >= POSITION_TABLES:
+                _held_tables.pop(next(iter(_held_tables)), None)
+            _held_tables[key] = table
+    return table
 
 
 def sinusoid(timestep: Tensor, dim: int, freq_shift: float = 0.0) -> Tensor:

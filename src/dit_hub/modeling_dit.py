@@ -36,6 +36,7 @@ from .layers import (
     LabelEmbedder,
     PatchEmbed,
     TimestepEmbedder,
+    held_sincos_positions,
     initialised_by,
     sincos_positions,
 )
@@ -345,7 +346,10 @@ class DiTTransformer(PreTrainedModel):
             return self.pos_embed.float()
         if self.config.pos_embed == "learned":
             raise ValueError(f"The learned positions cover {trained[0]}x{trained[1]} patches, not {height}x{width}.")
-        return sincos_positions(height, width, self.config.hidden_size, self.pos_embed.device)
+        # What is traced becomes operators of the graph, for any size.
+        traced = torch.compiler.is_compiling() or type(self.pos_embed) is not Tensor
+        table = sincos_positions if traced else held_sincos_positions
+        return table(height, width, self.config.hidden_size, self.pos_embed.device)
 
     def transform(
         self, tokens: Tensor, condition: Tensor, output_attentions: Sequence[int] = ()

@@ -1,7 +1,8 @@
 """DiTPipeline: labels -> noise -> denoise -> decode, with diffusers' schedulers and any runtime's denoiser."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -11,10 +12,19 @@ from torch import Tensor
 
 from dit_hub.conversion.origin import DEFAULT_VAE
 
+from .checks import (
+    initial_noise,
+    random_source,
+    real_number,
+    replaced_latents,
+    rising_pair,
+    shown,
+    whole_number,
+)
 from .configuration_dit import DiTConfig
 from .hub import HubPipeline
 from .labels import Labels, label_ids
-from .schedulers import check_parameterization, prediction_for, set_timesteps, without_foreign_variance
+from .schedulers import check_scheduler, prediction_for, set_timesteps, without_foreign_variance
 from .solvers import COLUMNS, solver_table
 
 # Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
@@ -38,6 +48,20 @@ def guide(prediction: Tensor, guidance_scale: float | Tensor, channels: int) -> 
     return torch.cat([guided, cond[:, channels:]], dim=1)
 
 
+@contextmanager
+def _evaluation(components: Iterable[Any]) -> Iterator[None]:
+    """Modules compute as in evaluation within the block; each part has its own mode back after it."""
+    modules = [component for component in components if isinstance(component, torch.nn.Module)]
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class DiTPipeline(HubPipeline):
     """Class-conditional (or unconditional) image generation with a Diffusion Transformer.
 
@@ -47,6 +71,8 @@ class DiTPipeline(HubPipeline):
         scheduler: any diffusers scheduler of the DDPM, Karras or flow-matching families.
         vae: decodes latents to pictures; None for models of pixels.
         id2label: names of the classes by id; several names of one class are separated by commas.
+
+    A scheduler that takes the place of this one later must have its noise levels, which the model was trained for.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -57,6 +83,23 @@ class DiTPipeline(HubPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label={int(key): name for key, name in id2label.items()} if id2label else None)
+        self._own_scheduler = scheduler
+        self._class_labels: list[int | None] = []
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The arguments of another pipeline of the same model: `DiTPipeline(**pipe.components)`."""
+        return {**super().components, "id2label": self.id2label or None}
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """As diffusers' `from_pipe`, which by itself leaves out a decoder whose class our signature does not name."""
+        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+
+    @property
+    def class_labels(self) -> list[int | None]:
+        """For callbacks: the class id of each picture of the run, None where the model is unconditional."""
+        return self._class_labels
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -129,32 +172,36 @@ class DiTPipeline(HubPipeline):
         Raises:
             ValueError: arguments that the model or the scheduler cannot serve.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}.")
-        if output_type == "pil" and self.vae is None and self.transformer.config.in_channels not in (1, 3):
-            raise ValueError(
-                f"This model draws latents of {self.transformer.config.in_channels} channels and the pipeline has no "
-                f'decoder for them: set pipe.vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}"), or pass '
-                'output_type="latent".'
-            )
+        self._check_output(output_type, callback_on_step_end)
+        latents = None if latents is None else initial_noise(latents)
         labels = self._expand_labels(class_labels, num_images_per_label, latents)
-        guidance_scale = self._resolve_guidance(guidance_scale, guidance_interval)
+        self._class_labels = labels
+        generator = random_source(generator, len(labels))
+        guidance_scale = self._resolve_guidance(guidance_scale)
+        interval = rising_pair("guidance_interval", guidance_interval)
         config: DiTConfig = self.transformer.config
-        channels = config.guidance_channels if guidance_channels is None else guidance_channels
-        check_parameterization(self.scheduler, self.transformer.config)
+        channels = config.guided_channels
+        if guidance_channels is not None:
+            channels = whole_number("guidance_channels", guidance_channels, 1, config.in_channels)
+        check_scheduler(self.scheduler, config, self._own_scheduler)
         self.scheduler = without_foreign_variance(self.scheduler)
+        step_kwargs = self._step_kwargs(generator, eta)
+        whole_loop = hasattr(self.transformer, "sample")  # in one call of a runtime
+        if whole_loop and (
+            callback_on_step_end or step_kwargs.get("eta") or interval != (0, 1) or channels != config.guided_channels
+        ):
+            raise ValueError("An exported sampler runs its loop as a whole: without callback, eta, guidance interval, "
+                             "or guidance of other channels than it was exported with.")  # fmt: skip
         set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device)
         sample: Any = self._initial_latents(latents, len(labels), height, width, generator)
-        if hasattr(self.transformer, "sample"):  # a runtime that holds the whole loop
-            if callback_on_step_end or eta or guidance_interval != (0, 1) or channels != config.guidance_channels:
-                raise ValueError("An exported sampler runs its loop as a whole: without callback, eta, guidance "
-                                 "interval, or guidance of other channels than it was exported with.")  # fmt: skip
-            sample = self._sample_at_once(sample, labels, guidance_scale, timesteps, generator)
-        else:
-            sample = self._denoise(
-                sample, labels, guidance_scale, guidance_interval, channels, eta, generator, callback_on_step_end
-            )
-        images: Any = sample if output_type == "latent" else self.decode(sample, output_type)
+        with _evaluation(self.components.values()):
+            if whole_loop:
+                sample = self._sample_at_once(sample, labels, guidance_scale, timesteps, generator)
+            else:
+                guided = [guidance_scale != 1 and self._within(t, interval) for t in self.scheduler.timesteps]
+                predict = self._guided_denoiser(labels, guided, guidance_scale, channels)
+                sample = self._denoise(sample, predict, step_kwargs, callback_on_step_end)
+            images: Any = sample if output_type == "latent" else self.decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -173,29 +220,39 @@ class DiTPipeline(HubPipeline):
 
     # --- Preparation -------------------------------------------------------------------------------------------------
 
+    def _check_output(self, output_type: str, callback: Any) -> None:
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}.")
+        if output_type == "pil" and self.vae is None and self.transformer.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"This model draws latents of {self.transformer.config.in_channels} channels and the pipeline has no "
+                f'decoder for them: set pipe.vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}"), or pass '
+                'output_type="latent".'
+            )
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback_on_step_end must be a function, not {shown(callback)}.")
+
     def _expand_labels(self, class_labels: Labels, per_label: int, latents: Tensor | None) -> list[int | None]:
-        if per_label < 1:
-            raise ValueError(f"num_images_per_label must be 1 or more, not {per_label}.")
+        per_label = whole_number("num_images_per_label", per_label, 1)
         if self.transformer.config.num_classes:
             labels = self.get_label_ids(class_labels)
             if not labels:
                 raise ValueError(f"Give at least one label of the {self.transformer.config.num_classes} classes.")
             return [label for label in labels for _ in range(per_label)]
         if class_labels is not None:
-            raise ValueError(f"This model is unconditional and takes no class_labels, but got {class_labels!r}.")
-        return [None] * (per_label if latents is None else len(latents))
+            raise ValueError(f"This model is unconditional and takes no class_labels, but got {shown(class_labels)}.")
+        return [None] * (per_label if latents is None or per_label > 1 else len(latents))
 
-    def _resolve_guidance(self, guidance_scale: float | None, interval: tuple[float, float]) -> float:
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance_interval must be two rising numbers between 0 and 1, not {interval}.")
+    def _resolve_guidance(self, guidance_scale: float | None) -> float:
         has_null_class = self.transformer.config.null_class is not None
         if guidance_scale is None:
             return 4.0 if has_null_class else 1.0
+        guidance_scale = real_number("guidance_scale", guidance_scale)
         if guidance_scale != 1 and not has_null_class:
             raise ValueError(
                 f"guidance_scale {guidance_scale} needs a null class, which this model was trained without."
             )
-        return float(guidance_scale)
+        return guidance_scale
 
     def _initial_latents(
         self,
@@ -207,15 +264,13 @@ class DiTPipeline(HubPipeline):
     ) -> Tensor:
         config: DiTConfig = self.transformer.config
         factor, (default_height, default_width) = self.vae_scale_factor, config.sample_height_width
-        height = default_height * factor if height is None else height
-        width = default_width * factor if width is None else width
+        height = default_height * factor if height is None else whole_number("height", height)
+        width = default_width * factor if width is None else whole_number("width", width)
         for name, side in (("height", height), ("width", width)):
             if side <= 0 or side % (factor * config.patch_size):
                 raise ValueError(
                     f"{name} {side} is not divisible by {factor * config.patch_size}, as this model needs."
                 )
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"There are {len(generator)} generators for {count} pictures; give one, or one for each.")
         shape = (count, config.in_channels, height // factor, width // factor)
         if config.pos_embed == "learned" and shape[2:] != config.sample_height_width:
             raise ValueError(f"This model has learned positions and draws {default_width * factor}x"
@@ -228,7 +283,9 @@ class DiTPipeline(HubPipeline):
         return latents.to(self._execution_device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        accepted = inspect.signature(self.scheduler.step).parameters
+        eta, accepted = real_number("eta", eta, 0, 1), inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in accepted:
+            raise ValueError(f"eta {eta} is for DDIMScheduler; {type(self.scheduler).__name__} takes none.")
         return {key: value for key, value in {"generator": generator, "eta": eta}.items() if key in accepted}
 
     def _within(self, timestep: Tensor, interval: tuple[float, float]) -> bool:
@@ -239,31 +296,19 @@ class DiTPipeline(HubPipeline):
     def _denoise(
         self,
         sample: Any,
-        labels: list[int | None],
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        channels: int,
-        eta: float,
-        generator: Any,
+        predict: Callable[[int, Tensor], Tensor],
+        step_kwargs: dict[str, Any],
         callback_on_step_end: Callable[..., Any] | None,
     ) -> Tensor:
-        """(N, C, H, W) noise -> latents; arguments as for `__call__`."""
-        step_kwargs = self._step_kwargs(generator, eta)
-        guided = [guidance_scale != 1 and self._within(t, guidance_interval) for t in self.scheduler.timesteps]
-        predict = self._denoiser(labels, guided)
+        """(N, C, H, W) noise -> latents, with `predict` as `_guided_denoiser` makes it."""
         scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
-        with self.progress_bar(total=len(guided)) as progress:  # pyright: ignore[reportCallIssue]
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(self.scheduler.timesteps):
-                model_input = scale_input(sample, t)
-                if guided[i]:
-                    prediction = predict(i, torch.cat([model_input, model_input]))
-                    prediction = guide(prediction, guidance_scale, channels)
-                else:
-                    prediction = predict(i, model_input)
+                prediction = predict(i, scale_input(sample, t))
                 prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
                 sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    sample = (callback_on_step_end(self, i, t, {"latents": sample}) or {}).get("latents", sample)
+                    sample = replaced_latents(sample, callback_on_step_end(self, i, t, {"latents": sample}))
                 progress.update()
         return sample
 
@@ -281,6 +326,19 @@ class DiTPipeline(HubPipeline):
         noise = torch.stack(draws if scales.any() else draws[:1])
         class_labels = None if labels[0] is None else torch.tensor(labels)
         return self.transformer.sample(sample, class_labels, guidance_scale, table, noise)
+
+    def _guided_denoiser(
+        self, labels: list[int | None], guided: list[bool], guidance_scale: float, channels: int
+    ) -> Callable[[int, Tensor], Tensor]:
+        """A function (step, (N, C, H, W) model input) -> prediction of N rows, guided where `guided` says."""
+        predict = self._denoiser(labels, guided)
+
+        def predict_guided(step: int, model_input: Tensor) -> Tensor:
+            if not guided[step]:
+                return predict(step, model_input)
+            return guide(predict(step, torch.cat([model_input, model_input])), guidance_scale, channels)
+
+        return predict_guided
 
     def _denoiser(self, labels: list[int | None], guided: list[bool]) -> Callable[[int, Tensor], Tensor]:
         """A function (step, model input) -> prediction, of N rows, or 2N rows in guided steps (conditional first)."""

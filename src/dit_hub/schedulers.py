@@ -1,6 +1,7 @@
-"""What DiT needs to know of diffusers' schedulers: their short names, the official timesteps, the learned variance."""
+"""What DiT needs to know of diffusers' schedulers: which ones fit, the official timesteps, the learned variance."""
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import real_number, shown, whole_number
 from .configuration_dit import FLOW_TIMESTEPS, DiTConfig
 
 # Short names for the command line. Every scheduler of diffusers that steps from noise to data works in the pipeline.
@@ -25,6 +27,25 @@ SCHEDULERS = {
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 
+# In the names of diffusers' schedulers that step with a velocity, and of those for models that DiTs are not.
+_VELOCITY = ("FlowMatch", "FlowMap", "EulerAncestralRF")
+_OTHER_MODELS = {
+    "LCM": "samples consistency models, which predict the result at every step",
+    "Inverse": "steps from data to noise",
+    "Helios": "samples in stages of growing size",
+}
+
+# Fields of configs that noise levels follow from, and what those stand for that lack one.
+_NOISE_FIELDS = {
+    "num_train_timesteps": None,
+    "beta_schedule": None,
+    "beta_start": None,
+    "beta_end": None,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "snr_shift_scale": 1.0,
+}
+
 
 def switch_scheduler(scheduler: Any, name: str) -> Any:
     """A scheduler of another kind for the same noise levels.
@@ -38,7 +59,9 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
     """
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
-    return getattr(diffusers, SCHEDULERS[name]).from_config(scheduler.config)
+    # Without diffusers' note of which values were defaults, for which classes put their own.
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
 
 
 def official_scheduler(config: DiTConfig) -> Any:
@@ -75,18 +98,93 @@ def scheduler_from_dict(config: dict[str, Any]) -> Any:
 
 def is_flow_matching(scheduler: Any) -> bool:
     """Whether the scheduler steps with a velocity along the straight path."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+    kind = type(scheduler)
+    if any(part in kind.__name__ for part in _VELOCITY):
+        return True
+    asked = scheduler.config.get("prediction_type") == "flow_prediction"
+    return asked and "use_flow_sigmas" in inspect.signature(kind).parameters
 
 
-def check_parameterization(scheduler: Any, config: DiTConfig) -> None:
-    """Raise ValueError for a scheduler that would misread the model's prediction and draw noise."""
-    name = type(scheduler).__name__
-    if config.parameterization == "diffusion" and is_flow_matching(scheduler):
-        raise ValueError(f"{name} steps with a velocity, but this model was trained as a diffusion model; "
-                         "use DDPMScheduler, DPMSolverMultistepScheduler or another of that kind.")  # fmt: skip
-    if config.parameterization != "diffusion" and not is_flow_matching(scheduler):
-        raise ValueError(f"This model predicts a velocity (flow matching), which {name} does not step with; "
-                         "use FlowMatchEulerDiscreteScheduler.")  # fmt: skip
+def check_scheduler(scheduler: Any, config: DiTConfig, own: Any) -> None:
+    """Raise ValueError for a scheduler that would draw something else than the model has learned.
+
+    Args:
+        scheduler: the one to sample with.
+        config: of the model.
+        own: the scheduler that came with the model, whose noise levels it was trained for.
+    """
+    name, flow = type(scheduler).__name__, config.parameterization != "diffusion"
+    if flow:
+        advice = "use FlowMatchEulerDiscreteScheduler"
+    else:
+        advice = "use DDPMScheduler, DPMSolverMultistepScheduler or another of that kind"
+    if not _steps_alone(scheduler):
+        raise ValueError(f"{name} does not step from noise to data by the model's prediction alone; {advice}.")
+    if reason := next((why for part, why in _OTHER_MODELS.items() if part in name), ""):
+        raise ValueError(f"{name} {reason}; {advice}.")
+    if not flow and is_flow_matching(scheduler):
+        raise ValueError(f"{name} steps with a velocity, but this model was trained as a diffusion model; {advice}.")
+    if flow and not is_flow_matching(scheduler):
+        raise ValueError(f"This model predicts a velocity (flow matching), which {name} does not step with; {advice}.")
+    if flow:
+        _check_straight_path(scheduler)
+    elif _noise_levels(scheduler) is None:
+        raise ValueError(f"{name} does not step through the noise levels of DDPM; {advice}.")
+    else:
+        _check_noise_levels(scheduler, config, own)
+
+
+def _steps_alone(scheduler: Any) -> bool:
+    """Whether a step asks for no more than the prediction, the timestep and the sample."""
+    try:
+        inspect.signature(scheduler.step).bind(None, None, None, return_dict=False)
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
+def _noise_levels(scheduler: Any) -> Tensor | None:
+    """(T,) shares of the signal's variance by timestep, float32 on the CPU; None where there are no such."""
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    return levels.float().cpu() if isinstance(levels, Tensor) else None
+
+
+def _check_straight_path(scheduler: Any) -> None:
+    name, fields = type(scheduler).__name__, scheduler.config
+    if not any(part in name for part in _VELOCITY) and not fields.get("use_flow_sigmas"):
+        raise ValueError(f"{name} steps along the straight path with use_flow_sigmas=True only.")
+    if fields.num_train_timesteps != FLOW_TIMESTEPS:
+        raise ValueError(f"Flow models count the time in {FLOW_TIMESTEPS} steps, and this {name} in "
+                         f"{fields.num_train_timesteps}; set num_train_timesteps={FLOW_TIMESTEPS}.")  # fmt: skip
+
+
+def _check_noise_levels(scheduler: Any, config: DiTConfig, own: Any) -> None:
+    name, fields = type(scheduler).__name__, scheduler.config
+    if fields.get("timestep_type") == "continuous":
+        raise ValueError(f'{name} with timestep_type="continuous" gives the model logarithms of noise levels in place '
+                         'of timesteps; set timestep_type="discrete".')  # fmt: skip
+    levels, trained = _noise_levels(scheduler), _noise_levels(own)
+    if levels is not None and trained is not None and not _equal(levels, trained):
+        raise ValueError(f"This {name} has other noise levels than this model was trained for; make it with "
+                         f"{name}.from_config(pipe.scheduler.config{_differing(fields, own.config)}).")  # fmt: skip
+    kinds = [one.config.get("prediction_type", "epsilon") for one in (scheduler, own)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"This {name} takes the prediction for {kinds[0]!r}, but this model predicts {kinds[1]!r}; "
+                         f"set prediction_type={kinds[1]!r}.")  # fmt: skip
+    if uses_learned_variance(scheduler) and not config.learn_sigma:
+        raise ValueError("The scheduler wants a learned variance, which this model does not predict; official sampling "
+                         'of such models uses variance_type="fixed_large".')  # fmt: skip
+
+
+def _equal(levels: Tensor, others: Tensor) -> bool:
+    """Whether two noise schedules are one; a last level of 0 is a small number in some schedulers."""
+    return levels.shape == others.shape and torch.allclose(levels, others, rtol=1e-3, atol=1e-6)
+
+
+def _differing(fields: Any, own: Any) -> str:
+    """The noise levels of the model's own scheduler as further arguments, where the others differ."""
+    pairs = {name: (fields.get(name, default), own.get(name, default)) for name, default in _NOISE_FIELDS.items()}
+    return "".join(f", {name}={shown(value)}" for name, (other, value) in pairs.items() if other != value)
 
 
 def official_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) -> list[int]:
@@ -116,28 +214,39 @@ def set_timesteps(
     """Prepare a scheduler for a run; see `DiTPipeline.__call__` for the arguments.
 
     Raises:
-        ValueError: fewer than one step, or timesteps given to a scheduler that takes none.
+        ValueError: fewer than one step or too many, or timesteps given to a scheduler that takes none.
     """
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be 1 or more, not {num_inference_steps}.")
+    flow, trained = is_flow_matching(scheduler), scheduler.config.num_train_timesteps
+    steps = whole_number("num_inference_steps", num_inference_steps, 1, None if flow else trained)
     if timesteps is None:
-        scheduler.set_timesteps(num_inference_steps, device=device)
+        scheduler.set_timesteps(steps, device=device)
         return
+    if isinstance(timesteps, str) and timesteps != "official":
+        raise ValueError(f'timesteps must be a list of numbers or "official", not {timesteps!r}.')
     accepted = inspect.signature(scheduler.set_timesteps).parameters
-    if timesteps == "official" and is_flow_matching(scheduler) and "sigmas" in accepted:  # evenly from 1 down to 0
-        sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
-        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+    if isinstance(timesteps, str) and flow and "sigmas" in accepted:  # evenly from 1 down to 0
+        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(), device=device)
         return
     if "timesteps" not in accepted:
         raise ValueError(
             f"{type(scheduler).__name__} takes no list of timesteps; DDPMScheduler does, and for DDIM "
             'DPMSolverMultistepScheduler(solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero").'
         )
-    if isinstance(timesteps, str):
-        if timesteps != "official":
-            raise ValueError(f'timesteps must be a list of numbers or "official", not {timesteps!r}.')
-        timesteps = official_timesteps(num_inference_steps, scheduler.config.num_train_timesteps)
-    scheduler.set_timesteps(timesteps=list(timesteps), device=device)
+    visited = official_timesteps(steps, trained) if isinstance(timesteps, str) else _falling(timesteps, trained, flow)
+    scheduler.set_timesteps(timesteps=visited, device=device)
+
+
+def _falling(timesteps: Any, trained: int, flow: bool) -> list[Any]:
+    """A list of timesteps of a model with `trained` ones, checked."""
+    values = timesteps.tolist() if isinstance(timesteps, (np.ndarray, Tensor)) else timesteps
+    if not isinstance(values, Sequence) or not values:
+        raise ValueError(f'timesteps must be a list of numbers or "official", not {shown(timesteps)}.')
+    checked = [real_number("A timestep", value, 0, trained if flow else trained - 1) for value in values]
+    if not flow:
+        checked = [whole_number("A timestep", int(value) if value.is_integer() else value) for value in checked]
+    if any(later >= earlier for earlier, later in itertools.pairwise(checked)):
+        raise ValueError(f"timesteps must fall, from noise to data, not {shown(timesteps)}.")
+    return checked
 
 
 def uses_learned_variance(scheduler: Any) -> bool:
@@ -162,16 +271,5 @@ def without_foreign_variance(scheduler: Any) -> Any:
 
 
 def prediction_for(scheduler: Any, prediction: Tensor, channels: int) -> Tensor:
-    """(N, C or 2C, H, W) -> what the scheduler steps with: the learned variance too where it uses one.
-
-    Raises:
-        ValueError: the scheduler wants a learned variance and the prediction has none.
-    """
-    if not uses_learned_variance(scheduler):
-        return prediction[:, :channels]
-    if prediction.shape[1] == channels:
-        raise ValueError(
-            "The scheduler wants a learned variance, which this model does not predict; official sampling of such "
-            'models uses variance_type="fixed_large".'
-        )
-    return prediction
+    """(N, C or 2C, H, W) -> what the scheduler steps with: the learned variance too where it uses one."""
+    return prediction if uses_learned_variance(scheduler) else prediction[:, :channels]

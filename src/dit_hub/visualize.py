@@ -1,5 +1,6 @@
 """Pictures of results: labelled grids, denoising trajectories, loss curves."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,11 @@ _MARGIN, _CAPTION, _PAPER, _INK = 4, 14, (255, 255, 255), (40, 40, 40)
 
 
 def image_grid(
-    images: Sequence[Image.Image], columns: int, captions: Sequence[str] | None = None, min_side: int = 96
+    images: Sequence[Image.Image],
+    columns: int,
+    captions: Sequence[str] | None = None,
+    min_side: int = 96,
+    row_names: Sequence[str] | None = None,
 ) -> Image.Image:
     """One picture of many.
 
@@ -23,6 +28,7 @@ def image_grid(
         columns: pictures in a row.
         captions: a line of text under each picture.
         min_side: small pictures are enlarged by a whole factor to at least this width, pixels kept sharp.
+        row_names: a line of text to the left of each row.
 
     Raises:
         ValueError: no pictures.
@@ -33,10 +39,14 @@ def image_grid(
     width, height = images[0].width * factor, images[0].height * factor
     cell_width, cell_height = width + _MARGIN, height + _MARGIN + (_CAPTION if captions else 0)
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), _PAPER)
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=11)
+    font = ImageFont.load_default(size=11)
+    indent = max((math.ceil(font.getlength(name)) + 2 * _MARGIN for name in row_names or ()), default=0)
+    grid = Image.new("RGB", (indent + columns * cell_width + _MARGIN, rows * cell_height + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(grid)
+    for row, name in enumerate(row_names or ()):
+        draw.text((_MARGIN, _MARGIN + row * cell_height + height / 2), name, fill=_INK, font=font, anchor="lm")
     for index, image in enumerate(images):
-        left, top = _MARGIN + index % columns * cell_width, _MARGIN + index // columns * cell_height
+        left, top = indent + _MARGIN + index % columns * cell_width, _MARGIN + index // columns * cell_height
         grid.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
         if captions:
             centre = (left + width / 2, top + height + _CAPTION / 2)
@@ -67,7 +77,7 @@ def sample_grid(
         generator=torch.Generator().manual_seed(0),
         callback_on_step_end=callback,
     ).images
-    captions = None if labels is None else [pipeline.id2label.get(label, str(label)).split(",")[0] for label in labels]
+    captions = None if labels is None else [_name(pipeline, label, 0) for label in labels]
     return image_grid(images, 4, captions)
 
 
@@ -81,19 +91,29 @@ class Trajectory:
     def __init__(self, frames: int = 8):
         self.frames = frames
         self.latents: list[tuple[int, Tensor]] = []
+        self.names: list[str] = []
 
     def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.names = [_name(pipeline, label, index) for index, label in enumerate(pipeline.class_labels)]
         self.latents.append((int(timestep), tensors["latents"].detach().clone()))
         return {}
 
     def picture(self, pipeline: Any, max_rows: int = 4) -> Image.Image:
-        """A row for each of up to `max_rows` pictures, from noise to result; captions name the timesteps."""
+        """A row for each of up to `max_rows` pictures, from noise to result, named after its class, or else numbered.
+
+        Captions name the timesteps.
+        """
         chosen = [self.latents[index] for index in _spread(len(self.latents), self.frames)]
         rows = _spread(len(chosen[0][1]), max_rows)
         columns = [pipeline.decode(latents[rows]) for _, latents in chosen]
         images = [column[row] for row in range(len(rows)) for column in columns]
         captions = [f"t = {timestep}" for timestep, _ in chosen] * len(rows)
-        return image_grid(images, columns=len(chosen), captions=captions)
+        return image_grid(images, len(chosen), captions, row_names=[self.names[row] for row in rows])
+
+
+def _name(pipeline: Any, label: int | None, index: int) -> str:
+    """What to call the picture of a class: the class's first name or its id, or else the picture's number."""
+    return f"picture {index + 1}" if label is None else pipeline.id2label.get(label, str(label)).split(",")[0]
 
 
 def _spread(length: int, count: int) -> list[int]:
