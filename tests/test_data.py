@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import struct
 import zlib
@@ -276,6 +277,25 @@ def test_a_folder_that_is_no_data_is_refused(
         open_dataset("data", SIZE, 1, 0)
 
 
+def test_a_class_whose_name_is_no_text_is_refused_before_the_work(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "pets", "cats/1.png")
+    os.makedirs(os.path.join(os.fsencode(folder), b"\xff\xfe"))
+    with pytest.raises(ValueError, match=r"names are not UTF-8: '\\udcff\\udcfe'. Rename them"):
+        open_dataset(str(folder), SIZE, 1, 0)
+
+
+def test_images_of_too_many_pixels_are_named_with_the_reason_and_large_ones_read_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 1000)
+    for side in (20, 40, 50):
+        Image.new("1", (side, side)).save(tmp_path / f"{side}.png")
+    batch = open_dataset(str(tmp_path), SIZE, 1, 0).read([(0, False), (1, False), (2, False)])
+    assert batch.positions == [0, 1]
+    assert batch.unreadable == [f"{tmp_path / '50.png'} (it has more than 2,000 pixels)"]
+    assert len(recwarn) == 0
+
+
 # --- Archives --------------------------------------------------------------------------------------------------------
 
 UINT8 = np.arange(6 * 8 * 8 * 3, dtype=np.uint8).reshape(6, 8, 8, 3)
@@ -307,6 +327,7 @@ def test_an_archive_that_is_none_says_why(tmp_path: Path, arrays: dict[str, Any]
     [
         ("nowhere", "There is no data 'nowhere'"),
         ("nowhere/", "There is no data 'nowhere/'"),
+        ("", "There is no data ''"),
         ("pets.png", "pets.png is a file, and no .npz archive."),
         ("pets.npy", "pets.npy is a file, and no .npz archive."),
     ],
@@ -466,6 +487,20 @@ def test_latents_go_nowhere_where_something_else_is(tmp_path: Path, flat: Path, 
     with pytest.raises(ValueError, match="flat holds something else than latents"):
         cache_latents(dataset, vae, flat)
     assert len(list(flat.iterdir())) == 12
+
+
+def test_the_vae_says_which_sizes_it_takes(tmp_path: Path, flat: Path, make_vae: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="sides are divisible by 2, not of 15x15"):
+        cache_latents(open_dataset(str(flat), 15, 1, 0), make_vae(), tmp_path / "latents")
+    assert not (tmp_path / "latents").exists()
+
+
+def test_the_size_of_an_archive_is_said(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    np.savez(tmp_path / "data.npz", images=UINT8)
+    make_vae().save_pretrained(tmp_path / "vae")
+    run = dit_hub("latents", "data.npz", "latents", "--vae", "vae", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "The pictures of data.npz are 8x8, whatever --size." in run.stdout
 
 
 def test_too_many_damaged_images_end_the_encoding_early(

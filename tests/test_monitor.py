@@ -114,7 +114,7 @@ def test_the_command_shows_a_whole_line_in_80_columns(tmp_path: Path, monkeypatc
         (replace(SHORT, epochs=1, init_from="dit-toy-shapes"), "dit-toy-shapes trained on shapes"),
         (replace(SHORT, epochs=1, model={"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 16,
                                          "num_hidden_layers": 1, "num_attention_heads": 2, "learn_sigma": False}),
-         "DiT of 12,656 parameters trained on shapes"),
+         "DiT of 16,400 parameters trained on shapes"),
     ],
 )  # fmt: skip
 def test_the_loss_plot_says_what_it_shows(

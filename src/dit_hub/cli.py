@@ -199,6 +199,9 @@ def latents(
         raise ValueError(f"{data} holds latents already.")
     _check_device(device)
     encoder: Any = AutoencoderKL.from_pretrained(vae)
+    _, height, width = dataset.sample_shape
+    if (height, width) != (size, size):
+        print(f"The pictures of {data} are {height}x{width}, whatever --size.")
     for note in dataset.notes:
         print(note)
     with Progress() as bar:

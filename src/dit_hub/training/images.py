@@ -4,10 +4,11 @@ import contextlib
 import io
 import os
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,8 +45,10 @@ def read_picture(file: Path | bytes, size: int) -> Tensor:
     Raises:
         UNREADABLE: the file is damaged, or no image.
     """
-    with _opened(file) as image:
-        cropped = center_crop(to_rgb(image), size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's of damage and of many pixels do not name the file
+        with _opened(file) as image:
+            cropped = center_crop(to_rgb(image), size)
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -99,6 +102,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def name_of(what: object, error: Exception) -> str:
     """What is said of an image that is left out."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{what} (it has more than {2 * cast(int, Image.MAX_IMAGE_PIXELS):,} pixels)"
     return f"{what} ({error})" if isinstance(error, UnknownRangeError) else str(what)
 
 
@@ -112,8 +117,10 @@ def enlarged(count: int, source: Callable[[int], Path | bytes], size: int) -> li
     """
     looked_at, small = range(0, count, -(-count // _LOOKED_AT) or 1), 0
     for position in looked_at:
-        with contextlib.suppress(*UNREADABLE), _opened(source(position)) as image:
-            small += min(image.size) < size
+        with contextlib.suppress(*UNREADABLE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _opened(source(position)) as image:
+                small += min(image.size) < size
     if not small:
         return []
     verb = "is" if small == 1 else "are"
@@ -148,7 +155,9 @@ def find_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[s
         )
     if names and _SPLITS.issuperset(name.casefold() for name in names):
         raise ValueError(f"{folder} has splits ({listed(names)}) in place of classes; name one, such as "
-                         f"{folder / names[0]}.")  # fmt: skip
+                         f"{folder / max(names, key=lambda name: name.startswith('train'))}.")  # fmt: skip
+    if nameless := [ascii(name) for name in names if any("\ud800" <= letter <= "\udfff" for letter in name)]:
+        raise ValueError(f"{folder} has class folders whose names are not UTF-8: {listed(nameless)}. Rename them.")
     by_class = [sorted(_files(folder / name, without=folder)) for name in names] or [beside]
     images = [(file, label) for label, files in enumerate(by_class) for file in files if is_image(file)]
     others = Counter(file.suffix.lower() for files in by_class for file in files if not is_image(file))

@@ -56,6 +56,10 @@ def cache_latents(
     if dataset.sample_shape[0] != vae.config.in_channels:
         raise ValueError(f"The pictures have {dataset.sample_shape[0]} channels, and the VAE takes "
                          f"{vae.config.in_channels}.")  # fmt: skip
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if any(side % factor for side in dataset.sample_shape[1:]):
+        raise ValueError(f"The VAE takes pictures whose sides are divisible by {factor}, not of "
+                         f"{dataset.sample_shape[1]}x{dataset.sample_shape[2]}.")  # fmt: skip
     count = len(dataset)
     facts: dict[str, Any] = {
         "count": count,

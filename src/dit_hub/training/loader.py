@@ -55,7 +55,7 @@ def open_dataset(data: str, size: int, images_per_class: int, seed: int, streami
         return CachedLatents(path)
     if (path / PLAN_FILE).is_file():
         raise ValueError(f"{path} holds latents that are not finished; the same dit-hub latents goes on.")
-    if path.is_dir():
+    if data and path.is_dir():
         return ImageFolder(path, size)
     if path.is_file():
         raise ValueError(f"{path} is a file, and no .npz archive. Images go into a folder.")
