@@ -2,29 +2,29 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 
+from dit_hub.training.data import Batch, Key, Pictures
 from dit_hub.training.loop import Progress, train
-from dit_hub.training.recipe import get_recipe
+from dit_hub.training.recipe import Recipe, get_recipe
+from dit_hub.training.shapes import ID2LABEL, shapes
+
+from .together import PROCESSES, Together, free_port
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 SETTINGS = ["train", "toy", "images_per_class=8", "epochs=4", "batch_size=32", "ema_decay=0.9"]
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def outcome(out: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -128,3 +128,112 @@ def test_sharded_and_killed_and_gone_on_with_by_other_numbers_of_processes(tmp_p
     assert not out.exists()
     run_together(launch(out, "save_every=2", processes=1))
     assert_as_alone(out, alone)
+
+
+# --- Ways to train together, forked rather than launched -------------------------------------------------------------
+
+TINY = {"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_classes": 16, "learn_sigma": False}  # fmt: skip
+FEW = {"model": TINY, "images_per_class": 4, "steps": 4, "batch_size": 16, "learning_rate": 1e-2, "ema_decay": 0.9}
+WAYS: dict[str, dict[str, Any]] = {
+    "parts": {"gradient_accumulation": 4},
+    "sharded": {"fsdp": True},
+    "sharded parts": {"fsdp": True, "gradient_accumulation": 4},
+    "checkpointing": {"fsdp": True, "gradient_checkpointing": True},
+    "compiled": {"fsdp": True, "compile": True},
+    "adapters": {"fsdp": True, "lora_rank": 2},
+    "bf16": {"fsdp": True, "mixed_precision": "bf16"},
+    "bf16 adapters": {"fsdp": True, "mixed_precision": "bf16", "lora_rank": 2},
+}
+
+# What torch calls the sums of DDP and of FSDP2.
+SUMS = ("gloo:all_reduce", "gloo:reduce_scatter", "gloo:_reduce_scatter_base")
+
+
+def other_classes() -> Pictures:
+    """The shapes; half of the classes are others than the embedded model's."""
+    names = {index: name if index % 2 else f"thing {index}" for index, name in ID2LABEL.items()}
+    return Pictures(*shapes(4), names, "", "")
+
+
+def run_of(settings: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses and weights of a run; adapters start from the embedded model."""
+    seen: list[Progress] = []
+    base = {"init_from": "dit-toy-shapes"} if "lora_rank" in settings else {}
+    recipe = Recipe(**{**FEW, **base, **settings})
+    result = train(recipe, seen.append, dataset=other_classes() if base else None)
+    return [progress.loss for progress in seen], dict(result.pipeline.transformer.state_dict())
+
+
+def run_in_all_ways(results: Path) -> None:
+    """In each process: `WAYS` in turn, and how often gradients were summed; the first one notes it."""
+    reached = {}
+    for name, settings in WAYS.items():
+        with profile(activities=[ProfilerActivity.CPU]) as watched:
+            losses, weights = run_of(settings)
+        sums = sum(event.count for event in watched.key_averages() if event.key in SUMS)
+        reached[name] = {"losses": losses, "weights": weights, "sums": sums}
+    if os.environ["RANK"] == "0":
+        torch.save(reached, results)
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    results = tmp_path_factory.mktemp("ways") / "results.pt"
+    running = Together(run_in_all_ways, results)
+    for rank in range(PROCESSES):
+        status, said = running.wait(rank)
+        assert status == 0, said
+    return torch.load(results, weights_only=True)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_to_share_the_work_is_that_of_one_process(ways: dict[str, Any], name: str) -> None:
+    alone = {**WAYS[name], "fsdp": False, "compile": False}
+    losses, weights = run_of(alone)
+    half = alone.get("mixed_precision") == "bf16"  # sums of gradients are rounded to 8 bits, in two halves
+    torch.testing.assert_close(ways[name]["losses"], losses, atol=2e-3 if half else 2e-5, rtol=0)
+    assert ways[name]["weights"].keys() == weights.keys()
+    if not half:
+        for key, weight in weights.items():
+            torch.testing.assert_close(ways[name]["weights"][key], weight, atol=2e-3, rtol=0)
+
+
+def test_processes_sum_gradients_once_a_step(ways: dict[str, Any]) -> None:
+    assert ways["parts"]["sums"] == FEW["steps"]  # the model is so small that DDP takes it for one
+    assert ways["sharded parts"]["sums"] == ways["sharded"]["sums"] > 0
+
+
+class Failing(Pictures):
+    """Data that one process cannot read any more after two steps."""
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        self.reads = getattr(self, "reads", 0) + 1
+        if self.reads == 3 and os.environ["RANK"] == "1":
+            raise OSError("the disk is gone")
+        return super().read(keys)
+
+
+def run_that_fails_in_one(released: Path) -> None:
+    """The process that fails lives on until it is released, as one whose end takes long."""
+    try:
+        train(Recipe(**{**FEW, "steps": 1000}), dataset=Failing(*shapes(4), ID2LABEL, "", ""))
+    except OSError:
+        while os.environ["RANK"] == "1" and not released.exists():
+            time.sleep(0.1)
+        raise
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_process_that_fails_ends_the_others_with_a_sentence(tmp_path: Path, at_once: bool) -> None:
+    released = tmp_path / "released"
+    if at_once:
+        released.touch()
+    running = Together(run_that_fails_in_one, released)
+    status, said = running.wait(0, timeout=200)
+    released.touch()
+    assert status in (1, 2)
+    assert said.splitlines()[-1] == "error: Process 1 has failed, and with it the run: the disk is gone"
+    assert "Traceback" not in said
+    status, said = running.wait(1)
+    assert (status, said.splitlines()[-1]) == (2, "error: the disk is gone")

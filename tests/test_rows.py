@@ -94,13 +94,53 @@ def test_a_stream_is_the_same_for_the_same_seed_wherever_it_starts(repository: P
 
     whole = batches(0, 9)  # three passes of three steps
     assert batches(4, 9) == whole[4:]  # resumed in the middle of a pass
-    two = [batches(0, 9, 2, (rank,)) for rank in (0, 1)]  # two processes
-    assert [first + second for first, second in zip(*two, strict=True)] == whole
     for epoch in range(3):
         seen = [number for batch in whole[3 * epoch : 3 * epoch + 3] for number in batch]
         assert len(set(seen)) == 36
     assert whole[:3] != whole[3:6]  # each pass has its own order
     assert sorted(whole[0]) != whole[0]
+
+
+@pytest.mark.parametrize(("parts", "files"), [(2, True), (3, False)])
+def test_each_process_streams_a_part_of_its_own(repository: Path, parts: int, files: bool) -> None:
+    """The two files go to two processes; of three, each takes every third row."""
+    rows = open_dataset(f"hf:{repository}", 8, 1, 0, streaming=True)
+    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=True, batch_size=12)
+
+    def batches(rank: int, first: int, last: int) -> list[list[int]]:
+        mine = (2 * rank, 2 * rank + 1)  # accumulated in two parts
+        return [numbers(batch.data) for batch in make_loader(rows, recipe, 2 * parts, mine, first, last)]
+
+    whole = [batches(rank, 0, 6) for rank in range(parts)]  # two passes of three steps
+    for rank in range(parts):
+        assert [len(batch) for batch in whole[rank]] == [12 // parts // 2] * 12
+        assert batches(rank, 2, 6) == whole[rank][4:]  # resumed in the middle of a pass
+        assert batches(rank, 4, 6) == whole[rank][8:]
+        assert whole[rank][:6] != whole[rank][6:]  # each pass has its own order
+    for epoch in range(2):
+        shown = [{n for batch in own[6 * epoch : 6 * epoch + 6] for n in batch} for own in whole]
+        assert sum(map(len, shown)) == len(set.union(*shown)) == 36  # no row twice
+        if files:
+            assert sorted(max(own) < COUNT // 2 for own in shown) == [False, True]
+
+
+def test_a_part_that_ends_early_starts_over(repository: Path) -> None:
+    """Of 40 rows in two files of 4 and 36, the first process has 4, and takes 18 in a pass."""
+    table = datasets.load_dataset("parquet", data_dir=str(repository / "data"), split="train")
+    assert isinstance(table, datasets.Dataset)
+    for part, where in enumerate((range(4), range(4, COUNT))):
+        table.select(where).to_parquet(str(repository / "data" / f"train-{part:05d}-of-00002.parquet"))
+    rows = open_dataset(f"hf:{repository}", 8, 1, 0, streaming=True)
+    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=True, batch_size=12)
+
+    def seen(rank: int, first: int) -> list[list[int]]:
+        return [numbers(batch.data) for batch in make_loader(rows, recipe, 2, (rank,), first, 3)]
+
+    shares = [seen(rank, 0) for rank in (0, 1)]
+    assert [seen(rank, 1) for rank in (0, 1)] == [share[1:] for share in shares]  # resumed
+    small = min(([n for batch in share for n in batch] for share in shares), key=lambda share: len(set(share)))
+    assert set(small) == {0, 1, 2, 3}
+    assert len(small) == 18
 
 
 @pytest.mark.parametrize("streaming", [False, True])

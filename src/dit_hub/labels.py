@@ -81,3 +81,22 @@ def _checked(label: Any, num_classes: int) -> int:
     if not 0 <= label < num_classes:
         raise ValueError(f"The label {label} is out of range: the classes are 0 to {num_classes - 1}.")
     return label
+
+
+def same_classes(names: Sequence[str], id2label: dict[int, str]) -> list[int | None]:
+    """For each class, the id of the one that has the same name; None where there is none.
+
+    Args:
+        names: of each class; several names of one class are separated by commas, and any of them will do.
+        id2label: names by id, as for `label_ids`. Of several classes of one name (ImageNet has two cranes) only that of
+            the same place counts.
+    """
+    by_name: dict[str, set[int]] = {}
+    for index, others in id2label.items():
+        for name in (others, *others.split(",")):
+            by_name.setdefault(_folded(name), set()).add(index)
+    same: list[int | None] = []
+    for place, own in enumerate(names):
+        found = next((ids for name in (own, *own.split(",")) if (ids := by_name.get(_folded(name)))), set())
+        same.append(place if place in found else min(found) if len(found) == 1 else None)
+    return same

@@ -485,7 +485,10 @@ class DiTTransformer(PreTrainedModel):
             path.write_text(json.dumps(config, indent=2) + "\n")
 
     def resize_class_labels(
-        self, num_classes: int, mapping: Sequence[int | None] | dict[int, int] | None = None
+        self,
+        num_classes: int,
+        mapping: Sequence[int | None] | dict[int, int] | None = None,
+        generator: torch.Generator | None = None,
     ) -> "DiTTransformer":
         """Give the model another number of classes, for fine-tuning; the null class keeps its row.
 
@@ -493,6 +496,7 @@ class DiTTransformer(PreTrainedModel):
             num_classes: the new number, above 0.
             mapping: for each new class, the old class whose row it takes; None for a new class drawn as at the start
                 of training. A dictionary may leave new classes out. Without a mapping, classes keep their ids.
+            generator: draws the new rows, on the model's device.
 
         Raises:
             ValueError: an unconditional model, or a class that does not exist.
@@ -517,7 +521,7 @@ class DiTTransformer(PreTrainedModel):
         self.y_embedder = LabelEmbedder(self.config).to(old_table).train(self.training)
         table = self.y_embedder.embedding_table.weight
         with torch.no_grad():
-            table.normal_(std=0.02)
+            table.normal_(std=0.02, generator=generator)
             table[list(kept)] = old_table[list(kept.values())]
         table.requires_grad_(old_table.requires_grad)
         return self

@@ -5,6 +5,8 @@ Each takes the network, the schedule, clean data, noise and times, and returns t
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,22 +76,17 @@ def variational_bound(
         fraction: (N, ...) in -1..1, between the posterior's log variance and that of beta (Nichol and Dhariwal,
             equation 15).
     """
-    betas = _exact_betas(scheduler)
-    alpha_bar = (1 - betas).cumprod(0)
-    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    variance = betas * (1 - before) / (1 - alpha_bar)
-    log_variance = torch.cat([variance[1:2], variance[1:]]).log()  # that of t = 0 is zero: the next one stands for it
+    tables = _tables(scheduler, clean.device, torch.float32)
 
     def at(values: Tensor) -> Tensor:
-        return values.float().to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))  # MPS has no float64
+        return _at(values, timestep, clean)
 
-    of_clean = at(betas * before.sqrt() / (1 - alpha_bar))
-    of_noisy = at((1 - before) * (1 - betas).sqrt() / (1 - alpha_bar))
-    estimate = (noisy - at((1 - alpha_bar).sqrt()) * predicted) / at(alpha_bar.sqrt())
+    of_clean, of_noisy = at(tables.of_clean), at(tables.of_noisy)
+    estimate = (noisy - at(tables.deviation) * predicted) / at(tables.signal)
     mean = of_clean * estimate + of_noisy * noisy
-    true_mean, true_log_variance = of_clean * clean + of_noisy * noisy, at(log_variance)
+    true_mean, true_log_variance = of_clean * clean + of_noisy * noisy, at(tables.log_variance)
     share = (fraction + 1) / 2
-    model_log_variance = share * at(betas.log()) + (1 - share) * true_log_variance
+    model_log_variance = share * at(tables.log_beta) + (1 - share) * true_log_variance
 
     divergence = 0.5 * (
         model_log_variance
@@ -146,8 +143,7 @@ def min_snr_weight(scheduler: DDPMScheduler, timestep: Tensor, gamma: float, pre
         gamma: bound of the signal-to-noise ratio; the paper takes 5.
         prediction: "noise" or "v".
     """
-    alpha_bar = scheduler.alphas_cumprod.to(timestep.device)[timestep]
-    ratio = alpha_bar / (1 - alpha_bar)
+    ratio = _tables(scheduler, timestep.device, torch.float32).ratio[timestep]
     return ratio.clamp(max=gamma) / (ratio if prediction == "noise" else ratio + 1)
 
 
@@ -180,21 +176,64 @@ def _noisy(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep: Ten
 
 def _levels(scheduler: DDPMScheduler, clean: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, ...): as the scheduler's, but exact, as in the official code."""
-    alpha_bar = (1 - _exact_betas(scheduler)).cumprod(0)
-    signal, deviation = (
-        values.sqrt().to(clean.dtype).to(clean.device)[timestep].view(-1, *[1] * (clean.dim() - 1))
-        for values in (alpha_bar, 1 - alpha_bar)
-    )
-    return signal, deviation
+    tables = _tables(scheduler, clean.device, clean.dtype)
+    return _at(tables.signal, timestep, clean), _at(tables.deviation, timestep, clean)
+
+
+def _at(values: Tensor, timestep: Tensor, data: Tensor) -> Tensor:
+    """Values of a table (T,) at timesteps (N,), as (N, 1, ...) beside data (N, ...)."""
+    return values[timestep].view(-1, *[1] * (data.dim() - 1))
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the objectives look up by timestep, each (T,).
+
+    Args:
+        signal, deviation: sqrt(abar) and sqrt(1 - abar).
+        ratio: of signal and noise, abar / (1 - abar).
+        log_beta, log_variance: the bounds of a learned log variance; the lower one is the posterior's.
+        of_clean, of_noisy: weights of the posterior's mean (Ho et al. 2020, equation 7).
+    """
+
+    signal: Tensor
+    deviation: Tensor
+    ratio: Tensor
+    log_beta: Tensor
+    log_variance: Tensor
+    of_clean: Tensor
+    of_noisy: Tensor
+
+
+@lru_cache(maxsize=8)
+def _tables(scheduler: DDPMScheduler, device: torch.device, dtype: torch.dtype) -> _Tables:
+    """Of a scheduler; kept, since training looks them up several times a step."""
+    with torch.inference_mode(False), torch.no_grad():  # or a first use without gradients would shut out training
+        betas = _exact_betas(scheduler)
+        alpha_bar = (1 - betas).cumprod(0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alpha_bar[:-1]])
+        variance = betas * (1 - before) / (1 - alpha_bar)
+        values = {
+            "signal": alpha_bar.sqrt(),
+            "deviation": (1 - alpha_bar).sqrt(),
+            "ratio": alpha_bar / (1 - alpha_bar),
+            "log_beta": betas.log(),
+            # That of t = 0 is zero: the next one stands for it.
+            "log_variance": torch.cat([variance[1:2], variance[1:]]).log(),
+            "of_clean": betas * before.sqrt() / (1 - alpha_bar),
+            "of_noisy": (1 - before) * (1 - betas).sqrt() / (1 - alpha_bar),
+        }
+        return _Tables(**{name: value.to(dtype).to(device) for name, value in values.items()})  # MPS has no float64
 
 
 def _exact_betas(scheduler: DDPMScheduler) -> Tensor:
     """(T,) in float64; the scheduler's are rounded to float32, which moves the bound by 1e-4 at the first step."""
     config = scheduler.config
-    if config["beta_schedule"] == "linear" and config.get("trained_betas") is None:
+    changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
+    if config["beta_schedule"] == "linear" and not changed:
         steps = config["num_train_timesteps"]
-        return torch.linspace(config["beta_start"], config["beta_end"], steps, dtype=torch.float64)
-    return scheduler.betas.double()
+        return torch.linspace(config["beta_start"], config["beta_end"], steps, dtype=torch.float64, device="cpu")
+    return scheduler.betas.double().cpu()
 
 
 def _mean_square(difference: Tensor) -> Tensor:

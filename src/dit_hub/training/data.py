@@ -3,7 +3,7 @@
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,10 @@ class Batch:
     positions: list[int]
     unreadable: list[str]
 
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU copies from while it computes; torch's loader calls it."""
+        return replace(self, data=self.data.pin_memory(), labels=self.labels.pin_memory())
+
 
 def check_unreadable(unreadable: int, count: int, last: str = "") -> None:
     """Raise ValueError where more of a data set cannot be read than can be left out; `last` names one of them."""
@@ -54,7 +58,7 @@ class Dataset(Protocol):
         id2label: names of the classes by id; empty for data without labels.
         sample_shape: (C, H, W) of what the model sees.
         is_latent: whether `read` returns means and deviations of latents.
-        scaling_factor: of latents.
+        scaling_factor, shift_factor: of latents; the model sees (latents - shift_factor) * scaling_factor.
         description: a sentence for the card.
         license: of the data, as the Hub writes it.
         notes: sentences about what is left out or changed, to be said when work with the data begins.
@@ -64,6 +68,7 @@ class Dataset(Protocol):
     sample_shape: tuple[int, int, int]
     is_latent: bool
     scaling_factor: float
+    shift_factor: float
     description: str
     license: str
     notes: Sequence[str]
@@ -76,7 +81,7 @@ class Dataset(Protocol):
 class Pictures:
     """Pictures that are in memory: (N, C, H, W) float in -1..1, or uint8, and (N,) labels."""
 
-    is_latent, scaling_factor, notes = False, 1.0, ()
+    is_latent, scaling_factor, shift_factor, notes = False, 1.0, 0.0, ()
 
     def __init__(self, data: Tensor, labels: Tensor, id2label: dict[int, str], description: str, license: str):
         self.data, self.labels, self.id2label = data, labels, id2label
@@ -101,7 +106,7 @@ class Pictures:
 class ImageFolder:
     """A folder of images, or of a folder of images for each class; see `find_images` and `to_rgb`."""
 
-    is_latent, scaling_factor = False, 1.0
+    is_latent, scaling_factor, shift_factor = False, 1.0, 0.0
 
     def __init__(self, folder: Path, size: int):
         self.files, names, left_out = find_images(folder)
@@ -143,6 +148,7 @@ class CachedLatents:
             facts = json.loads((folder / LATENTS_FILE).read_text())
             self.id2label = {int(index): name for index, name in facts["id2label"].items()}
             self.scaling_factor, self.shards = float(facts["scaling_factor"]), list(facts["shards"])
+            self.shift_factor = float(facts.get("shift_factor", 0.0))
             channels, height, width = facts["shape"]
             self.starts = np.cumsum([0, *(int(shard["count"]) for shard in self.shards)])
             self.description, self.license = facts["description"], facts["license"]

@@ -68,6 +68,8 @@ def cache_latents(
         "shard_size": shard_size,
         "id2label": dataset.id2label,
         "scaling_factor": vae.config.scaling_factor,
+        # Left out where there is none, as in the folders of older releases.
+        **({"shift_factor": shift} if (shift := getattr(vae.config, "shift_factor", None)) else {}),
         "description": dataset.description,
         "license": dataset.license,
     }

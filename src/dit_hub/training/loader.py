@@ -66,15 +66,24 @@ def open_dataset(data: str, size: int, images_per_class: int, seed: int, streami
 
 
 def make_loader(
-    dataset: Dataset, recipe: Recipe, parts: int, mine: Sequence[int], first: int, last: int
+    dataset: Dataset, recipe: Recipe, parts: int, mine: Sequence[int], first: int, last: int, pin: bool = False
 ) -> DataLoader[Batch]:
-    """The batches that a process takes of the steps `first` to `last`; see `Schedule`."""
-    streamed = isinstance(dataset, StreamedRows)
-    schedule = Schedule(len(dataset), recipe.batch_size, parts, mine, recipe.mirror, recipe.seed, first, last,
-                        shuffle=not streamed)  # fmt: skip
-    if streamed:
-        # One process at most reads ahead, since a stream has one order.
-        return DataLoader(_StreamReader(dataset, schedule), batch_size=None, num_workers=min(recipe.workers, 1))
+    """The batches that a process takes of the steps `first` to `last`; see `Schedule`.
+
+    Args:
+        dataset, recipe: of the run.
+        parts, mine, first, last: as for `Schedule`.
+        pin: put batches into memory that a GPU copies from while it computes.
+    """
+    if isinstance(dataset, StreamedRows):
+        # Each process has a stream of its own, in which its batches follow each other.
+        processes, process = parts // len(mine), mine[0] // len(mine)
+        schedule = Schedule(len(dataset) // processes, recipe.batch_size // processes, len(mine), range(len(mine)),
+                            recipe.mirror, recipe.seed, first, last, shuffle=False)  # fmt: skip
+        # One worker at most reads ahead, since a stream has one order.
+        reader = _StreamReader(dataset, schedule, process, processes)
+        return DataLoader(reader, batch_size=None, num_workers=min(recipe.workers, 1), pin_memory=pin)
+    schedule = Schedule(len(dataset), recipe.batch_size, parts, mine, recipe.mirror, recipe.seed, first, last)
     workers = recipe.workers
     return DataLoader(
         _Reader(dataset),
@@ -82,6 +91,7 @@ def make_loader(
         collate_fn=cast(Any, _as_read),
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin,
     )
 
 
@@ -99,18 +109,19 @@ class _Reader(torch.utils.data.Dataset):
 
 
 class _StreamReader(torch.utils.data.IterableDataset):
-    """A stream for torch's loader; the order is the stream's, and the schedule's positions are places in it."""
+    """A process's part of a stream for torch's loader; the schedule's positions are places in it."""
 
-    def __init__(self, dataset: StreamedRows, schedule: Schedule):
+    def __init__(self, dataset: StreamedRows, schedule: Schedule, process: int, processes: int):
         self.dataset, self.schedule = dataset, schedule
+        self.process, self.processes = process, processes
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, place = self.schedule.first // self.schedule.per_pass - 1, len(self.dataset)
+        epoch, place = self.schedule.first // self.schedule.per_pass - 1, self.schedule.count
         rows: Iterator[dict[str, Any]] = iter(())
         for keys in self.schedule:
             if keys[0][0] < place:  # a new pass
                 epoch, place = epoch + 1, keys[0][0]
-                rows = self.dataset.rows(self.schedule.seed, epoch, skip=place)
+                rows = self.dataset.rows(self.schedule.seed, epoch, place, self.process, self.processes)
             batch: list[Any] = []
             for position, _ in keys:
                 batch.append(next(islice(rows, position - place, None), None))

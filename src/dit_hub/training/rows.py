@@ -1,7 +1,8 @@
 """Data sets of the Hub through Hugging Face's `datasets`, downloaded first or read while they stream."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Rows:
         ImportError: `datasets` is missing.
     """
 
-    is_latent, scaling_factor = False, 1.0
+    is_latent, scaling_factor, shift_factor = False, 1.0, 0.0
     streaming = False
 
     def __init__(self, name: str, size: int):
@@ -115,7 +116,28 @@ class StreamedRows(Rows):
         """By its content, since a row has another place in each pass."""
         return f"The row whose image has the SHA-1 {hashlib.sha1(encoded.get('bytes') or b'').hexdigest()}"
 
-    def rows(self, seed: int, epoch: int, skip: int) -> Iterator[dict[str, Any]]:
-        """The rows of a pass, without the first few; the same for the same seed and pass."""
-        shuffled = self.dataset.shuffle(seed=seed * 1_000_003 + epoch, buffer_size=SHUFFLE_BUFFER)
-        return iter(shuffled.skip(skip))
+    def rows(self, seed: int, epoch: int, skip: int, part: int = 0, parts: int = 1) -> Iterator[dict[str, Any]]:
+        """The rows of a pass, without the first few; the same for the same seed and pass.
+
+        Args:
+            seed, epoch: of the order.
+            skip: rows to leave out at the start.
+            part, parts: which of several parts: files of its own where their number is a multiple of `parts`, else one
+                row in `parts`. They may differ in size, so a part that ends starts over.
+
+        Raises:
+            ValueError: a part that has no rows.
+        """
+        distributed: Any = require("datasets.distributed", "train")
+        own = distributed.split_dataset_by_node(self.dataset, part, parts) if parts > 1 else self.dataset
+        shuffled = own.shuffle(seed=seed * 1_000_003 + epoch, buffer_size=SHUFFLE_BUFFER)
+        return iter(shuffled.skip(skip)) if parts == 1 else islice(_over_and_over(shuffled), skip, None)
+
+
+def _over_and_over(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    while True:
+        row = None
+        for row in rows:
+            yield row
+        if row is None:
+            raise ValueError("The data set has no rows for one of the processes; train with fewer, or streaming=false.")

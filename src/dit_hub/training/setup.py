@@ -1,19 +1,26 @@
 """What a run starts with: its model, its noise schedule, and whether all goes together."""
 
+import logging
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from ..adapters import add_adapters
 from ..configuration_dit import DiTConfig
+from ..labels import same_classes
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import damaged
 from .data import Dataset
 from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def load_start(source: str) -> DiTPipeline:
@@ -24,15 +31,16 @@ def load_start(source: str) -> DiTPipeline:
     return pipeline
 
 
-def make_model(recipe: Recipe, dataset: Dataset, start: DiTTransformer | None) -> DiTTransformer:
+def make_model(recipe: Recipe, dataset: Dataset, base: DiTPipeline | None) -> DiTTransformer:
     """The model to train: a new one, or the one to start from, with a row for each class of the data."""
     classes = len(dataset.id2label)
-    if start is not None:
+    if base is not None:
+        start: DiTTransformer = cast(Any, base).transformer
         if bool(classes) != bool(start.config.num_classes):
             raise ValueError(f"The data have {classes or 'no'} classes, and {recipe.init_from} has "
                              f"{start.config.num_classes or 'none'}.")  # fmt: skip
-        if classes != start.config.num_classes:
-            start.resize_class_labels(classes)
+        if classes:
+            adopt_classes(start, dataset.id2label, base.id2label, recipe)
         model = add_adapters(start, recipe.lora_rank) if recipe.lora_rank else start
     else:
         config = recipe.config
@@ -43,6 +51,44 @@ def make_model(recipe: Recipe, dataset: Dataset, start: DiTTransformer | None) -
     if recipe.freeze:
         freeze(model, recipe.freeze)
     return model
+
+
+def adopt_classes(model: DiTTransformer, id2label: dict[int, str], known: dict[int, str], recipe: Recipe) -> None:
+    """Give a model the classes of the data, and say what becomes of its own.
+
+    A class that has the name of one of the model's keeps that one's row; the others start as in a new model. Where one
+    side has no names, as many classes are taken for the same ones.
+
+    Args:
+        model: knows the classes `known`.
+        id2label, known: names by id.
+        recipe: its seed draws the new rows.
+    """
+    classes, source = len(id2label), recipe.init_from
+    say: Callable[..., None] = logger.warning if PartialState().is_main_process else logger.debug
+    if not _nameless(id2label) and not _nameless(known):
+        same = same_classes([id2label[index] for index in range(classes)], known)
+    elif id2label == known:
+        return
+    elif classes == model.config.num_classes:
+        say("The %d classes of the data are taken for those of %s, since not both have names.", classes, source)
+        return
+    else:
+        same = [None] * classes
+    if same != list(range(model.config.num_classes)):
+        model.resize_class_labels(classes, same, torch.Generator().manual_seed(recipe.seed))
+        kept = sum(old is not None for old in same)
+        say(
+            "%d of %d classes go on from the class of the same name in %s; the others start anew.",
+            kept,
+            classes,
+            source,
+        )
+
+
+def _nameless(id2label: dict[int, str]) -> bool:
+    """Whether classes are known by number alone, as those of an archive."""
+    return all(name == str(index) for index, name in id2label.items())
 
 
 def freeze(model: DiTTransformer, pattern: str) -> None:
@@ -107,8 +153,8 @@ def check_fit(
     if straight != (recipe.objective == "flow"):
         raise ValueError(f"A model of parameterization {config.parameterization!r} is not trained by the objective "
                          f"{recipe.objective!r}.")  # fmt: skip
-    if base is not None and not straight:
-        check_noise_schedule(recipe, base)
+    if base is not None:
+        check_noise_schedule(recipe, base, straight)
     decoder = bool(recipe.vae) or (base is not None and base.vae is not None)
     if recipe.vae:  # what does not fit shows now, not after days
         check_decoder(recipe.vae, channels)
@@ -116,13 +162,33 @@ def check_fit(
         raise ValueError("sample_every needs a decoder to draw pictures of latents: set vae, or sample_every=0.")
 
 
-def check_noise_schedule(recipe: Recipe, base: DiTPipeline) -> None:
-    """Raise ValueError where a model would go on with other noise than it was trained with."""
+def check_noise_schedule(recipe: Recipe, base: DiTPipeline, straight: bool) -> None:
+    """Raise ValueError where a model would go on with other noise, or another target, than it was trained with."""
     theirs: Any = cast(Any, base).scheduler.config
-    for name in ("num_train_timesteps", "beta_start", "beta_end"):
-        if theirs[name] != getattr(recipe, name):
-            raise ValueError(f"{recipe.init_from} was trained with {name} {theirs[name]}, and the recipe has "
-                             f"{getattr(recipe, name)}; set {name}={theirs[name]}.")  # fmt: skip
+    for name in ("num_train_timesteps",) if straight else ("num_train_timesteps", "beta_start", "beta_end"):
+        if theirs.get(name) != getattr(recipe, name):
+            raise ValueError(f"{recipe.init_from} was trained with {name} {theirs.get(name)}, and the recipe has "
+                             f"{getattr(recipe, name)}; set {name}={theirs.get(name)}.")  # fmt: skip
+    if straight:
+        return
+    if theirs.get("trained_betas") is not None or theirs.get("rescale_betas_zero_snr"):
+        kind = "betas of its own"
+    else:
+        kind = f"beta_schedule {theirs.get('beta_schedule')}"
+    if kind != "beta_schedule linear":
+        raise ValueError(f"{recipe.init_from} was trained with {kind}, and recipes train with linear ones alone.")
+    prediction = theirs.get("prediction_type", "epsilon")
+    if prediction not in _OBJECTIVES:
+        raise ValueError(
+            f"{recipe.init_from} predicts {prediction!r}, which no objective trains; there are noise and v."
+        )
+    if _OBJECTIVES[prediction] != recipe.objective:
+        raise ValueError(f"{recipe.init_from} predicts {prediction!r}, and the objective {recipe.objective!r} would "
+                         f"train it for another target; set objective={_OBJECTIVES[prediction]}.")  # fmt: skip
+
+
+# By what diffusers' schedulers call the prediction.
+_OBJECTIVES = {"epsilon": "noise", "v_prediction": "v"}
 
 
 def check_decoder(name: str, channels: int) -> None:

@@ -1,0 +1,211 @@
+"""What the training loop does within a step, seen from outside."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
+from dit_hub.training import loop
+from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
+from dit_hub.training.latents import cache_latents
+from dit_hub.training.loop import Progress, TrainingError, train
+from dit_hub.training.recipe import Recipe, get_recipe
+from dit_hub.training.shapes import ID2LABEL, shapes
+
+TINY = {"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_classes": 16, "learn_sigma": False}  # fmt: skip
+SHORT = Recipe(model=TINY, images_per_class=8, steps=6, batch_size=32)
+
+
+def losses_of(recipe: Recipe, **options: Any) -> list[float]:
+    """The loss of each step."""
+    seen: list[Progress] = []
+    train(recipe, seen.append, **options)
+    return [progress.loss for progress in seen]
+
+
+# --- Waiting for the device ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save_every", [0, 3])
+def test_a_step_is_looked_at_when_the_next_one_is_under_way(save_every: int, tmp_path: Path) -> None:
+    """So that a GPU never waits for what is said; a checkpoint does, since it must hold nothing that is not finite."""
+    events: list[str] = []
+
+    class Watched(Pictures):
+        def read(self, keys: Sequence[Key]) -> Batch:
+            events.append("read")
+            return super().read(keys)
+
+    dataset = Watched(*shapes(8), ID2LABEL, "", "")
+    recipe = replace(SHORT, save_every=save_every)
+    train(recipe, lambda progress: events.append(f"said {progress.step}"), run_folder=tmp_path, dataset=dataset)
+    if save_every:
+        assert events == ["read", "read", "said 1", "read", "said 2", "said 3"] + [
+            "read", "read", "said 4", "read", "said 5", "said 6"]  # fmt: skip
+    else:
+        assert events == ["read", *(word for step in range(1, 6) for word in ("read", f"said {step}")), "said 6"]
+
+
+class Operations(TorchDispatchMode):
+    """The names of what torch computes, with the dtype of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.seen.add(f"{func.overloadpacket} {getattr(result, 'dtype', '')}")
+        return result
+
+
+def test_the_tables_of_noise_are_computed_once() -> None:
+    scheduler, timestep = DDPMScheduler(1000), torch.tensor([0, 5, 900])
+    clean, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+
+    def step() -> None:
+        noise_and_variance(lambda noisy, timestep: torch.zeros(3, 4, 4, 4), scheduler, clean, noise, timestep)
+        v_prediction(lambda noisy, timestep: noise, scheduler, clean, noise, timestep)
+        min_snr_weight(scheduler, timestep, 5.0)
+
+    with Operations() as first:
+        step()
+    with Operations() as second:
+        step()
+    assert any("float64" in operation for operation in first.seen)
+    assert not [operation for operation in second.seen if "float64" in operation or "cumprod" in operation]
+
+
+def test_tables_that_were_first_used_without_gradients_serve_training() -> None:
+    scheduler, timestep = DDPMScheduler(1000), torch.tensor([0, 5, 900])
+    clean, noise, weight = torch.randn(3, 2), torch.randn(3, 2), torch.ones((), requires_grad=True)
+    with torch.inference_mode():
+        v_prediction(lambda noisy, timestep: noisy, scheduler, clean, noise, timestep)
+    v_prediction(lambda noisy, timestep: weight * noisy, scheduler, clean, noise, timestep).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_schedule_that_ends_in_pure_noise_is_not_taken_for_a_linear_one() -> None:
+    scheduler = DDPMScheduler(1000, rescale_betas_zero_snr=True)
+    seen: list[Tensor] = []
+
+    def denoiser(noisy: Tensor, timestep: Tensor) -> Tensor:
+        seen.append(noisy)
+        return noisy
+
+    noise = torch.randn(1, 2)
+    v_prediction(denoiser, scheduler, torch.full((1, 2), 100.0), noise, torch.tensor([999]))
+    torch.testing.assert_close(seen[0], noise)
+
+
+# --- Losses that are not finite --------------------------------------------------------------------------------------
+
+
+def spoilt() -> Pictures:
+    """The shapes, and one picture that is not finite."""
+    pictures, labels = shapes(8)
+    pictures[37] = float("nan")
+    return Pictures(pictures, labels, ID2LABEL, "", "")
+
+
+def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    recipe = replace(SHORT, steps=12, save_every=1)
+    said: list[Progress] = []
+    with pytest.raises(TrainingError) as error:
+        train(recipe, said.append, run_folder=tmp_path, dataset=spoilt())
+    bad = said[-1].step + 1
+    assert f"The loss of step {bad} is nan" in str(error.value)
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept[-1:] == ([f"step-{bad - 1:08d}"] if bad > 1 else [])
+
+
+def test_steps_that_are_skipped_in_half_precision_leave_the_scaler_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate has a scaler on GPUs alone; here it gets torch's for the CPU."""
+
+    def with_scaler(recipe: Recipe, folder: Path | None) -> Accelerator:
+        accelerator = make_accelerator(recipe, folder)
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=1024.0), True
+        return accelerator
+
+    make_accelerator = loop.make_accelerator
+    monkeypatch.setattr(loop, "make_accelerator", with_scaler)
+    recipe = replace(SHORT, steps=12, mixed_precision="fp16", skip_nan=True)
+    result = train(recipe, dataset=spoilt())
+    assert result.skipped == 3  # once in each pass
+    assert all(weight.isfinite().all() for weight in result.pipeline.transformer.parameters())
+    finite = losses_of(recipe, dataset=Pictures(*shapes(8), ID2LABEL, "", ""))
+    assert finite[-1] < finite[0]
+
+
+# --- Latents and weights of the loss ---------------------------------------------------------------------------------
+
+
+class Latents:
+    """Latents of one mean and one deviation, as `CachedLatents` reads them."""
+
+    id2label: dict[int, str] = {}
+    sample_shape, is_latent = (4, 8, 8), True
+    description = license = ""
+    notes: Sequence[str] = ()
+
+    def __init__(self, mean: float, deviation: float, scale: float = 1.0, shift: float = 0.0):
+        self.mean, self.deviation, self.scaling_factor, self.shift_factor = mean, deviation, scale, shift
+
+    def __len__(self) -> int:
+        return 64
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        data = torch.full((len(keys), 8, 8, 8), self.mean)
+        data[:, 4:] = self.deviation
+        return Batch(data, torch.zeros(len(keys), dtype=torch.long), [position for position, _ in keys], [])
+
+
+# Its fresh model predicts zero, so that the first loss is the mean square of noise - data.
+FLOW = Recipe(model={**TINY, "sample_size": 8, "in_channels": 4, "num_classes": 0}, objective="flow", steps=1,
+              batch_size=64, num_train_timesteps=1000)  # fmt: skip
+
+
+def test_training_sees_latents_with_the_noise_of_the_vae() -> None:
+    # The mean of 16,384 squares of variance s^2 spreads by s^2 * sqrt(2 / 16384) = 0.011 s^2.
+    for deviation in (0.0, 1.0, 3.0):
+        loss = losses_of(FLOW, dataset=Latents(mean=0.0, deviation=deviation))[0]
+        assert loss == pytest.approx(1 + deviation**2, rel=0.06)
+
+
+def test_training_sees_latents_shifted_and_then_scaled() -> None:
+    plain = losses_of(FLOW, dataset=Latents(mean=2.0, deviation=0.5))[0]
+    moved = losses_of(FLOW, dataset=Latents(mean=0.75, deviation=0.125, scale=4.0, shift=0.25))[0]
+    assert moved == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_cache_knows_the_shift_of_its_vae(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    pictures, labels = shapes(1)
+    dataset = Pictures(pictures, labels, ID2LABEL, "", "")
+    for name, fields, shift in (("old", {}, 0.0), ("new", {"shift_factor": 0.25}, 0.25)):
+        folder = cache_latents(dataset, make_vae(**fields), tmp_path / name)
+        assert CachedLatents(folder).shift_factor == shift
+        # A folder that was begun by a release that knew no shifts is gone on with.
+        assert ("shift_factor" in json.loads((folder / "plan.json").read_text())) == bool(shift)
+
+
+@pytest.mark.parametrize(("objective", "weight"), [("noise", 5 / 49), ("v", 5 / 50)])
+def test_min_snr_weighs_the_loss_of_a_run(objective: str, weight: float) -> None:
+    """A single noise level, whose signal-to-noise ratio is 0.98 / 0.02 = 49."""
+    recipe = replace(SHORT, objective=objective, steps=1, num_train_timesteps=1, beta_start=0.02, beta_end=0.02)
+    plain, weighted = (losses_of(replace(recipe, min_snr_gamma=gamma))[0] for gamma in (0.0, 5.0))
+    assert weighted == pytest.approx(weight * plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["imagenet-256", "imagenet-256-flow", "finetune"])
+def test_recipes_of_large_data_read_ahead(name: str) -> None:
+    assert get_recipe(name).workers > 0

@@ -1,0 +1,64 @@
+"""A Python function in two processes that train together, forked from one that has the libraries in memory.
+
+Their environment is what `accelerate launch` and `torchrun` give; `test_distributed.py` uses the launcher as well.
+"""
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from .command_line import _CONTEXT
+
+PROCESSES = 2
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _main(environment: dict[str, str], errors: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Be one of the processes; what the user could mend is one sentence and exit status 2, as at the command line."""
+    os.environ.update(environment)
+    os.dup2(os.open(errors, os.O_WRONLY), 2)
+    try:
+        function(*arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Together:
+    """`function(*arguments)` in each process, started."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any):
+        self._folder, port = tempfile.TemporaryDirectory(), str(free_port())
+        self.processes: list[ForkServerProcess] = []
+        self._errors: list[Path] = []
+        for rank in range(PROCESSES):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
+            environment = {name: str(value) for name, value in place.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+            errors = Path(self._folder.name) / f"errors-{rank}"
+            errors.touch()
+            self._errors.append(errors)
+            self.processes.append(_CONTEXT.Process(target=_main, args=(environment, errors, function, arguments)))
+        for process in self.processes:
+            process.start()
+
+    def wait(self, rank: int, timeout: float = 600) -> tuple[int, str]:
+        """The end of a process: its status and errors."""
+        process = self.processes[rank]
+        process.join(timeout)
+        said = self._errors[rank].read_text()
+        if process.exitcode is None:
+            for each in self.processes:
+                each.kill()
+            raise AssertionError(f"Process {rank} still runs after {timeout} s: {said}")
+        return process.exitcode, said
