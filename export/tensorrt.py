@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_hub.extras import require
+from dit_hub.manifest import note_written
 from dit_hub.runtime import RuntimeOptions
 
 from .component import RuntimeComponent, RuntimeDecoder, RuntimeDenoiser, RuntimeSampler, Session
@@ -192,6 +193,7 @@ class _Engine:
         with contextlib.suppress(OSError):  # a folder that cannot be written to only starts slowly each time
             building.write_bytes(memoryview(self._cache.serialize()))
             building.replace(self._cache_file)
+            note_written(self._cache_file)
 
 
 @dataclass

@@ -6,6 +6,7 @@ GPUs that need not be there; `tensorrt` (NVIDIA's own index) builds for the GPU 
 
 import hashlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -277,7 +278,9 @@ def build_engine(
     target.write_bytes(memoryview(engine))
     if timing_cache is not None and timings is not None:
         measured = bytes(memoryview(timing_cache.serialize()))
-        timings.write_bytes(measured)
+        building = timings.with_suffix(f".{os.getpid()}")
+        building.write_bytes(measured)
+        building.replace(timings)  # in one step, for others who read it now
         (target.parent / TIMING_CACHE_FILE).write_bytes(measured)
     return EngineFacts(file_sha256(target), source_sha256(source), profiles)
 

@@ -320,7 +320,8 @@ def test_convert_and_card_at_the_command_line(golden_a: Golden, tmp_path: Path) 
     assert run.returncode == 2
     assert "stock is not empty" in run.stderr
     assert dit_hub("convert", "out", "stock", "--to", "official", "--overwrite", cwd=tmp_path).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "stock").iterdir()) == ["README.md", "model.pt", "origin.json"]
+    files = [".dit-hub.json", "README.md", "model.pt", "origin.json"]
+    assert sorted(path.name for path in (tmp_path / "stock").iterdir()) == files
 
 
 def test_the_code_of_a_card_runs(golden_a: Golden, make_vae: Callable[..., Any], tmp_path: Path) -> None:

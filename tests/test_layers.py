@@ -22,7 +22,7 @@ SOURCES = {
 
 # From the ground up. A module imports from its own layer and those below.
 LAYERS = (
-    {"checks", "extras", "files", "runtime"},
+    {"checks", "extras", "files", "manifest", "runtime"},
     {"configuration_dit"},
     {"labels", "layers", "objectives", "schedulers", "solvers"},
     {"modeling_dit"},

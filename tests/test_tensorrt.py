@@ -70,7 +70,7 @@ def test_the_toy_builds_in_every_precision(tmp_path: Path, precision: str, bound
     assert index["transformer"] == ["dit_hub", "TensorRTDiTTransformer"]
     assert json.loads((tmp_path / "trt" / "origin.json").read_text())["license"] == "apache-2.0"
     leftovers = {path.name for path in tmp_path.rglob("*") if path.suffix == ".onnx" or path.name.startswith(".")}
-    assert leftovers == set()
+    assert leftovers == {".dit-hub.json"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -108,7 +108,11 @@ def test_exports_to_onnx_build_as_they_are(make_pipeline: MakePipeline, tmp_path
     file = tmp_path / "onnx" / "transformer" / "model.onnx"
     run = dit_hub("export", "tensorrt", file, "lone", "--runtime", "rtx", "--profile", "1,1,2", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert sorted(path.name for path in (tmp_path / "lone").iterdir()) == ["manifest.json", "model.engine"]
+    assert sorted(path.name for path in (tmp_path / "lone").iterdir()) == [
+        ".dit-hub.json",
+        "manifest.json",
+        "model.engine",
+    ]
     source = json.loads((tmp_path / "lone" / "manifest.json").read_text())["engines"]["model.engine"]["source_sha256"]
     assert source == manifest_of(tmp_path / "trt")["engines"]["model.engine"]["source_sha256"]
 

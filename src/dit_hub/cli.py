@@ -21,7 +21,9 @@ app = typer.Typer(
 export_app = typer.Typer(help="Export a model to another runtime.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(export_app, name="export")
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output if it exists; a folder, if all in it is dit-hub's.")
+]
 MaxError = Annotated[float | None, typer.Option(help="Accept a larger error than the precision's bound.")]
 Model = Annotated[str, typer.Argument(help="A Hub id, a folder, or dit-toy-shapes, which comes with the package.")]
 

@@ -1,13 +1,24 @@
-"""Folders that appear whole or not at all, and shards that stay in theirs."""
+"""Folders that appear whole or not at all and replace nothing of the user's; locks; shards that stay in theirs."""
 
 import contextlib
+import errno
+import itertools
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .manifest import MANIFEST_FILE, files_in, foreign_files, listed_foreign, write_manifest, written_files
+
+# In a folder that one process works in.
+LOCK_FILE = ".lock"
 
 # What libraries say when the system takes no more bytes.
 _FULL = (
@@ -20,54 +31,60 @@ _FULL = (
     "iostream error",
 )
 
+# Of file systems without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class TakenError(ValueError):
+    """The name of a result was taken while it was made; the result is whole in the folder `kept`."""
+
+    def __init__(self, message: str, kept: Path):
+        super().__init__(message)
+        self.kept = kept
+
+
+# --- New folders -----------------------------------------------------------------------------------------------------
+
 
 @contextmanager
-def new_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: str | os.PathLike, overwrite: bool = False, late: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes the name `target` when the block ends well and vanishes when it raises.
 
+    Until then it lies in a hidden folder beside the target. One that a killed process left there goes with the next
+    call, on the same machine.
+
     Args:
-        target: where the result goes; missing parents are made.
-        overwrite: replace a folder that is there. Until the new one is complete, the old one stays.
+        target: where the result goes; missing parents are made. A link stays, and what it leads to is meant.
+        overwrite: replace a folder that is there, if all files in it are as `new_folder` wrote them. Until the new one
+            is complete, the old one stays.
+        late: long work was done already, after `check_free`: what the target holds by now is looked at in the end only.
 
     Raises:
-        ValueError: `target` is a file, or a folder with content and `overwrite` is off.
+        ValueError: see `check_free`.
+        TakenError: the target was filled, or another's files were added to it, while the block ran.
         OSError: the disk is full.
     """
-    target = Path(target)
-    check_free(target, overwrite)
-    made = [folder for folder in target.parents if not folder.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    if not late:
+        check_free(target, overwrite)
+    place = _place(target)
+    made = _make_parents(place)
+    remove_leftovers(place.parent)
     try:
-        building.chmod(0o755)
-        yield building
-        for path in building.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors writes files that their owner alone can read
-            _sync(path)
-        if target.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            target.rename(replaced / "old")
-            try:
-                building.rename(target)
-            except OSError:
-                (replaced / "old").rename(target)
-                raise
-            finally:
-                shutil.rmtree(replaced)
-        else:
-            building.rename(target)
-        _sync(target.parent)
+        with _workplace(place) as work:
+            building = work / "new"
+            building.mkdir()
+            building.chmod(0o755)
+            yield building
+            _finish(building)
+            _put(building, place, work / "old" if overwrite else None, target)
+        _sync(place.parent)
     except Exception as error:  # torch and safetensors have no OSError for it
         if any(sign in str(error) for sign in _FULL):
             raise OSError(f"{target} could not be written: the disk is full or a limit is reached.") from error
         raise
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-        if not target.exists():
-            with contextlib.suppress(OSError):
-                for folder in made:
-                    folder.rmdir()
+        if not place.exists():
+            _remove_empty(made)
 
 
 @contextmanager
@@ -113,17 +130,87 @@ def _link(file: Path, name: Path) -> None:
 
 
 def check_free(target: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raise ValueError where `new_folder` would, so that long work need not be done first."""
-    target = Path(target)
-    if target.exists() and not target.is_dir():
+    """Raise ValueError where `new_folder` would, so that long work need not be done first.
+
+    That is where `target` is a file, lies in one or where nothing can be written, is the current folder or holds it, is
+    a mount point, or has content and `overwrite` is off, or content that `new_folder` did not write.
+    """
+    place = _place(target)
+    if place.exists() and not place.is_dir():
         raise ValueError(f"{target} is a file, not a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"The folder {target} is not empty; choose another or pass --overwrite.")
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if os.path.ismount(place):
+        raise ValueError(f"{target} is a mount point, which cannot be replaced; choose a folder in it.")
+    with contextlib.suppress(FileNotFoundError):  # a current folder that is gone
+        here = Path(os.path.realpath(Path.cwd()))
+        if place.exists() and place in (here, *here.parents):
+            what = "is" if place == here else "holds"
+            raise ValueError(f"{target} {what} the current folder, which cannot be replaced; choose another folder.")
+    parent = next(folder for folder in place.parents if folder.exists())
     if not parent.is_dir():
         raise ValueError(f"{parent} is a file, so that {target} cannot be made in it.")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"{parent} cannot be written to.")
+    if parent == place.parent:
+        remove_leftovers(parent)
+    if place.is_dir() and any(place.iterdir()):
+        if not overwrite:
+            raise ValueError(f"The folder {target} is not empty; choose another or pass --overwrite.")
+        if foreign := listed_foreign(place):
+            raise ValueError(f"{target} holds files that dit-hub did not write{foreign}; move them or choose another "
+                             "folder.")  # fmt: skip
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the hidden folders in which killed processes of this machine were at work.
+
+    A folder that one of them had moved out of the way gets its name back.
+    """
+    with contextlib.suppress(OSError):  # of folders that cannot be listed
+        for work in [path for path in parent.iterdir() if re.fullmatch(r"\..+-[a-z0-9_]{8}", path.name)]:
+            with contextlib.suppress(OSError):  # of another user's
+                if (work / _work_lock()).is_file():
+                    _remove_leftover(work)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove what `new_folder` wrote; files that others added stay where they are."""
+    names, written = set(files_in(folder)), written_files(folder).keys()
+    if names <= written:
+        with _workplace(folder) as work:  # whole or not at all
+            folder.rename(work / "gone")
+        return
+    for name in (MANIFEST_FILE, *(names & written)):
+        (folder / name).unlink(missing_ok=True)
+
+
+# --- Locks -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Work in a folder as the only process; it is made where it is missing, and goes again where nothing is in it.
+
+    The system lets the lock go when the process ends, however it ends. The same thread may lock it again inside.
+
+    Raises:
+        ValueError: another process, or thread, has it; the message is `refusal`.
+    """
+    made = _make_parents(folder)
+    folder.mkdir(exist_ok=True)
+    lock = _hold(folder / LOCK_FILE, again=True)
+    if lock is None:
+        raise ValueError(refusal)
+    try:
+        yield
+    finally:
+        if lock.lock_counter <= 1:
+            with contextlib.suppress(OSError):  # Windows removes no open file
+                (folder / LOCK_FILE).unlink()  # before the release, so that nobody's lock is removed
+        lock.release()
+        _remove_empty([folder, *made])
+
+
+# --- Checkpoints in parts --------------------------------------------------------------------------------------------
 
 
 def check_shards(index: Path) -> list[Path]:
@@ -145,8 +232,166 @@ def check_shards(index: Path) -> list[Path]:
     return paths
 
 
+# --- Details ---------------------------------------------------------------------------------------------------------
+
+
+def _place(target: str | os.PathLike) -> Path:
+    """Where a target really lies: absolute, without links."""
+    if Path(target).parts[:1] == ("~",):
+        raise ValueError(f"{target}: the shell did not put your home folder in place of ~; write it out.")
+    place = Path(os.path.realpath(target))
+    if place.is_symlink():
+        raise ValueError(f"{target} is a link that leads in a circle.")
+    return place
+
+
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A hidden folder beside a target, locked while the block runs, and gone afterwards."""
+    lock = None
+    while lock is None:  # again where `remove_leftovers` took the folder before it was locked
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = _hold(work / _work_lock())
+        if not (work / _work_lock()).exists():
+            lock = None
+    try:
+        yield work
+    finally:
+        _clear(work)
+        lock.release()
+        shutil.rmtree(work, ignore_errors=True)  # Windows removes no open file
+
+
+def _work_lock() -> str:
+    """The lock's name in a hidden folder. It names the machine, since not every shared disk shares locks."""
+    return f"{platform.node()}.lock"
+
+
+def _remove_leftover(work: Path) -> None:
+    lock = _hold(work / _work_lock())
+    if lock is None or not lock.is_locked:
+        return
+    try:
+        _clear(work)  # before the release, or somebody who is just making a folder of this name could lock it
+    finally:
+        lock.release()
+
+
+def _clear(work: Path) -> None:
+    """Remove a hidden folder; what was moved into it, to be replaced, and was not, gets its name back."""
+    for old in work.glob("old/*"):
+        _put_back(old, work.parent / old.name)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _hold(file: Path, again: bool = False) -> FileLock | None:
+    """The lock of a file, held where the file system has locks; None where another process or thread holds it.
+
+    Args:
+        file: made where it is missing.
+        again: whether the thread that holds it may hold it once more.
+    """
+    lock = FileLock(file, blocking=False, is_singleton=again)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return lock
+
+
+def _finish(building: Path) -> None:
+    """Write the manifest, and have all of a folder on the disk."""
+    write_manifest(building)
+    for path in building.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors writes files that their owner alone can read
+        _sync(path)
+    _sync(building)
+
+
+def _put(building: Path, place: Path, old: Path | None, target: str | os.PathLike) -> None:
+    """Give a finished folder its name, in one step; one beside it where the name is taken.
+
+    Args:
+        building: the folder.
+        place: its name.
+        old: where what is there moves to; None where nothing may be there.
+        target: the name as the user wrote it.
+    """
+    try:
+        if old is not None and place.is_dir():
+            old.mkdir()
+            place.rename(old / place.name)
+            if any(foreign_files(old / place.name)):  # where nobody finds it, so that this look is the last
+                raise FileExistsError(errno.EEXIST, "")
+        _rename(building, place)
+    except OSError as error:
+        kept = _keep_beside(building, place)
+        taken = error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+        problem = "was filled meanwhile" if taken else f"cannot be replaced ({error.strerror})"
+        beside = Path(target).parent / kept.name if Path(target).name == place.name else kept
+        raise TakenError(f"{target} {problem}; the result is in {beside}.", kept) from None
+
+
+def _put_back(old: Path, place: Path) -> None:
+    """Give a folder its name back; where that is taken, one beside it if it holds files of others."""
+    try:
+        _rename(old, place)
+    except OSError:
+        if any(foreign_files(old)):
+            _keep_beside(old, place)
+
+
+def _keep_beside(folder: Path, place: Path) -> Path:
+    """Move a folder to the first free name of NAME-1, NAME-2, …"""
+    for number in itertools.count(1):
+        beside = place.with_name(f"{place.name}-{number}")
+        if os.path.lexists(beside):
+            continue
+        try:
+            _rename(folder, beside)
+            return beside
+        except OSError:
+            if not os.path.lexists(beside):  # not taken meanwhile, but something else
+                raise
+    raise AssertionError
+
+
+def _rename(folder: Path, place: Path) -> None:
+    """Give a folder a name that is free or an empty folder's, in one step; OSError where it is another's."""
+    if os.name == "nt":  # which puts no folder in place of an empty one
+        with contextlib.suppress(OSError):
+            place.rmdir()
+    folder.rename(place)
+
+
+def _make_parents(place: Path) -> list[Path]:
+    """Make the folders above; returns those that were missing, the deepest first."""
+    made = [folder for folder in place.parents if not folder.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the deepest first, up to one that is not empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the disk take a file, or the names in a folder."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs what can be written to
+    except PermissionError:
+        if folder:  # which Windows does not open
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -36,6 +36,7 @@ from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
 from .configuration_dit import DiTConfig, nearest
 from .flops import measure
 from .labels import imagenet_id2label
+from .manifest import note_written
 from .modeling_dit import DiTTransformer
 from .runtime import RuntimeOptions, use_options
 from .schedulers import official_scheduler, scheduler_from_dict
@@ -355,6 +356,7 @@ class HubPipeline(DiffusionPipeline):
         pipeline.set_progress_bar_config(disable=not force)
         with _unsound_values(f"{pipeline.config.get('_name_or_path')} draws no samples"):
             sample_grid(pipeline, count=_SAMPLES, steps=_SAMPLE_STEPS).save(target)
+        note_written(target)
         pipeline.set_progress_bar_config(**shown)
         return True
 

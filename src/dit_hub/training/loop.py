@@ -1,6 +1,7 @@
 """The training loop, on accelerate."""
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -21,6 +22,8 @@ from .result import TrainingResult
 from .run import Run, TrainingError
 from .setup import check_fit, load_start, make_model
 from .together import failing_together
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
