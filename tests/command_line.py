@@ -7,6 +7,7 @@ What a process does is what `python -m dit_hub.cli` does; some tests still start
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ def _main(
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests run
     sys.argv = ["dit-hub", *arguments]
     # What it starts is started as usual, not by a server that outlives it when it is killed.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)

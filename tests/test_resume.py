@@ -1,21 +1,29 @@
 """Runs that are killed, and go on as if nothing had happened."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from dit_hub.training.data import Pictures
+from dit_hub.training.checkpoints import checkpoints
+from dit_hub.training.data import Batch, CachedLatents, Dataset, ImageFolder, Key, Pictures
+from dit_hub.training.fingerprint import fingerprint
+from dit_hub.training.latents import cache_latents
 from dit_hub.training.loop import Progress, train
 from dit_hub.training.recipe import Recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
 
 from .command_line import Command, dit_hub
+from .conftest import small_vae
 
 SETTINGS = ["images_per_class=16", "batch_size=64", "ema_decay=0.99", "save_every=4"]
 
@@ -154,3 +162,259 @@ def test_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "No checkpoint at step 4" in run.stderr + run.stdout
     assert (out / "model_index.json").is_file()
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Ctrl-C as in a terminal; what runs in the background may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, workers: int) -> None:
+    command = start(tmp_path / "toy", "epochs=800", f"workers={workers}")
+    while command.running() and not list(tmp_path.glob("toy.run/step-*")):
+        time.sleep(0.005)
+    command.send_signal(signal.SIGINT)
+    run = command.wait()
+    assert run.returncode == 130, run.stderr
+    last = checkpoints(tmp_path / "toy.run")[-1]
+    assert f"Stopped. The checkpoint {last} stays, and the same command goes on from it." in run.stdout
+    assert "Ctrl-C again stops at once." in run.stderr
+    assert not (tmp_path / "toy").exists()
+
+
+SHORT = Recipe(images_per_class=16, epochs=2, batch_size=64, tracker="none")  # 8 steps
+
+
+def press_ctrl_c(at: int, *pauses: float) -> Callable[[Progress], None]:
+    """Press it at a step, and again after each pause of so many seconds."""
+
+    def report(progress: Progress) -> None:
+        if progress.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+            for pause in pauses:
+                time.sleep(pause)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("pauses", [(), (0.01,)])  # the second: a launcher passes the signal on
+def test_ctrl_c_ends_after_the_next_step_and_the_run_goes_on_from_there(tmp_path: Path, pauses: tuple[float]) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="Stopped after step 4, with a checkpoint"):
+        train(SHORT, press_ctrl_c(3, *pauses), run_folder=tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004"]
+    steps = []
+    assert train(SHORT, lambda at: steps.append(at.step), run_folder=tmp_path).finished
+    assert steps == [5, 6, 7, 8]
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(SHORT, press_ctrl_c(3, 1.1), run_folder=tmp_path)
+    assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.usefixtures("terminal")
+def test_ctrl_c_stops_at_once_where_nothing_is_saved() -> None:
+    steps = []
+
+    def report(progress: Progress) -> None:
+        steps.append(progress.step)
+        press_ctrl_c(3)(progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(SHORT, report)
+    assert steps == [1, 2, 3]
+
+
+# --- One run, one folder ---------------------------------------------------------------------------------------------
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
+    first = start(tmp_path / "toy", "epochs=800")
+    while first.running() and not list(tmp_path.glob("toy.run/step-*")):
+        time.sleep(0.005)
+    run = start(tmp_path / "toy", "epochs=800").wait()
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert f"Another training is at work in {tmp_path / 'toy.run'}; wait for it to end" in run.stderr
+    with pytest.raises(ValueError, match="Another training is at work"):
+        train(SHORT, run_folder=tmp_path / "toy.run", resume=False)
+    assert first.running()
+    first.send_signal(signal.SIGKILL)
+    assert first.wait().returncode == -signal.SIGKILL
+    assert start(tmp_path / "toy", "epochs=1", "--resume", "never").wait().returncode == 0
+
+
+def test_a_result_whose_name_is_taken_meanwhile_is_kept_beside(tmp_path: Path) -> None:
+    out = tmp_path / "toy"
+    command = start(out, "epochs=8")
+    while command.running() and not list(tmp_path.glob("toy.run/step-*")):
+        time.sleep(0.005)
+    out.mkdir()
+    (out / "precious.txt").touch()
+    run = command.wait()
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert f"{out} was filled meanwhile; the result is in {out}-1." in run.stderr
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert (tmp_path / "toy-1" / "README.md").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["toy", "toy-1"]
+
+
+def test_what_others_put_into_the_folder_of_a_run_stays(tmp_path: Path) -> None:
+    notes = tmp_path / "toy.run" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("precious")
+    (tmp_path / "toy.run" / "step-00000004").mkdir()
+    (tmp_path / "toy.run" / "step-00000004" / "drawn.png").write_text("precious")
+    run = start(tmp_path / "toy", "epochs=2").wait()
+    assert run.returncode == 0, run.stderr
+    assert "No checkpoint at step 4" in run.stderr + run.stdout
+    left = [path.relative_to(notes.parent).as_posix() for path in notes.parent.rglob("*") if path.is_file()]
+    assert sorted(left) == ["notes.txt", "step-00000004/drawn.png"]
+
+
+def test_a_result_that_the_disk_does_not_hold_is_not_lost(tmp_path: Path) -> None:
+    """The checkpoints fit under the limit, the decoder of the pipeline does not."""
+    pictures, labels = shapes(4, 0)
+    cache_latents(Pictures(pictures, labels, ID2LABEL, "", ""), small_vae(), tmp_path / "latents")
+    small_vae(block_out_channels=(64, 128)).save_pretrained(tmp_path / "vae")
+    model = {"sample_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_classes": 16}
+    recipe = {"model": model, "data": "latents", "vae": "vae", "epochs": 2, "batch_size": 16, "tracker": "none"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+    command = ("train", "mine.yaml", "--out", "out")
+    run = dit_hub(*command, cwd=tmp_path, file_limit=1_000_000)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "out could not be written: the disk is full or a limit is reached. The checkpoint " in run.stderr
+    assert "out.run/step-00000008 stays, and the same command goes on from it." in run.stderr
+    losses = json.loads((tmp_path / "out.run" / "step-00000008" / "state.json").read_text())["epoch_losses"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents", "mine.yaml", "out.run", "vae"]
+    run = dit_hub(*command, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    saved = json.loads((tmp_path / "out" / "training.json").read_text())["epoch_losses"]
+    assert saved == [round(loss, 6) for loss in losses]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents", "mine.yaml", "out", "vae"]
+
+
+def test_a_finished_run_without_a_result_is_not_trained_again(tmp_path: Path) -> None:
+    first = train(SHORT, run_folder=tmp_path).pipeline.transformer.state_dict()
+    steps = []
+    again = train(SHORT, lambda at: steps.append(at.step), run_folder=tmp_path)
+    assert (steps, again.finished) == ([], True)
+    weights = again.pipeline.transformer.state_dict()
+    assert all(weights[name].equal(weight) for name, weight in first.items())
+
+
+# --- The same data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_run_goes_on_with_the_same_content_only(tmp_path: Path) -> None:
+    pictures, labels = shapes(16, 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(SHORT, press_ctrl_c(3), run_folder=tmp_path)
+    other = pictures.clone()
+    other[7] = -other[7]
+    with pytest.raises(ValueError, match="is of other data: as many, but with another content"):
+        train(SHORT, run_folder=tmp_path, dataset=Pictures(other, labels, ID2LABEL, "", ""))
+    with pytest.raises(ValueError, match="is of other data: as many, but with another content"):
+        train(SHORT, run_folder=tmp_path, dataset=Pictures(pictures, labels.flip(0), ID2LABEL, "", ""))
+    state = checkpoints(tmp_path)[-1] / "state.json"
+    facts = json.loads(state.read_text())
+    del facts["data"]["fingerprint"]  # as in a checkpoint of an older release
+    state.write_text(json.dumps(facts))
+    assert train(SHORT, run_folder=tmp_path).finished
+
+
+def picture_folder(folder: Path) -> Path:
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (16, 16), (60 * index, 0, 9 * len(name))).save(folder / name / f"{index}.png")
+    return folder
+
+
+def change_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_the_fingerprint_of_files_is_of_names_and_content(tmp_path: Path) -> None:
+    def of(folder: Path) -> str:
+        return fingerprint(ImageFolder(folder, 16))
+
+    folder = picture_folder(tmp_path / "pets")
+    before = of(folder)
+    copied = shutil.copytree(folder, tmp_path / "copied", copy_function=shutil.copyfile)  # with times of its own
+    assert of(Path(copied)) == before
+    change_a_byte(folder / "dogs" / "2.png")
+    assert of(folder) != before
+    change_a_byte(folder / "dogs" / "2.png")
+    assert of(folder) == before
+    (folder / "dogs" / "2.png").rename(folder / "dogs" / "3.png")
+    assert of(folder) != before
+    (folder / "dogs" / "3.png").rename(folder / "dogs" / "2.png")
+    (folder / "cats" / "0.png").rename(folder / "dogs" / "x.png")
+    assert of(folder) != before
+    (folder / "cats" / "1.png").chmod(0)
+    (folder / "cats" / "2.png").unlink()
+    (folder / "cats" / "2.png").symlink_to("nowhere.png")
+    assert of(folder)  # what cannot be read is left out while training
+
+
+def test_the_fingerprint_of_latents_and_of_pictures(tmp_path: Path) -> None:
+    pictures, labels = shapes(4, 0)
+    whole = (pictures + 1) * 127.5
+    data = [Pictures(values, labels, ID2LABEL, "", "") for values in (pictures, pictures + 1e-7, pictures.flip(0))]
+    assert fingerprint(data[0]) == fingerprint(data[1]) != fingerprint(data[2])  # rounding is no change
+    of_bytes = Pictures(whole.byte(), labels, ID2LABEL, "", "")
+    assert fingerprint(of_bytes) == fingerprint(Pictures(of_bytes.data / 127.5 - 1, labels, ID2LABEL, "", ""))
+    prints = set()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        drawn = Pictures(*shapes(4, seed), ID2LABEL, "", "")
+        prints.add(fingerprint(CachedLatents(cache_latents(drawn, small_vae(), tmp_path / name))))
+    assert len(prints) == 2
+
+
+class Own:
+    """A data set that `fingerprint` does not know."""
+
+    id2label, sample_shape, is_latent, scaling_factor = {}, (1, 2, 2), False, 1.0
+    description = license = ""
+    notes = ()
+
+    def __init__(self, shift: float):
+        self.shift = shift
+
+    def __len__(self) -> int:
+        return 1000
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        positions = [position for position, _ in keys]
+        data = torch.tensor(positions)[:, None, None, None].expand(-1, 1, 2, 2) / 1000 + self.shift
+        return Batch(data, torch.zeros(len(positions), dtype=torch.long), positions, [])
+
+
+def test_the_fingerprint_of_data_of_ones_own() -> None:
+    data: list[Dataset] = [Own(0), Own(0), Own(0.1)]
+    assert fingerprint(data[0]) == fingerprint(data[1]) != fingerprint(data[2])
+
+
+def test_latents_are_not_written_among_other_files(tmp_path: Path) -> None:
+    drawn = Pictures(*shapes(1, 0), ID2LABEL, "", "")
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"holds shard-00000\.safetensors, and no latents of a run that was cut"):
+        cache_latents(drawn, small_vae(), tmp_path)
+    assert (tmp_path / "shard-00000.safetensors").read_bytes() == b"precious"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,17 +1,22 @@
-"""Checkpoints of a run: whole or absent, and enough to go on as if nothing had happened."""
+"""Checkpoints of a run: whole or absent, and enough to go on as if nothing had happened; its folder, for one run."""
 
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import new_folder
+from ..files import locked, new_folder, remove_folder
+from ..manifest import MANIFEST_FILE
 
 STATE_FILE = "state.json"
 _NAME = "step-{:08d}"
@@ -42,16 +47,19 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError: it cannot be written; those that are there stay.
     """
     target = folder / _NAME.format(checkpoint.step)
-    with new_folder(target, overwrite=True) as building:
-        for part, tensors in checkpoint.tensors.items():
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(whole, building / f"{part}.safetensors", metadata={"format": "pt"})
-        if checkpoint.pipeline is not None:
-            _show_as_pipeline(checkpoint, building)
-        facts = {"step": checkpoint.step, **checkpoint.facts}
-        (building / STATE_FILE).write_text(json.dumps(facts) + "\n")
+    try:
+        with new_folder(target, overwrite=True) as building:
+            for part, tensors in checkpoint.tensors.items():
+                whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(whole, building / f"{part}.safetensors", metadata={"format": "pt"})
+            if checkpoint.pipeline is not None:
+                _show_as_pipeline(checkpoint, building)
+            facts = {"step": checkpoint.step, **checkpoint.facts}
+            (building / STATE_FILE).write_text(json.dumps(facts) + "\n")
+    except ValueError as error:  # somebody's files are in its place
+        raise OSError(str(error)) from error
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return target
 
 
@@ -73,7 +81,8 @@ def checkpoints(folder: Path) -> list[Path]:
     """Those of a run, the oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
+    found = (path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
+    return sorted(path for path in found if (path / STATE_FILE).is_file())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -96,9 +105,41 @@ def damaged(path: Path, error: Exception) -> ValueError:
 
 
 def remove_checkpoints(folder: Path | None) -> None:
-    """Remove those of a run, which would be taken for those of the next."""
+    """Remove those of a run, which would be taken for those of the next. Files that others put there stay."""
     for path in checkpoints(folder) if folder else []:
-        shutil.rmtree(path)
+        _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    if (checkpoint / MANIFEST_FILE).is_file():
+        remove_folder(checkpoint)
+    else:  # an older release's
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+@contextmanager
+def lock_run(folder: Path | None) -> Iterator[None]:
+    """Keep the folder of a run, if it has one, for this run alone. All processes of a run enter together.
+
+    Raises:
+        ValueError: another run has it.
+    """
+    if folder is None:
+        yield
+        return
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    problem = [""]
+    with ExitStack() as stack:
+        if state.is_main_process:
+            try:
+                stack.enter_context(locked(folder, f"Another training is at work in {folder}; wait for it to end, or "
+                                           "train to another --out."))  # fmt: skip
+            except (OSError, ValueError) as error:
+                problem = [str(error)]
+        broadcast_object_list(problem)
+        if problem[0]:
+            raise ValueError(problem[0])
+        yield
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -2,13 +2,18 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from ..files import TakenError, check_free, remove_leftovers
 from ..hub import push_folder
+from .checkpoints import checkpoints, lock_run, remove_checkpoints
 from .loop import train
+from .monitor import LOGS_FOLDER
 from .output import published_losses, save_result
 from .progress import training_progress
 from .recipe import Recipe
@@ -20,12 +25,26 @@ def train_and_save(
 ) -> None:
     """Train with a progress bar, save the pipeline folder and print what was reached; see `train` and `save_result`.
 
-    Checkpoints lie beside the output, in `<output_dir>.run`, and go when the pipeline is there.
+    Checkpoints lie beside the output, in `<output_dir>.run`, and go when the pipeline is there. Until then nothing else
+    trains there. Ctrl-C ends with status 130.
     """
-    console = Console()
-    run_folder = Path(f"{str(output_dir).rstrip('/')}.run")
+    check_free(output_dir, overwrite)
+    run_folder = Path(f"{Path(output_dir)}.run")
     if run_folder.exists() and not run_folder.is_dir():
         raise ValueError(f"{run_folder} is a file; checkpoints go to a folder of that name.")
+    try:
+        with lock_run(run_folder):
+            _train_and_save(recipe, output_dir, command, overwrite, resume, run_folder)
+    except KeyboardInterrupt:
+        if PartialState().is_main_process:
+            print(f"Stopped. {_where_to_go_on(run_folder)}")
+        sys.exit(130)  # as shells count it, so that a script does not go on
+
+
+def _train_and_save(
+    recipe: Recipe, output_dir: str | os.PathLike, command: str, overwrite: bool, resume: bool, run_folder: Path
+) -> None:
+    console = Console()
     with training_progress(console) as report:
         result = train(recipe, report, run_folder, resume)
     if not result.main_process:
@@ -34,8 +53,7 @@ def train_and_save(
         print(f"Stopped; the checkpoint is in {run_folder}, and the same command goes on from it.")
         return
     with console.status("Drawing samples…"):
-        save_result(result, output_dir, command, overwrite)
-    shutil.rmtree(run_folder, ignore_errors=True)
+        _save(result, output_dir, command, overwrite, run_folder)
     console.print(_loss_table(result))
     what = "pipeline is" if result.adapted is None else "adapters are"
     if result.skipped:
@@ -48,6 +66,36 @@ def train_and_save(
         except (OSError, ValueError) as error:
             again = f"`dit-hub push {output_dir} {recipe.push_to_hub}` tries again."
             raise type(error)(f"{error} The result is whole in {output_dir}; {again}") from None
+
+
+def _save(
+    result: TrainingResult, output_dir: str | os.PathLike, command: str, overwrite: bool, run_folder: Path
+) -> None:
+    """Save the result; the checkpoints go once it is whole, be it under another name."""
+    try:
+        save_result(result, output_dir, command, overwrite, late=True)
+    except TakenError:
+        _remove_run(run_folder)
+        raise
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{error} {_where_to_go_on(run_folder)}") from error
+    _remove_run(run_folder)
+
+
+def _where_to_go_on(run_folder: Path) -> str:
+    """What is left of a run that did not come to its end, or not to its result."""
+    kept = checkpoints(run_folder)
+    return f"The checkpoint {kept[-1]} stays, and the same command goes on from it." if kept else (
+        "There is no checkpoint to go on from."
+    )  # fmt: skip
+
+
+def _remove_run(run_folder: Path) -> None:
+    """Remove checkpoints and logs, which the result has; what others put there stays."""
+    remove_leftovers(run_folder)
+    remove_checkpoints(run_folder)
+    shutil.rmtree(run_folder / LOGS_FOLDER, ignore_errors=True)
 
 
 def _loss_table(result: TrainingResult) -> Table:

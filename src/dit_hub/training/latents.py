@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import locked
 from .data import LATENTS_FILE, PLAN_FILE, Dataset, check_unreadable
+from .fingerprint import fingerprint
 
 # Called with the number of pictures done and of all.
 Progress = Callable[[int, int], None]
@@ -48,8 +50,8 @@ def cache_latents(
         The folder, which a recipe may name as its data.
 
     Raises:
-        ValueError: the folder holds something else, or latents of other data; the VAE takes other pictures; more than
-            1 % of the pictures cannot be read.
+        ValueError: the folder holds something else, or latents of other data, or another process is at work in it; the
+            VAE takes other pictures; more than 1 % of the pictures cannot be read.
         OSError: the disk is full; what is written stays for the next attempt.
     """
     folder = Path(output_dir)
@@ -60,6 +62,22 @@ def cache_latents(
     if any(side % factor for side in dataset.sample_shape[1:]):
         raise ValueError(f"The VAE takes pictures whose sides are divisible by {factor}, not of "
                          f"{dataset.sample_shape[1]}x{dataset.sample_shape[2]}.")  # fmt: skip
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and latents go to a folder.")
+    with locked(folder, f"Another process caches latents in {folder}; wait for it to end, or choose another folder."):
+        return _cache_shards(dataset, vae, folder, batch_size, shard_size, progress, left_out)
+
+
+def _cache_shards(
+    dataset: Dataset,
+    vae: Any,
+    folder: Path,
+    batch_size: int,
+    shard_size: int,
+    progress: Progress,
+    left_out: Callable[[str], None],
+) -> Path:
+    """Encode what is missing; see `cache_latents`."""
     count = len(dataset)
     facts: dict[str, Any] = {
         "count": count,
@@ -72,6 +90,7 @@ def cache_latents(
         **({"shift_factor": shift} if (shift := getattr(vae.config, "shift_factor", None)) else {}),
         "description": dataset.description,
         "license": dataset.license,
+        "fingerprint": fingerprint(dataset),
     }
     _plan(folder, json.dumps(facts, sort_keys=True))
     shards, shape, unreadable = [], None, 0
@@ -96,10 +115,8 @@ def cache_latents(
 
 def _plan(folder: Path, facts: str) -> None:
     """Note of what the shards of a folder are, or compare with what a run that was cut has noted."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, and latents go to a folder.")
     plan = folder / PLAN_FILE
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    names = [file.name for file in folder.iterdir()]
     if foreign := [name for name in names if not _OURS.fullmatch(name)]:
         raise ValueError(f"{folder} holds something else than latents ({foreign[0]}); choose another folder.")
     if any(name.endswith(".safetensors") for name in names) and not _is_json(plan):
@@ -107,7 +124,6 @@ def _plan(folder: Path, facts: str) -> None:
     if _is_json(plan) and plan.read_text() != facts:
         raise ValueError(f"{folder} holds latents of other data, of another size or VAE; choose another folder.")
     if not _is_json(plan):
-        folder.mkdir(parents=True, exist_ok=True)
         _write(plan, lambda path: path.write_text(facts))
 
 

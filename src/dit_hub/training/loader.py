@@ -1,5 +1,6 @@
 """Opening data, and batches of them in the order of a schedule."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -82,7 +83,8 @@ def make_loader(
                             recipe.mirror, recipe.seed, first, last, shuffle=False)  # fmt: skip
         # One worker at most reads ahead, since a stream has one order.
         reader = _StreamReader(dataset, schedule, process, processes)
-        return DataLoader(reader, batch_size=None, num_workers=min(recipe.workers, 1), pin_memory=pin)
+        return DataLoader(reader, batch_size=None, num_workers=min(recipe.workers, 1), pin_memory=pin,
+                          worker_init_fn=_leave_signals)  # fmt: skip
     schedule = Schedule(len(dataset), recipe.batch_size, parts, mine, recipe.mirror, recipe.seed, first, last)
     workers = recipe.workers
     return DataLoader(
@@ -92,7 +94,14 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin,
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM are for the process that trains, which still needs what is read for its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Reader(torch.utils.data.Dataset):

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from .checkpoints import remove_checkpoints
+from .checkpoints import lock_run, remove_checkpoints
 from .data import Dataset
 from .loader import open_dataset
 from .monitor import Monitor, make_accelerator
@@ -21,6 +20,7 @@ from .recipe import Recipe
 from .result import TrainingResult
 from .run import Run, TrainingError
 from .setup import check_fit, load_start, make_model
+from .signals import stop_signals
 from .together import failing_together
 
 logger = logging.getLogger(__name__)
@@ -63,22 +63,25 @@ def train(
         dataset: in place of the recipe's data.
 
     Raises:
-        ValueError: data, model and batch that do not go together, or a run folder of another recipe.
+        ValueError: data, model and batch that do not go together, or a run folder of another recipe or run.
         TrainingError: a loss that is not finite, or too many unreadable files.
+        KeyboardInterrupt: Ctrl-C, with a `run_folder` after the step and its checkpoint; a second one stops at once.
     """
     accelerator = make_accelerator(recipe, run_folder)
-    with failing_together(accelerator):
-        run = _start(recipe, accelerator, run_folder, resume, dataset)
-    main, start = accelerator.is_main_process, time.perf_counter()
     with contextlib.ExitStack() as stack:
+        with failing_together(accelerator):
+            stack.enter_context(lock_run(run_folder))
+            run = _start(recipe, accelerator, run_folder, resume, dataset)
+        main, start = accelerator.is_main_process, time.perf_counter()
         stack.enter_context(_products(recipe.mixed_precision))
-        asked_to_stop = stack.enter_context(_on_sigterm())
+        asked = stack.enter_context(stop_signals(run_folder is not None, main))
         publisher = stack.enter_context(contextlib.closing(open_publisher(recipe.push_to_hub, accelerator)))
         config = run.weights.plain.config
         monitor = stack.enter_context(contextlib.closing(Monitor(accelerator, recipe, config, run_folder, run.step)))
+        left = stack.enter_context(contextlib.closing(run.batches()))  # ends the processes that read, however this ends
         stack.enter_context(failing_together(accelerator))  # the last, so that others hear first what happens here
-        for batches in run.batches():
-            run.step_on(batches, asked_to_stop.is_set())
+        for batches in left:
+            run.step_on(batches, asked.signal)
             pauses = run.step == run.last or due(recipe.save_every, run) or due(recipe.sample_every, run)
             for step, loss in run.settled(pauses):
                 if main:
@@ -86,13 +89,16 @@ def train(
                     rates = monitor.pictures_per_second, monitor.utilisation
                     report(Progress(step, run.last, run.epoch(step), loss, *rates))
                 monitor.resume_clock()
-            if run.stopping or due(recipe.save_every, run):
+            cut = run.stopping and run.step < run.last
+            if cut or due(recipe.save_every, run) or run.step == run.last:  # the last, whatever becomes of the result
                 saved = run.save()
-                if run.stopping and run_folder is not None and not saved:
+                if cut and run_folder is not None and not saved:
                     raise TrainingError(f"Stopped after step {run.step}, and no checkpoint of it could be written.")
                 if recipe.push_to_hub and run.step < run.last:
                     publisher.push(run.result(time.perf_counter() - start), run.step)
-            if run.stopping:
+            if cut and run.stopping == signal.SIGINT:
+                raise KeyboardInterrupt(f"Stopped after step {run.step}, with a checkpoint in {run_folder}.")
+            if cut:
                 break
             if due(recipe.sample_every, run):
                 reached = run.result(time.perf_counter() - start)
@@ -139,17 +145,3 @@ def _products(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def _on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, as schedulers of clusters send it before they kill."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -32,16 +32,18 @@ def published_losses(result: TrainingResult) -> dict[int, float]:
     return PUBLISHED_TOY_LOSSES if result.recipe == get_recipe("toy") else {}
 
 
-def save_result(result: TrainingResult, output_dir: str | os.PathLike, command: str, overwrite: bool = False) -> None:
+def save_result(
+    result: TrainingResult, output_dir: str | os.PathLike, command: str, overwrite: bool = False, late: bool = False
+) -> None:
     """Write everything to a new folder, whole or not at all.
 
     Args:
         result: the trained model.
         output_dir: a pipeline folder, ready for `DiTPipeline.from_pretrained`.
         command: how the run was started, for the card.
-        overwrite: replace a folder that is there.
+        overwrite, late: see `new_folder`.
     """
-    with new_folder(output_dir, overwrite) as folder:
+    with new_folder(output_dir, overwrite, late) as folder:
         write_result(result, folder, command)
         _draw(result, folder)
         if result.logs is not None and result.logs.is_dir():

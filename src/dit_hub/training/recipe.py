@@ -49,7 +49,7 @@ class Recipe:
         fsdp: shard weights and optimizer among the processes (FSDP2).
         gradient_checkpointing: compute activations twice, to save memory.
         compile: compile each block.
-        save_every: steps between checkpoints; 0 for none.
+        save_every: steps between checkpoints; 0 for none but that of the last step.
         keep_last: how many checkpoints to keep.
         skip_nan: skip and count steps whose loss is not finite, rather than stop.
         tracker: where losses and pictures are logged: "tensorboard", another that accelerate knows, or "none".

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -76,7 +76,8 @@ class Run:
         self.epoch_losses: list[float] = []
         self.unreadable: set[str] = set()
         self.skipped = self.skipped_in_a_row = 0
-        self.last_unreadable, self.stopping = "", False
+        self.last_unreadable, self.stopping = "", 0  # the number of the signal that asked to
+        self.data = {} if folder is None else describe(dataset)
         self.outcomes: deque[Outcome] = deque()  # of steps that were started and not looked at
         self.scheduler = make_scheduler(recipe, model.config)
         self.null_class, self.dropout = model.config.null_class, model.config.class_dropout_prob
@@ -86,7 +87,7 @@ class Run:
 
     # --- A step ------------------------------------------------------------------------------------------------------
 
-    def batches(self) -> Iterator[list[Batch]]:
+    def batches(self) -> Generator[list[Batch], None, None]:
         """The batches of each step that is left: as many as gradients are accumulated over."""
         accumulation = self.recipe.gradient_accumulation
         parts = accumulation * self.accelerator.num_processes
@@ -101,8 +102,13 @@ class Run:
                 yield held
                 held = []
 
-    def step_on(self, batches: list[Batch], asked_to_stop: bool) -> None:
-        """Start one optimizer step; `settled` says what it came to."""
+    def step_on(self, batches: list[Batch], asked_to_stop: int) -> None:
+        """Start one optimizer step; `settled` says what it came to.
+
+        Args:
+            batches: of this process.
+            asked_to_stop: the number of a signal, or 0.
+        """
         rate, draws = self.learning_rate(self.step), self._draw()
         total = torch.zeros((), device=self.accelerator.device)
         for index, (part, batch) in enumerate(zip(self.mine, batches, strict=True)):
@@ -134,7 +140,7 @@ class Run:
         """
         while self.outcomes and (everything or self.stopping or len(self.outcomes) > 1):
             outcome = self.outcomes.popleft()
-            self.stopping = self.stopping or outcome.asked_to_stop
+            self.stopping = max(self.stopping, outcome.asked_to_stop)
             check_unreadable(outcome.unreadable, len(self.dataset), self.last_unreadable)
             if self._is_finite(outcome):
                 self.losses.append(outcome.loss)
@@ -245,7 +251,7 @@ class Run:
         tensors, facts = self.weights.state()
         facts |= {
             "recipe": asdict(self.recipe),
-            "data": describe(self.dataset),
+            "data": self.data,
             "losses": self.losses,
             "epoch_losses": self.epoch_losses,
             "unreadable": sorted(self.unreadable),
@@ -281,7 +287,7 @@ class Run:
         kept = checkpoints(self.folder) if self.folder else []
         if kept:
             checkpoint = load_checkpoint(kept[-1])
-            check_same_recipe(kept[-1], checkpoint.facts, self.recipe, self.dataset)
+            check_same_recipe(kept[-1], checkpoint.facts, self.recipe, self.data)
             try:
                 self.weights.restore(checkpoint.tensors, checkpoint.facts)
                 self.step, self.losses = checkpoint.step, checkpoint.facts["losses"]

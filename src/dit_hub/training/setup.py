@@ -18,6 +18,7 @@ from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import damaged
 from .data import Dataset
+from .fingerprint import fingerprint
 from .recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -205,17 +206,23 @@ def check_decoder(name: str, channels: int) -> None:
 
 def describe(dataset: Dataset) -> dict[str, Any]:
     """What a run that goes on must find again of its data, as JSON has it."""
-    return {"pictures": len(dataset), "classes": list(dataset.id2label.values()), "shape": list(dataset.sample_shape)}
+    facts = {"pictures": len(dataset), "classes": list(dataset.id2label.values()), "shape": list(dataset.sample_shape)}
+    return {**facts, "fingerprint": fingerprint(dataset)}
 
 
-def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, dataset: Dataset) -> None:
-    """Raise ValueError where a checkpoint's recipe or data would have led elsewhere; the message says what differs."""
+def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, data: dict[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's recipe or data would have led elsewhere; the message says what differs.
+
+    Args:
+        path, facts: of the checkpoint.
+        recipe, data: of this run; the data as of `describe`.
+    """
     if not isinstance(facts.get("recipe"), dict):
         raise damaged(path, ValueError("it does not say of which recipe"))
-    data = describe(dataset)
-    if different := [name for name in data if facts.get("data", data).get(name) != data[name]]:
-        name = different[0]
-        raise ValueError(f"{path} is of other data: {name} {facts['data'].get(name)} there, {data[name]} here.")
+    known = facts.get("data", {})  # an older release noted less
+    different = [name for name in data if name in known and known[name] != data[name]]
+    if different and (name := different[0]) != "fingerprint":
+        raise ValueError(f"{path} is of other data: {name} {known[name]} there, {data[name]} here.")
     # What an older release did not know was as it is by default.
     ours, theirs = asdict(recipe), asdict(Recipe()) | facts["recipe"]
     names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
@@ -224,6 +231,9 @@ def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, dataset
         raise ValueError(
             f"{path} is of another recipe: {differences}. Train to another --out, or start anew with --resume never."
         )
+    if different:
+        raise ValueError(f"{path} is of other data: as many, but with another content. Train to another --out, or "
+                         "start anew with --resume never.")  # fmt: skip
 
 
 # Settings that change where and when work is done, not what comes of it.

@@ -25,7 +25,7 @@ class Outcome:
         positions: of the step's samples in this process.
         loss, norm: of this process, scalars on the device; the norm is that of the gradients.
         unreadable: files that this process could not read so far.
-        asked_to_stop: whether this process was.
+        asked_to_stop: the number of the signal by which this process was, or 0.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Outcome:
         loss: Tensor,
         norm: Tensor,
         unreadable: int,
-        asked_to_stop: bool,
+        asked_to_stop: int,
     ):
         self.step, self.positions = step, positions
         # Made on the device: a copy from the processor would wait for all that the device has to do.
@@ -70,9 +70,9 @@ class Outcome:
         return int(self._columns[2].max())
 
     @property
-    def asked_to_stop(self) -> bool:
-        """Whether any process was."""
-        return bool(self._columns[3].any())
+    def asked_to_stop(self) -> int:
+        """The number of the signal by which any process was, or 0."""
+        return int(self._columns[3].max())
 
 
 # Between two looks at the others, and for an end of its own where another has failed.
