@@ -201,3 +201,22 @@ def test_what_cannot_be_trained_from_is_one_sentence(repository: Path, tmp_path:
 def test_streaming_is_for_data_sets_of_the_hub() -> None:
     with pytest.raises(ValueError, match="streaming is for data sets of the Hub"):
         Recipe(streaming=True)
+
+
+def test_a_row_without_an_image_is_left_out(repository: Path) -> None:
+    for file in (repository / "data").iterdir():
+        file.unlink()
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["dark", "light"])})
+    rows = {"picture": [None, {"bytes": png(3), "path": None}], "kind": [0, None]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(str(repository / "data" / "train-00000-of-00001.parquet"))
+    (repository / "README.md").write_text(CARD.format(count=2))
+    batch = open_dataset(f"hf:{repository}", 8, 1, 0).read([(0, False), (1, False)])
+    assert batch.unreadable == ["Row 0", "Row 1"]
+
+
+def test_small_images_are_said(repository: Path) -> None:
+    assert list(open_dataset(f"hf:{repository}", 8, 1, 0).notes) == []
+    assert list(open_dataset(f"hf:{repository}", 16, 1, 0).notes) == [
+        f"{COUNT} of {COUNT} images that were looked at are smaller than 16x16 and are enlarged."
+    ]

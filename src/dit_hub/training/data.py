@@ -71,7 +71,9 @@ class Dataset(Protocol):
     shift_factor: float
     description: str
     license: str
-    notes: Sequence[str]
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 

@@ -88,9 +88,9 @@ class Rows:
         return Batch(data, torch.tensor(labels, dtype=torch.long), positions, unreadable)
 
     def _content(self, row: dict[str, Any]) -> bytes:
-        """Of a row's image file, of which `datasets` has the content or the path; TypeError where it has neither."""
+        """Of a row's image file, of which `datasets` has the content or the path; OSError where it has neither."""
         encoded = row[self.image] or {}
-        return encoded.get("bytes") or Path(encoded.get("path")).read_bytes()
+        return encoded.get("bytes") or Path(encoded.get("path") or "").read_bytes()
 
     def _name(self, position: int, encoded: dict[str, Any]) -> str:
         """Of a row that is left out."""
