@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench bench-checkpoints bench-gpu bench-training-gpu toy clean
+.PHONY: help demo test test-quick test-processors test-slow check format bench bench-checkpoints bench-gpu bench-training-gpu toy clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -20,8 +20,34 @@ SOURCE_FOLDERS := $(shell find src/dit_hub conversion export model_cards -type d
 demo: .venv/.installed  ## Sample the embedded toy in PyTorch and on ONNX Runtime, side by side.
 	$(BIN)/python examples/demo.py
 
-test: .venv/.installed  ## Run the tests (under 10 minutes on 2 cores).
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test: .venv/.installed  ## Run the tests (about 10 minutes on 2 cores).
+	$(PYTEST)
+
+# The official code's numbers, sampling, an export, a conversion, training steps.
+QUICK := tests/test_modeling.py tests/test_pipeline.py tests/test_solvers.py \
+	tests/test_export.py::test_the_learned_variance_reaches_ddpm_on_onnx_runtime \
+	tests/test_convert.py::test_the_golden_checkpoint_converts_with_its_numbers \
+	tests/test_training.py::test_training_learns_and_repeats_itself_bit_for_bit
+
+test-quick: .venv/.installed  ## Run the tests of what computes, between two edits (under 60 seconds).
+	$(PYTEST) $(QUICK)
+
+NUMBERS := $(filter-out tests/test_convert.py::%,$(QUICK)) tests/test_conversion.py tests/test_convert.py \
+	tests/test_export.py::test_every_kind_of_model_exports \
+	tests/test_export.py::test_a_hoisted_denoiser_samples_as_the_plain_one \
+	tests/test_resume.py::test_another_number_of_workers_ends_in_the_same_bits
+
+# What makes this processor compute as others do; a plus joins settings. MKL_ENABLE_INSTRUCTIONS=SSE4_2 has products with
+# one row sum as the alignment of their weights has it, which Intel's own kernels for newer instructions never do.
+PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+	MKL_ENABLE_INSTRUCTIONS=SSE4_2 OMP_NUM_THREADS=1 OMP_NUM_THREADS=3
+
+test-processors: .venv/.installed  ## Run the tests of numbers as other processors compute (10 minutes).
+	@status=0; for setting in $(PROCESSORS); do \
+		echo "== $$setting"; env $$(echo $$setting | tr + ' ') $(PYTEST) -q $(NUMBERS) || status=1; \
+	done; exit $$status
 
 test-slow: .venv/.installed  ## Run the tests that take minutes each.
 	$(BIN)/python -m pytest -m slow

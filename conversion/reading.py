@@ -107,7 +107,7 @@ def _mapping_in(path: Path) -> Mapping[str, Any]:
         try:
             content: Any = load_file(path)
         except (SafetensorError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is a damaged safetensors file: {_first_line(str(error))}.") from error
+            raise ValueError(f"{path} is a damaged safetensors file: {_first_sentence(str(error))}.") from error
     elif path.suffix == ".safetensors":  # torch.load believes the name
         raise ValueError(
             f"{path} is not a safetensors file in spite of its name; if it is PyTorch's, rename it to .pt."
@@ -133,7 +133,7 @@ def _load_pickle(path: Path, with_mmap: bool) -> Any:
                 "If you trust its origin, save its weights alone, as safetensors."
             ) from None
         reason = re.sub(r"(?s)^.*WeightsUnpickler error:\s*", "", str(error)) or type(error).__name__
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {_first_line(reason)}.") from None
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {_first_sentence(reason)}.") from None
 
 
 def _select(content: Mapping[str, Any], weights: str | None, path: Path) -> tuple[Mapping[str, Tensor], str | None]:
@@ -226,5 +226,5 @@ def _some(names: Any) -> str:
     return ", ".join(listed[:10]) + (", …" if listed[10:] else "")
 
 
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0].rstrip(".")[:200]
+def _first_sentence(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0].split(". ")[0].rstrip(".")[:200]

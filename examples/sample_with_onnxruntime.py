@@ -12,11 +12,12 @@ from PIL import Image
 
 path, *names = sys.argv[1:]
 session = onnxruntime.InferenceSession(path)
-facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-ids = {name.split(",")[0]: int(index) for index, name in facts["dit_hub.id2label"].items()}
-labels, null = [ids[name] for name in names], facts["dit_hub.null_class"]
-table = np.array(facts["dit_hub.table"], np.float32)  # 50 steps of the model's own scheduler
-shape, generator = (len(names), *facts["dit_hub.latents"]), np.random.default_rng(0)
+metadata = session.get_modelmeta().custom_metadata_map
+facts = {key.split(".")[1]: json.loads(text) for key, text in metadata.items() if key.startswith("dit_hub.")}
+ids = {name.split(",")[0]: int(index) for index, name in facts["id2label"].items()}
+labels, null = [ids[name] for name in names], facts["null_class"]
+table = np.array(facts["table"], np.float32)  # 50 steps of the model's own scheduler
+shape, generator = (len(names), *facts["latents"]), np.random.default_rng(0)
 inputs = {
     "latents": generator.standard_normal(shape, np.float32),
     "noise": generator.standard_normal((len(table), *shape), np.float32),

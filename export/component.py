@@ -30,7 +30,7 @@ DRAWS_DIMENSION = "draws"  # of noise: one for each step, or a single one
 ROWS_DIMENSION = "rows"  # as many as the batch, or twice that for guidance
 
 # What the runtime must know of the file beyond config.json: "height_width", the only size it takes, or null for every
-# one; and for OpenVINO "precision", in which to compute.
+# one; "hoist", whether a conditioner lies beside it; and for OpenVINO "precision", in which to compute.
 SETTINGS_FILE = "runtime.json"
 
 # Most pairs of timestep and class that the conditioner takes at a time; engines are built for as many.
@@ -52,13 +52,13 @@ class RuntimeComponent:
     dtype = torch.float32  # of inputs and outputs, whatever the runtime computes in
     device = torch.device("cpu")
     runtime = ""  # its name in reports
+    elsewhere = ""  # how to compute on another device, in words
     model_file = MODEL_FILE
     conditioner_file = CONDITIONER_FILE
 
     def __init__(self, folder: Path, config: Any, options: RuntimeOptions):
-        self.folder, self.config = folder, config
-        settings = folder / SETTINGS_FILE
-        self.settings: dict[str, Any] = json.loads(settings.read_text()) if settings.is_file() else {}
+        self.folder, self.config, self.options = folder, config, options
+        self.settings = _read_settings(folder / SETTINGS_FILE)
         self._run = self._load(self.model_file, options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
@@ -68,6 +68,32 @@ class RuntimeComponent:
         for path in self.folder.iterdir():
             if path.is_file() and not (target / path.name).exists():
                 shutil.copyfile(path, target / path.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as what it is loaded from: a session is of one process."""
+        return type(self), (self.folder.absolute(), self.config, self.options)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+        """The component itself, for diffusers' `to`: it stays where it was loaded, in its precision.
+
+        Args:
+            device, dtype: as for a module; or the dtype alone. "cpu" is fine wherever it computes, since diffusers asks
+                for it after each call of an offloaded pipeline.
+            kwargs: ignored.
+
+        Raises:
+            ValueError: another device or dtype.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        wanted = self.device if device is None else torch.device(device)
+        here = wanted.type == self.device.type and wanted.index in (None, self.device.index)
+        if wanted.type != "cpu" and not here:
+            raise ValueError(f"{type(self).__name__} cannot move from {self.device} to {wanted}: {self.elsewhere}.")
+        if dtype not in (None, self.dtype):
+            raise ValueError(f"{type(self).__name__} cannot become {dtype}: its precision is that of its export, which "
+                             "`dit-hub export … --precision` chooses.")  # fmt: skip
+        return self
 
     def _load(self, name: str, options: RuntimeOptions) -> Session:
         if not (self.folder / name).is_file():
@@ -124,7 +150,7 @@ class RuntimeDenoiser(RuntimeComponent):
 
     def __init__(self, folder: Path, config: DiTConfig, options: RuntimeOptions):
         super().__init__(folder, config, options)
-        if (folder / self.conditioner_file).is_file():  # exported with hoist; the pipeline computes them ahead
+        if self.settings.get("hoist") or (folder / self.conditioner_file).is_file():  # the pipeline computes them ahead
             self._conditioner = self._load(self.conditioner_file, options)
             self.condition = self._condition
 
@@ -228,6 +254,16 @@ class RuntimeDecoder(RuntimeComponent):
 
     def evaluate(self, inputs: dict[str, Tensor]) -> Tensor:
         return self.decode(inputs["latents"]).sample
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is damaged.")
+    return settings
 
 
 def to_device(values: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

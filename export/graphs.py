@@ -52,6 +52,8 @@ def export_graph(
             dynamo=True,
         )
     assert program is not None
+    # Of a table that became a constant a weight may stay behind that nothing reads, of which runtimes warn.
+    require("onnx_ir.passes.common", "onnx").RemoveUnusedNodesPass()(program.model)
     _strip_metadata(program.model)
     program.model.metadata_props.update(metadata or {})
     size = sum(parameter.nbytes for parameter in module.state_dict().values())

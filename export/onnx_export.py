@@ -99,6 +99,8 @@ def export_onnx(
         raise ValueError("static is for int8.")
     check_free(output_dir, overwrite)
     source, pipeline = exportable(model, dynamic_size)
+    if decode and pipeline.vae is None and pipeline.transformer.config.in_channels not in (1, 3):
+        raise ValueError("decode puts a VAE into the sampler's file, and this pipeline has none.")
 
     bound = MAX_RELATIVE_ERROR[precision] if max_error is None else max_error
     exact = MAX_RELATIVE_ERROR["fp32"] if max_error is None else max_error
@@ -154,6 +156,7 @@ def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: an unknown one, or none that a pipeline could run.
     """
+    parts = [parts] if isinstance(parts, str) else parts
     chosen = PARTS if "all" in parts else tuple(parts)
     if unknown := [part for part in chosen if part not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}; known: {', '.join(PARTS)}, all.")
@@ -174,11 +177,14 @@ def exportable(model: str | os.PathLike | DiTPipeline, dynamic_size: bool = Fals
     """The pipeline, and the same with its transformer in float32 on the CPU.
 
     Raises:
-        ValueError: its transformer is not PyTorch, or takes one size only where all are asked for.
+        ValueError: it is an export, or takes one size only where all are asked for.
     """
+    if not isinstance(model, DiTPipeline) and Path(model).suffix in (Path(MODEL_FILE).suffix, ".engine"):
+        raise ValueError(f"{model} is an export already; give the model that it was made from.")
     source: DiTPipeline = model if isinstance(model, DiTPipeline) else DiTPipeline.from_pretrained(model)
     if not isinstance(source.transformer, nn.Module):
-        raise ValueError(f"Only a PyTorch model can be exported, not {type(source.transformer).__name__}.")
+        name = type(source.transformer).__name__
+        raise ValueError(f"{name} is an export already; give the model in PyTorch that it was made from.")
     config: Any = source.transformer.config
     if dynamic_size and config.pos_embed == "learned":
         raise ValueError("This model has learned positions, which cover one height and width only.")

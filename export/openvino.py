@@ -17,6 +17,7 @@ class OpenVINODiTTransformer(RuntimeDenoiser):
     """The denoiser on OpenVINO; as `DiTTransformer`, a component of a `DiTPipeline`."""
 
     runtime = "openvino"
+    elsewhere = "OpenVINO computes on the processor here"
 
     def _open(self, path: Path, options: RuntimeOptions) -> Session:
         openvino = require("openvino", "openvino")

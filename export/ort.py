@@ -4,6 +4,7 @@ Names and folders follow optimum (`ORT…`), whose ONNX part cannot be installed
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_hub.extras import require
-from dit_hub.runtime import RuntimeOptions
+from dit_hub.runtime import Provider, RuntimeOptions
 
 from .component import (
     PAIRS_DIMENSION,
@@ -25,6 +26,7 @@ from .component import (
     Session,
 )
 
+_CPU = "CPUExecutionProvider"
 # Providers whose inputs and outputs stay on an NVIDIA GPU.
 _ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 _TYPES = {torch.float32: np.float32, torch.int64: np.int64}
@@ -46,19 +48,16 @@ _BATCH_DIMENSIONS = ("batch", PAIRS_DIMENSION, ROWS_DIMENSION)
 class _ORTComponent(RuntimeComponent):
     runtime = "onnxruntime"
     splits_batch = False
+    elsewhere = 'choose the device when loading the pipeline, such as providers=["CUDAExecutionProvider"]'
 
     def _open(self, path: Path, options: RuntimeOptions) -> Session:
         onnxruntime = require("onnxruntime", "onnx")
-        providers = list(options.providers or ["CPUExecutionProvider"])
+        configured = providers_with_options(options.providers)
+        providers = [name for name, _ in configured]
         available = onnxruntime.get_available_providers()
         if unknown := [name for name in providers if name not in available]:
             raise ValueError(f"ONNX Runtime has no provider {unknown[0]!r} here; available: {', '.join(available)}.")
-        if providers[0] in _ON_CUDA:
-            self.device = torch.device("cuda", 0)
-
-        # TensorFloat-32 would be 1e-3 off; it is for those who ask for fp16.
-        exact = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-        configured = [(name, exact[name]) if name in exact else name for name in providers]
+        self.device = device_of(configured)
 
         def session(num_threads: int | None) -> Any:
             session_options = onnxruntime.SessionOptions()
@@ -71,7 +70,7 @@ class _ORTComponent(RuntimeComponent):
                 raise ValueError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}") from error
 
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))  # with weights beside the graph
-        on_processor = providers == ["CPUExecutionProvider"]
+        on_processor = providers == [_CPU]
         small = self.splits_batch and on_processor and size <= _SMALL_BYTES
         tiny = options.num_threads is None and on_processor and size <= _TINY_BYTES
         sessions = [session(1 if small or tiny else options.num_threads)]
@@ -80,14 +79,14 @@ class _ORTComponent(RuntimeComponent):
         axes = _batch_axes(sessions[0])
         if small and axes:
             sessions += [session(1) for _ in range(min(options.num_threads or _cores(), _MOST_SESSIONS) - 1)]
-        return _Sessions(sessions, axes, self.device.type)
+        return _Sessions(sessions, axes, self.device)
 
 
 class _Sessions:
     """One session, or several that share a batch: tensors by input name -> the first output."""
 
-    def __init__(self, sessions: list[Any], axes: dict[str, int], kind: str):
-        self._sessions, self._axes, self._kind = sessions, axes, kind
+    def __init__(self, sessions: list[Any], axes: dict[str, int], device: torch.device):
+        self._sessions, self._axes, self._device = sessions, axes, device
         self._output = sessions[0].get_outputs()[0].name
         self._threads = ThreadPoolExecutor(len(sessions) - 1) if len(sessions) > 1 else None
 
@@ -115,17 +114,50 @@ class _Sessions:
 
     def _run(self, session: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Bound to the tensors' own memory, so that nothing passes through the host."""
-        binding = session.io_binding()
-        for key, value in inputs.items():
-            binding.bind_input(key, self._kind, 0, _TYPES[value.dtype], tuple(value.shape), value.data_ptr())
-        binding.bind_output(self._output, self._kind)
-        if self._kind == "cuda":
-            torch.cuda.current_stream().synchronize()  # ONNX Runtime computes on a stream of its own
+        binding, place = session.io_binding(), (self._device.type, self._device.index or 0)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime computes on a stream of its own
         try:
+            for key, value in inputs.items():
+                binding.bind_input(key, *place, _TYPES[value.dtype], tuple(value.shape), value.data_ptr())
+            binding.bind_output(self._output, *place)
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime's errors share no public base class
             raise ValueError(f"ONNX Runtime cannot run this: {str(error).splitlines()[0]}") from error
         return torch.from_dlpack(binding.get_outputs()[0]._ortvalue)
+
+
+def providers_with_options(providers: Sequence[Provider] | None) -> list[tuple[str, dict[str, Any]]]:
+    """Each provider's name and options, the preferred first; the CPU's where none are given.
+
+    Raises:
+        ValueError: something else than names and pairs of a name and its options.
+    """
+    # TensorFloat-32 would be 1e-3 off; it is for those who ask for fp16.
+    exact = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+    configured = []
+    for provider in [providers] if isinstance(providers, str) else providers or [_CPU]:
+        name, options = provider if isinstance(provider, tuple | list) and len(provider) == 2 else (provider, {})
+        if not isinstance(name, str) or not isinstance(options, Mapping):
+            raise ValueError(f"A provider is a name or a pair such as ('CUDAExecutionProvider', {{'device_id': 1}}), "
+                             f"not {provider!r}.")  # fmt: skip
+        configured.append((name, {**exact.get(name, {}), **options}))
+    return configured
+
+
+def device_of(providers: Sequence[tuple[str, Mapping[str, Any]]]) -> torch.device:
+    """Where the inputs and outputs of the preferred provider lie.
+
+    Raises:
+        ValueError: its device_id is no number of a GPU.
+    """
+    name, options = providers[0]
+    if name not in _ON_CUDA:
+        return torch.device("cpu")
+    index = str(options.get("device_id", 0))
+    if not index.isdecimal():
+        raise ValueError(f"The device_id of {name} is a whole number from 0 up, not {index!r}.")
+    return torch.device("cuda", int(index))
 
 
 def _cores() -> int:

@@ -102,7 +102,7 @@ def write_denoiser(
     """
     config: Any = transformer.config
     config.save_pretrained(folder)
-    write_settings(folder, None if dynamic_size else config.sample_height_width, precision)
+    write_settings(folder, None if dynamic_size else config.sample_height_width, precision, hoist)
     height, width = config.sample_height_width
     patch = config.patch_size
     larger = (height + patch, width + 2 * patch)
@@ -147,9 +147,11 @@ def write_decoder(
     export_graph(_Decoder(vae), example, {"latents": dimensions}, ["sample"], folder / MODEL_FILE, opset)
 
 
-def write_settings(folder: Path, height_width: tuple[int, int] | None, precision: str = "fp32") -> None:
-    """Write `SETTINGS_FILE`: the only size that the file takes, or None for every one, and its precision."""
-    settings = {"height_width": height_width, "precision": precision}
+def write_settings(
+    folder: Path, height_width: tuple[int, int] | None, precision: str = "fp32", hoist: bool = False
+) -> None:
+    """Write `SETTINGS_FILE`: the only size that the file takes, or None for every one, its precision and form."""
+    settings = {"height_width": height_width, "precision": precision, "hoist": hoist}
     (folder / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
 
 

@@ -5,10 +5,11 @@ Tensors of torch are the engine's buffers and torch's stream its stream; nothing
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,15 +19,22 @@ from dit_hub.manifest import note_written
 from dit_hub.runtime import RuntimeOptions
 
 from .component import RuntimeComponent, RuntimeDecoder, RuntimeDenoiser, RuntimeSampler, Session
-from .tensorrt_build import Machine, Manifest, file_sha256, misfit
+from .tensorrt_build import Machine, Manifest, file_sha256, is_rtx, misfit
 
 ENGINE_FILE = "model.engine"
 CONDITIONER_ENGINE_FILE = "conditioner.engine"
+
+# Shapes that hold a context, buffers and a graph at a time: the guided and the unguided steps of a batch, and those of
+# the last, smaller one.
+_MOST_RECORDINGS = 4
+
+Value = TypeVar("Value")
 
 
 class _TensorRTComponent(RuntimeComponent):
     model_file = ENGINE_FILE
     conditioner_file = CONDITIONER_ENGINE_FILE
+    elsewhere = "an engine runs on the GPU that is current when it is loaded; see torch.cuda.set_device"
 
     @classmethod
     def described(cls, folder: Path) -> Any:
@@ -77,12 +85,35 @@ def check_shapes(profiles: Mapping[str, list[list[int]]], inputs: Mapping[str, T
         raise ValueError(f"The engine needs the input {missing[0]}.")
 
 
+class RecentlyUsed(Generic[Value]):
+    """At most a few values by key; the one that was asked for the longest ago goes first.
+
+    Args:
+        most: how many.
+        before_going: called before a value goes.
+    """
+
+    def __init__(self, most: int, before_going: Callable[[], Any]):
+        self._most, self._before_going = most, before_going
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of a key, made where there is none."""
+        if key not in self._values:
+            if len(self._values) == self._most:  # before another is made, as memory may not hold both
+                self._before_going()
+                self._values.popitem(last=False)
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
 class _Engine:
     """A loaded engine: tensors by input name -> its first output, on PyTorch's stream.
 
     With CUDA graphs each set of shapes has a context and buffers of its own, as the addresses that a graph holds must
-    stay; inputs are copied in and the output is copied out. TensorRT for RTX records by itself; for TensorRT, PyTorch
-    records the second call. What cannot be recorded, such as a loop, runs without.
+    stay; inputs are copied in and the output is copied out. The last few sets are held. TensorRT for RTX records by
+    itself; for TensorRT, PyTorch records after the first call. What cannot be recorded, such as a loop, runs without.
     """
 
     def __init__(
@@ -102,12 +133,12 @@ class _Engine:
         if manifest.weight_streaming:
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._config = self._engine.create_runtime_config()
-        self._records_itself = cuda_graphs and hasattr(trt, "CudaGraphStrategy")
-        if self._records_itself:
+        self._records_itself = is_rtx(trt)
+        if cuda_graphs and self._records_itself:
             self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         # tensorrt_rtx compiles for the GPU when it first runs; what it compiled lies beside the engine.
         self._cache, self._cache_file = None, path.with_suffix(".cache")
-        if hasattr(self._config, "create_runtime_cache"):
+        if is_rtx(trt):
             self._cache = self._config.create_runtime_cache()
             if self._cache_file.is_file():
                 self._cache.deserialize(self._cache_file.read_bytes())
@@ -123,8 +154,8 @@ class _Engine:
         self._outputs = {name: types[self._engine.get_tensor_dtype(name)] for name in outputs}
         self._stream = torch.cuda.Stream(device)  # on the default one TensorRT synchronises the device each time
         self._context = self._new_context()
-        self._recordings: dict[tuple, _Recording] = {}
-        self._calls: dict[tuple, int] = {}
+        self._recordings = RecentlyUsed[_Recording](_MOST_RECORDINGS, self._stream.synchronize)
+        self._calls: Counter[tuple] = Counter()
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         check_shapes(self._profiles, inputs)
@@ -133,20 +164,20 @@ class _Engine:
         self._stream.wait_stream(waiting)
         with torch.cuda.stream(self._stream):
             if self._cuda_graphs:
-                if shapes not in self._recordings:
-                    held = {name: value.clone() for name, value in inputs.items()}
-                    context = self._new_context()
-                    self._recordings[shapes] = _Recording(context, held, self._bind(context, held))
-                output = self._replay(self._recordings[shapes], inputs)
+                output = self._replay(self._recordings.get(shapes, lambda: self._recording(inputs)), inputs)
             else:
-                output = self._bind(self._context, inputs)
+                output, *_ = self._bind(self._context, inputs)
                 self._enqueue(self._context)
         waiting.wait_stream(self._stream)
         output.record_stream(waiting)
-        calls = self._calls[shapes] = self._calls.get(shapes, 0) + 1
-        if calls <= 2:  # kernels for a shape may be compiled after its first call
+        self._calls[shapes] += 1
+        if self._calls[shapes] <= 2:  # kernels for a shape may be compiled after its first call
             self._save_cache()
         return output
+
+    def _recording(self, inputs: dict[str, Tensor]) -> "_Recording":
+        held, context = {name: value.clone() for name, value in inputs.items()}, self._new_context()
+        return _Recording(context, held, self._bind(context, held))
 
     def _replay(self, recording: "_Recording", inputs: dict[str, Tensor]) -> Tensor:
         for name, value in inputs.items():
@@ -157,13 +188,19 @@ class _Engine:
             self._enqueue(recording.context)
             if not self._records_itself and not recording.tried:
                 recording.tried = True  # after a plain call, which updates what depends on the shapes
-                self._stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with contextlib.suppress(RuntimeError):
-                    with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                        self._enqueue(recording.context)
-                    recording.graph = graph
-        return recording.output.clone()
+                recording.graph = self._capture(recording.context)
+        return recording.outputs[0].clone()
+
+    def _capture(self, context: Any) -> Any:
+        """The CUDA graph of a pass; None where it cannot be recorded."""
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # CUDA raises RuntimeError for what it cannot record; where TensorRT refuses, `_enqueue` raises ValueError.
+        with contextlib.suppress(RuntimeError, ValueError):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._enqueue(context)
+            return graph
+        return None
 
     def _new_context(self) -> Any:
         context = self._engine.create_execution_context(self._config)
@@ -171,8 +208,8 @@ class _Engine:
             raise ValueError(f"{self._name} cannot run this engine; does the GPU have the memory for it?")
         return context
 
-    def _bind(self, context: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Give a context its inputs and new memory for its outputs; the first of these."""
+    def _bind(self, context: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Give a context its inputs and new memory for its outputs, which must be kept while it runs."""
         for name, value in inputs.items():
             context.set_input_shape(name, tuple(value.shape))
             context.set_tensor_address(name, value.data_ptr())
@@ -180,7 +217,7 @@ class _Engine:
         for name, dtype in self._outputs.items():
             outputs.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=self._device))
             context.set_tensor_address(name, outputs[-1].data_ptr())
-        return outputs[0]
+        return outputs
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._stream.cuda_stream):
@@ -202,6 +239,6 @@ class _Recording:
 
     context: Any
     inputs: dict[str, Tensor]
-    output: Tensor
+    outputs: list[Tensor]
     graph: Any = None
     tried: bool = False

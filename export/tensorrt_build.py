@@ -35,6 +35,12 @@ TIMING_CACHE_FILE = "timing.cache"
 
 PRODUCTS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # by the name of the runtime; both are import names
 
+
+def is_rtx(trt: Any) -> bool:
+    """Whether a product's module is TensorRT for RTX, by its name: what either offers changes with its version."""
+    return trt.__name__ == PRODUCTS["rtx"]
+
+
 # What an engine is built for where nothing is said. Turing (7.5) has no bf16 and must be asked for.
 _CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 _LEAST_CAPABILITY = {"bf16": 8.0, "fp8": 8.9}
@@ -154,7 +160,7 @@ def choose_capabilities(trt: Any, wanted: tuple[str, ...], precision: str) -> li
     Raises:
         ValueError: one that the product does not build for or that has no such precision; or no GPU for `tensorrt`.
     """
-    if not hasattr(trt, "ComputeCapability"):
+    if not is_rtx(trt):
         if wanted:
             raise ValueError("tensorrt builds for the GPU of this machine; only rtx takes compute capabilities.")
         if not torch.cuda.is_available():
@@ -258,7 +264,7 @@ def build_engine(
     if weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     timing_cache = timings = None
-    if hasattr(trt, "ComputeCapability"):
+    if is_rtx(trt):
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
             member = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""))

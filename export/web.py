@@ -37,6 +37,9 @@ _ORT_WEB_FILES = (
     "package.json",  # names its licence, MIT
 )
 
+# What the page must know besides the model.
+FACTS_FILE = "facts.json"
+
 # Numbers of steps to choose from, as far as the training schedule has them.
 _STEPS, DEFAULT_STEPS = (10, 20, 50, 100, 200), 50
 
@@ -96,7 +99,7 @@ def export_web(
             "tables": {count: solver_table(pipeline.scheduler, count).tolist() for count in steps},
             "default_steps": min(steps, key=lambda count: abs(count - DEFAULT_STEPS)),
         }
-        (folder / "facts.json").write_text(json.dumps(facts) + "\n")
+        (folder / FACTS_FILE).write_text(json.dumps(facts) + "\n")
     return parity
 
 

@@ -104,7 +104,7 @@ def golden_a() -> Golden:
     return load_golden("dit_a")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., DiTTransformer]:
     """A function (seed, fields of the config) -> small model with random weights, in evaluation mode."""
 
@@ -119,7 +119,7 @@ def make_model() -> Callable[..., DiTTransformer]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_vae() -> Callable[..., Any]:
     """The function `small_vae`."""
     return small_vae
@@ -128,7 +128,7 @@ def make_vae() -> Callable[..., Any]:
 MakePipeline = Callable[..., Any]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pipeline(make_model: Callable[..., DiTTransformer], make_vae: Callable[..., Any]) -> MakePipeline:
     """A function (latent: with a VAE?, scheduler, fields of the config) -> pipeline with random weights."""
     from diffusers import DDIMScheduler

@@ -113,6 +113,8 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_p
         (("generate", TOY, "--scheduler", "dim"), ("dim", "ddim")),
         (("generate", TOY, "--threads", "0"), ("threads",)),
         (("generate", TOY, "--device", "gpu"), ("gpu",)),
+        (("generate", TOY, "--seed", "-1"), ("--seed must be from 0 to", "not -1")),
+        (("generate", TOY, "--seed", "99999999999999999999"), ("--seed must be from 0 to",)),
         (("generate", "org/not-here"), ("org/not-here, which is no folder here,", "cannot be reached")),
         (("generate", TOY, "--out", "grid.docx"), ("grid.docx",)),
         (("generate", TOY, "--out", "/tmp.png/x.png"), ("There is no folder /tmp.png",)),
@@ -158,6 +160,8 @@ def test_a_part_of_a_pipeline_is_told_from_its_folder(
     onnx.touch()
     monkeypatch.chdir(tmp_path)
 
+    capsys.readouterr()  # the bars of what was loaded and saved
+
     def said(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["dit-hub", *arguments])
         with pytest.raises(SystemExit) as exit_:
@@ -168,12 +172,9 @@ def test_a_part_of_a_pipeline_is_told_from_its_folder(
         return captured.err
 
     file = "toy/transformer/model.onnx"
-    for command in (
-        ("export", "onnx", file, "out"),
-        ("generate", file),
-        ("info", file),
-        ("export", "web", file, "out"),
-    ):
+    for command in (("export", "onnx", file, "out"), ("export", "web", file, "out")):
+        assert f"{file} is an export already; give the model that it was made from." in said(*command)
+    for command in (("generate", file), ("info", file)):
         line = said(*command)
         assert f"{file} is a file for ONNX Runtime already: give toy, the folder it is a part of" in line
         assert "`dit-hub export tensorrt` takes it" in line
@@ -201,11 +202,17 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
 
 def test_a_picture_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     arguments = ("generate", TOY, "0", "--steps", 1, "--out", "grid.png")
-    run = dit_hub(*arguments, cwd=tmp_path, file_limit=900)
-    assert_refused(run, "grid.png could not be written: the disk is full")
+    said = "error: grid.png could not be written: the disk is full or a limit is reached."
+
+    def last_line(*options: str) -> str:
+        run = dit_hub(*arguments, *options, cwd=tmp_path, file_limit=900)
+        assert run.returncode == 2
+        return run.stderr.splitlines()[-1]
+
+    assert last_line() == said
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "grid.png").write_bytes(b"mine")
-    assert_refused(dit_hub(*arguments, "--overwrite", cwd=tmp_path, file_limit=900), "grid.png could not be written")
+    assert last_line("--overwrite") == said
     assert (tmp_path / "grid.png").read_bytes() == b"mine"
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 

@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dit_hub import DiTPipeline
 from dit_hub.training.data import Dataset
@@ -477,6 +477,20 @@ def test_a_torn_plan_is_written_again_unless_there_are_shards(
     (tmp_path / "latents" / "plan.json").write_text('{"count": 1')
     with pytest.raises(ValueError, match=r"plan.json is damaged, .* delete the folder"):
         cache_latents(dataset, vae, tmp_path / "latents")
+
+
+def test_latents_of_data_that_changed_are_not_gone_on_with(
+    tmp_path: Path, flat: Path, make_vae: Callable[..., Any]
+) -> None:
+    folder, vae = tmp_path / "latents", make_vae()
+    cache_latents(open_dataset(str(flat), 16, 1, 0), vae, folder)
+    cache_latents(open_dataset(str(flat), 16, 1, 0), vae, folder)  # which are the same
+    image = sorted(flat.iterdir())[0]
+    with Image.open(image) as before:
+        changed = ImageOps.invert(before.convert("RGB"))
+    changed.save(image)
+    with pytest.raises(ValueError, match="holds latents of other data"):
+        cache_latents(open_dataset(str(flat), 16, 1, 0), vae, folder)
 
 
 def test_latents_go_nowhere_where_something_else_is(tmp_path: Path, flat: Path, make_vae: Callable[..., Any]) -> None:

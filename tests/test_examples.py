@@ -1,16 +1,16 @@
 """The examples run, and the documents show what they print."""
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+
+from .command_line import python
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(name: str, cwd: Path, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    result = python(ROOT / "examples" / name, *arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     assert list(cwd.iterdir()) == []
     return result.stdout
@@ -38,6 +38,12 @@ def test_the_tests_that_the_export_matrix_names_are_there() -> None:
     written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert len(named) > 10
     assert {name for name in named if f"def {name}(" not in written} == set()
+
+
+def test_the_table_of_versions_has_the_rows_of_its_example() -> None:
+    rows = runpy.run_path(str(ROOT / "examples" / "onnxruntime_versions.py"))["EXPORTS"]
+    document = (ROOT / "docs" / "export.md").read_text().split("| `dit-hub export onnx` |")[1].split("\n\n")[0]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in document.splitlines()[2:]] == list(rows)
 
 
 def test_points_are_learnt_by_both_objectives(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class RandomPictures:
     """Pictures that are drawn when they are read, so that the data set itself takes no memory."""
 
     id2label, sample_shape, is_latent, scaling_factor = {0: "even", 1: "odd"}, (3, 32, 32), False, 1.0
-    description, license, notes = "", "unknown", ()
+    shift_factor, description, license, notes = 0.0, "", "unknown", ()
 
     def __init__(self, count: int):
         self.count = count

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dit_hub.training.fingerprint import fingerprint
 from dit_hub.training.loader import make_loader, open_dataset
 from dit_hub.training.loop import Progress, train
 from dit_hub.training.recipe import Recipe
@@ -220,3 +221,15 @@ def test_small_images_are_said(repository: Path) -> None:
     assert list(open_dataset(f"hf:{repository}", 16, 1, 0).notes) == [
         f"{COUNT} of {COUNT} images that were looked at are smaller than 16x16 and are enlarged."
     ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_fingerprint_of_rows_is_of_their_content(repository: Path, tmp_path: Path, streaming: bool) -> None:
+    def of(folder: Path) -> str:
+        return fingerprint(open_dataset(f"hf:{folder}", 8, 1, 0, streaming))
+
+    before = of(repository)
+    write(tmp_path / "again", [png(number) for number in range(COUNT)])
+    assert of(tmp_path / "again") == before  # another place and time
+    write(tmp_path / "other", [png(number if number != 3 else 30) for number in range(COUNT)])
+    assert of(tmp_path / "other") != before

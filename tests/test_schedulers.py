@@ -123,9 +123,9 @@ def noise() -> Tensor:
     return torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def draw(pipe: DiTPipeline, steps: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return pipe(None, latents=noise(), num_inference_steps=steps, generator=generator, output_type="latent").images
+def draw(pipe: DiTPipeline, steps: int, **arguments: Any) -> Tensor:
+    fixed = {"generator": torch.Generator().manual_seed(1), "output_type": "latent", "latents": noise()}
+    return pipe(None, num_inference_steps=steps, **fixed, **arguments).images
 
 
 def error_of_the_flow(samples: Tensor) -> float:
@@ -190,14 +190,39 @@ def test_schedulers_of_torchsde_draw_too_or_ask_for_it(name: str, drawn_by_ddpm:
         assert_refused(pipeline(make(name)))
 
 
+VISITING = {
+    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+    "TCDScheduler",
+}  # fmt: skip
+FLOW_VISITING = {"FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"}
+
+given_timesteps = pytest.mark.parametrize("timesteps", ["official", list(range(999, 0, -20))], ids=["official", "list"])
+
+
+@given_timesteps
+@pytest.mark.parametrize("name", sorted(DETERMINISTIC | FLOW_DETERMINISTIC | FLOW_STOCHASTIC))
+def test_given_timesteps_are_visited_or_refused(name: str, timesteps: Any) -> None:
+    pipes = []
+    if name in DETERMINISTIC:
+        pipes.append((pipeline(make(name, own_scheduler().config)), name in VISITING))
+    if name in FLOW_DETERMINISTIC | FLOW_STOCHASTIC:
+        pipes.append((pipeline(for_velocities(name), "flow"), name in FLOW_VISITING))
+    for pipe, visits in pipes:
+        if visits:
+            assert error_of_the_flow(draw(pipe, STEPS, timesteps=timesteps)) < LARGEST_ERROR
+            assert len(set(pipe.scheduler.timesteps.tolist())) == 50
+        else:
+            assert_refused(pipe, "takes no list of timesteps", timesteps=timesteps)
+
+
 # --- Refused ---------------------------------------------------------------------------------------------------------
 
 
-def assert_refused(pipe: DiTPipeline, words: str = "") -> None:
+def assert_refused(pipe: DiTPipeline, words: str = "", **arguments: Any) -> None:
     """One sentence, before the model is called or noise is drawn."""
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError) as caught:
-        pipe(None, num_inference_steps=10, generator=generator, output_type="latent")
+        pipe(None, num_inference_steps=10, generator=generator, output_type="latent", **arguments)
     message = str(caught.value)
     assert type(pipe.scheduler).__name__ in message
     assert message.endswith(".")

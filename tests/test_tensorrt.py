@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.export import export_onnx, export_tensorrt
+from dit_hub.export.reference import Parity
 from dit_hub.export.tensorrt import check_shapes
 from dit_hub.export.tensorrt_build import Machine, Manifest, misfit
 
@@ -26,12 +27,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")
 
 
+# What a build tells of its progress: phase, steps done, all its steps.
+Phases = list[tuple[str, int, int]]
+
+
+def build(folder: Path, precision: str | None) -> tuple[Path, dict[str, Parity], Phases]:
+    """The embedded model as engines, their errors and what was told meanwhile."""
+    phases: Phases = []
+    report = export_tensorrt(
+        "dit-toy-shapes", folder, precision=precision, runtime="rtx", profile=(1, 4, 32),
+        progress=lambda phase, done, total: phases.append((phase, done, total)),
+    )  # fmt: skip
+    return folder, report, phases
+
+
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model as engines, to copy and damage."""
-    folder = tmp_path_factory.mktemp("engines") / "trt"
-    export_tensorrt("dit-toy-shapes", folder, runtime="rtx")
-    return folder
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Parity], Phases]:
+    """The embedded model as engines of the default precision, fp16."""
+    return build(tmp_path_factory.mktemp("engines") / "trt", None)
+
+
+@pytest.fixture(scope="module")
+def engines(built: tuple[Path, dict[str, Parity], Phases]) -> Path:
+    """The folder of these, to copy and damage."""
+    return built[0]
 
 
 def manifest_of(folder: Path, component: str = "transformer") -> dict[str, Any]:
@@ -48,28 +67,26 @@ def manifest_of(folder: Path, component: str = "transformer") -> dict[str, Any]:
         ("fp8", 5e-2, "pytorch"),
     ],
 )
-def test_the_toy_builds_in_every_precision(tmp_path: Path, precision: str, bound: float, measured_on: str) -> None:
-    phases = []
-    report = export_tensorrt(
-        "dit-toy-shapes", tmp_path / "trt", precision=precision, runtime="rtx", profile=(1, 4, 32),
-        progress=lambda phase, done, total: phases.append((phase, done, total)),
-    )  # fmt: skip
+def test_the_toy_builds_in_every_precision(
+    built: tuple[Path, dict[str, Parity], Phases], tmp_path: Path, precision: str, bound: float, measured_on: str
+) -> None:
+    folder, report, phases = built if precision == "fp16" else build(tmp_path / "trt", precision)
     parity = report["transformer"]
     assert 0 < parity.relative_error < bound
     if not torch.cuda.is_available():
         assert parity.measured_on == measured_on
     assert phases[-1][0] == "Building engine"
     assert all(0 < done <= total for _, done, total in phases)
-    manifest = manifest_of(tmp_path / "trt")
+    manifest = manifest_of(folder)
     assert (manifest["product"], manifest["precision"]) == ("tensorrt_rtx", precision)
     assert manifest["parity"]["relative_error"] == parity.relative_error
     assert manifest["engines"]["model.engine"]["profiles"]["hidden_states"] == [[n, 3, 16, 16] for n in (1, 4, 32)]
     assert manifest["engines"]["conditioner.engine"]["profiles"]["timestep"] == [[1], [64], [1024]]
     assert ("8.0" in manifest["compute_capabilities"]) == (precision != "fp8")
-    index = json.loads((tmp_path / "trt" / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text())
     assert index["transformer"] == ["dit_hub", "TensorRTDiTTransformer"]
-    assert json.loads((tmp_path / "trt" / "origin.json").read_text())["license"] == "apache-2.0"
-    leftovers = {path.name for path in tmp_path.rglob("*") if path.suffix == ".onnx" or path.name.startswith(".")}
+    assert json.loads((folder / "origin.json").read_text())["license"] == "apache-2.0"
+    leftovers = {each.name for each in folder.parent.rglob("*") if each.suffix == ".onnx" or each.name.startswith(".")}
     assert leftovers == {".dit-hub.json"}
 
 
@@ -151,23 +168,36 @@ def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("options", "words"),
     [
-        (["--profile", "8,1,4"], "profile must be three rising numbers"),
-        (["--profile", "0,1,4"], "profile must be three rising numbers"),
-        (["--profile", "1,2"], "--profile takes three numbers such as 1,8,64, not '1,2'"),
-        (["--precision", "fp4"], "There is no precision 'fp4'; known: fp32, fp16, bf16, fp8, int8"),
-        (["--runtime", "trt"], "There is no runtime 'trt'; known: auto, tensorrt, rtx"),
-        (["--compute-capability", "9.0"], "does not build for compute capability 9.0; it does for 7.5, 8.0"),
-        (["--precision", "fp8", "--compute-capability", "8.6"], "have no fp8; 8.9 and later have"),
-        (["--size", "16,16,32"], "learned positions, which cover one height and width only"),
-        (["--parts", "sampler", "--precision", "int8"], "weights of 8 bits outside of loops only"),
-        (["--parts", "encoder"], "There is no part 'encoder'"),
-        (["--profile", "1,8,99999999999999999999"], "profile must be three rising numbers"),
-        (["--size", "0,16,32"], "size must be three rising numbers"),
+        ({"profile": (8, 1, 4)}, "profile must be three rising numbers"),
+        ({"profile": (0, 1, 4)}, "profile must be three rising numbers"),
+        ({"profile": (1, 8, 10**20)}, "profile must be three rising numbers"),
+        ({"size": (0, 16, 32)}, "size must be three rising numbers"),
+        ({"precision": "fp4"}, "There is no precision 'fp4'; known: fp32, fp16, bf16, fp8, int8"),
+        ({"runtime": "trt"}, "There is no runtime 'trt'; known: auto, tensorrt, rtx"),
+        ({"compute_capabilities": ["9.0"]}, "does not build for compute capability 9.0; it does for 7.5, 8.0"),
+        ({"precision": "fp8", "compute_capabilities": ["8.6"]}, "have no fp8; 8.9 and later have"),
+        ({"size": (16, 16, 32)}, "learned positions, which cover one height and width only"),
+        ({"parts": ["sampler"], "precision": "int8"}, "weights of 8 bits outside of loops only"),
+        ({"parts": ["encoder"]}, "There is no part 'encoder'"),
     ],
 )
-def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_what_does_not_go_together_is_one_sentence(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        export_tensorrt("dit-toy-shapes", tmp_path / "trt", **{"runtime": "rtx", **options})
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--profile", "1,2"], "--profile takes three numbers such as 1,8,64, not '1,2'"),
+        (["--size", "16,16,32"], "learned positions, which cover one height and width only"),
+    ],
+)
+def test_at_the_command_line_too(tmp_path: Path, arguments: list[str], words: str) -> None:
     run = dit_hub("export", "tensorrt", "dit-toy-shapes", "trt", *arguments, cwd=tmp_path)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
     assert words in run.stderr

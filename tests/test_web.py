@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from dit_hub import DiTPipeline
-from dit_hub.export import export_web
+from dit_hub.export import export_web, verify_export
 from dit_hub.solvers import solver_table
 
 from .command_line import dit_hub
@@ -37,7 +38,13 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(page_folder: Path) -> Iterator[Any]:
+def messages() -> list[str]:
+    """The errors and warnings that the page writes to the browser's console."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(page_folder: Path, messages: list[str]) -> Iterator[Any]:
     """The page in headless Chromium, served as the command's output says."""
     from playwright.sync_api import sync_playwright
 
@@ -49,11 +56,12 @@ def page(page_folder: Path) -> Iterator[Any]:
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-            page = browser.new_page()
+            page = browser.new_context().new_page()
+            page.on("console", lambda each: messages.append(each.text) if each.type in ("error", "warning") else None)
             page.on("pageerror", lambda error: pytest.fail(str(error)))
             page.on("requestfailed", lambda request: pytest.fail(f"{request.url} was not served"))
             page.goto(f"http://127.0.0.1:{port}/")
-            page.wait_for_function("document.getElementById('status').textContent === 'Ready'", timeout=60_000)
+            ready(page)
             yield page
             browser.close()
     finally:
@@ -61,11 +69,35 @@ def page(page_folder: Path) -> Iterator[Any]:
         server.wait()
 
 
+def ready(page: Any) -> None:
+    page.locator("#status", has_text="Ready").wait_for(timeout=60_000)
+
+
+def drawn(page: Any, count: int) -> None:
+    page.locator("#status", has_text=f"{count} of {count} drawn").wait_for(timeout=60_000)
+
+
+@contextmanager
+def altered(page: Any, changes: dict[str, Any]) -> Iterator[Any]:
+    """The page anew, as if these facts had been exported."""
+
+    def answer(route: Any) -> None:
+        route.fulfill(json={**route.fetch().json(), **changes})
+
+    other = page.context.new_page()
+    try:
+        other.route("**/facts.json", answer)
+        other.goto(page.url)
+        ready(other)
+        yield other
+    finally:
+        other.close()
+
+
 def draw(page: Any, button: str, count: int) -> dict[str, np.ndarray]:
     """Click, wait, and read the pictures by caption: (16, 16, 3) bytes each."""
     page.click(f"button:text-is('{button}')")
-    page.wait_for_function(f"document.getElementById('status').textContent.startsWith('{count} of {count} drawn')",
-                           timeout=60_000)  # fmt: skip
+    drawn(page, count)
     pictures = page.evaluate(
         """() => [...document.querySelectorAll("#pictures figure")].map((figure) => {
             const canvas = figure.querySelector("canvas");
@@ -131,10 +163,89 @@ def test_steps_and_seed_are_chosen_on_the_page(page: Any) -> None:
     assert np.abs(draw(page, "blue-cross", 1)["blue-cross"].astype(int) - picture).max() > 10
 
 
+@needs_chromium
+def test_the_browser_has_nothing_to_complain_of(page: Any, messages: list[str]) -> None:
+    draw(page, "red-circle", 1)
+    assert messages == []
+
+
+@needs_chromium
+def test_the_keyboard_is_enough_and_keeps_its_place(page: Any) -> None:
+    page.select_option("#steps", "10")
+    page.focus("button:text-is('green-square')")
+    for key in ("Enter", "Space"):
+        page.keyboard.press(key)
+        drawn(page, 1)
+        assert page.evaluate("document.activeElement.textContent") == "green-square"
+        page.evaluate("document.getElementById('status').textContent = ''")
+    page.evaluate("[1, 2].forEach(() => document.activeElement.click())")  # the second finds it disabled
+    drawn(page, 1)
+    assert page.locator("#pictures figure").count() == 1
+
+
+@needs_chromium
+def test_many_classes_are_a_list_for_the_keyboard(page: Any) -> None:
+    names = {index: f"class {index}" for index in range(60)}
+    with altered(page, {"names": names}) as other:
+        other.select_option("#steps", "10")
+        other.get_by_label("Class").focus()
+        other.keyboard.type("class 3")
+        other.keyboard.press("Tab")
+        other.keyboard.press("Enter")
+        drawn(other, 1)
+        assert other.locator("#pictures figure").get_attribute("data-caption") == "class 3"
+        assert other.evaluate("document.activeElement.textContent") == "draw"
+
+
+@needs_chromium
+def test_a_seed_that_is_none_is_one_sentence(page: Any) -> None:
+    page.select_option("#steps", "10")
+    page.fill("#seed", "4294967295")
+    draw(page, "red-circle", 1)
+    for text in ("-1", "1.5", "99999999999", "4294967296", ""):
+        page.fill("#seed", text)
+        page.click("button:text-is('red-circle')")
+        assert page.inner_text("#status") == "The seed must be a whole number from 0 to 4294967295."
+        assert page.evaluate("document.activeElement.id") == "seed"
+        assert page.locator("#pictures figure").count() == 1  # what was drawn stays
+    page.fill("#seed", "0")
+    draw(page, "red-circle", 1)
+
+
+@needs_chromium
+def test_a_guidance_that_is_none_is_one_sentence(page: Any) -> None:
+    with altered(page, {"null_class": 15}) as other:
+        for text in ("-1", "1e39", ""):
+            other.fill("#guidance", text)
+            other.click("button:text-is('red-circle')")
+            assert other.inner_text("#status") == "Guidance must be a number from 0 to 100."
+
+
+@needs_chromium
+def test_without_a_server_the_page_says_so(page: Any, page_folder: Path) -> None:
+    other = page.context.new_page()
+    other.goto((page_folder / "index.html").as_uri())
+    assert "needs a file server: run “python -m http.server” in its folder" in other.inner_text("#status")
+    other.close()
+
+
+@needs_chromium
+def test_a_missing_file_is_one_sentence(page: Any) -> None:
+    for name in ("facts.json", "model.onnx"):
+        other = page.context.new_page()
+        other.route(f"**/{name}", lambda route: route.fulfill(status=404, body="gone"))
+        other.goto(page.url)
+        other.locator("#status", has_text="does not load").wait_for(timeout=60_000)
+        assert name in other.inner_text("#status")
+        other.close()
+
+
 def test_the_folder_is_whole_and_names_no_other_host(page_folder: Path) -> None:
     texts = [(page_folder / name).read_text() for name in ("index.html", "app.js", "facts.json")]
     assert not any("http:" in text or "https:" in text for text in texts)
     assert json.loads(texts[2])["license"] == "apache-2.0"
+    with pytest.raises(ValueError, match="is a page for browsers, which holds no reference"):
+        verify_export(page_folder)
     assert json.loads((page_folder / "ort" / "package.json").read_text())["license"] == "MIT"
 
 

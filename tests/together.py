@@ -3,6 +3,7 @@
 Their environment is what `accelerate launch` and `torchrun` give; `test_distributed.py` uses the launcher as well.
 """
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -12,9 +13,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from .command_line import _CONTEXT
-
 PROCESSES = 2
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["dit_hub.training.loop"])
 
 
 def free_port() -> int:

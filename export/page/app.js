@@ -5,14 +5,18 @@ const SNAPSHOTS = 10; // pictures of a trajectory, besides the last
 const MOST_BUTTONS = 50;
 
 const byId = (id) => document.getElementById(id);
-const facts = await (await fetch("facts.json")).json();
+const say = (text) => (byId("status").textContent = text);
+/** What a promise gives; where it fails, the status line says which file does not load. */
+const loaded = (name, promise) =>
+  promise.catch((error) => {
+    say(`${name} does not load: ${error.message}`);
+    throw error;
+  });
+const facts = await loaded("facts.json", fetch("facts.json").then((answer) => answer.json()));
 ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
 ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send
 ort.env.logLevel = "error";
-const session = await ort.InferenceSession.create("model.onnx").catch((error) => {
-  byId("status").textContent = `The model does not load: ${error.message}`;
-  throw error;
-});
+const session = await loaded("model.onnx", ort.InferenceSession.create("model.onnx"));
 
 /** Uniform numbers in 0..1 of a 32-bit seed (mulberry32), so that a seed means the same picture in every browser. */
 function uniform(seed) {
@@ -71,20 +75,32 @@ function show(parent, image, caption) {
   parent.append(figure);
 }
 
+/** What a field of numbers holds; null, after saying so, where that is not between its min and max as its step wants. */
+function numberOf(id, description) {
+  const field = byId(id);
+  if (field.value !== "" && field.validity.valid) return field.valueAsNumber;
+  say(`${description} from ${field.min} to ${field.max}.`);
+  field.focus();
+  return null;
+}
+
 /** Draws classes one after the other. */
 async function draw(labels) {
-  for (const id of ["settings", "classes"]) byId(id).disabled = true;
   const steps = Number(byId("steps").value);
-  const seed = Number(byId("seed").value) >>> 0;
-  const guidance = Number(byId("guidance").value);
+  const seed = numberOf("seed", "The seed must be a whole number");
+  const guidance = facts.null_class === null ? 1 : numberOf("guidance", "Guidance must be a number");
+  if (seed === null || guidance === null) return;
+  const focused = document.activeElement;
+  for (const id of ["settings", "classes"]) byId(id).disabled = true;
   byId("pictures").replaceChildren();
   const started = performance.now();
   try {
     await drawEach(labels, steps, seed, guidance);
     const seconds = ((performance.now() - started) / 1000).toFixed(2);
-    byId("status").textContent = `${labels.length} of ${labels.length} drawn in ${seconds} s`;
+    say(`${labels.length} of ${labels.length} drawn in ${seconds} s`);
   } finally {
     for (const id of ["settings", "classes"]) byId(id).disabled = false;
+    focused.focus({ preventScroll: true }); // which the browser takes from what is disabled
   }
 }
 
@@ -93,7 +109,7 @@ async function drawEach(labels, steps, seed, guidance) {
     const name = label === null ? "picture" : facts.names[label];
     byId("trajectory").replaceChildren();
     await sample(label, steps, seed, guidance, async (step, image) => {
-      byId("status").textContent = `${name}: step ${step} of ${steps}`;
+      say(`${name}: step ${step} of ${steps}`);
       const shown = Math.ceil((step * SNAPSHOTS) / steps) > Math.ceil(((step - 1) * SNAPSHOTS) / steps);
       if (shown || step === steps) show(byId("trajectory"), image, `step ${step}`);
       if (step === steps) show(byId("pictures"), image, name);
@@ -104,13 +120,14 @@ async function drawEach(labels, steps, seed, guidance) {
 
 function button(text, chosen) {
   const element = Object.assign(document.createElement("button"), { type: "button", textContent: text });
-  element.addEventListener("click", () => draw(chosen()).catch((error) => (byId("status").textContent = String(error))));
+  element.addEventListener("click", () => draw(chosen()).catch((error) => say(String(error))));
   byId("classes").append(element);
 }
 
 /** A list to choose from, where buttons would fill the page. */
 function chooser(labels) {
   const list = document.createElement("select");
+  list.setAttribute("aria-label", "Class");
   for (const label of labels) list.add(new Option(facts.names[label], label));
   byId("classes").append(list);
   button("draw", () => [Number(list.value)]);
@@ -129,4 +146,4 @@ else {
   if (labels.length > 1) button("all", () => labels);
 }
 for (const id of ["settings", "classes"]) byId(id).disabled = false;
-byId("status").textContent = "Ready";
+say("Ready");

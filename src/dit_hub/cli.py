@@ -71,6 +71,8 @@ def generate(
     from .schedulers import switch_scheduler
     from .visualize import Trajectory, image_grid
 
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to {2**63 - 1}, not {seed}.")
     _check_device(device)
     pipeline = DiTPipeline.from_pretrained(model, num_threads=threads).to(device)
     if threads is not None:
@@ -356,12 +358,15 @@ def export_web_command(
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="An export.")],
     max_error: MaxError = None,
+    provider: Annotated[
+        list[str] | None, typer.Option(help="Of ONNX Runtime, the preferred first; repeatable; default: the CPU's.")
+    ] = None,
 ) -> None:
     """Measure an export on this machine, against what PyTorch computed when it was made."""
     quiet_libraries()
     from dit_hub.export import verify_export
 
-    _print_parity("Error against PyTorch", verify_export(folder, max_error))
+    _print_parity("Error against PyTorch", verify_export(folder, max_error, provider))
 
 
 def _check_device(name: str) -> None:

@@ -38,7 +38,7 @@ from .flops import measure
 from .labels import imagenet_id2label
 from .manifest import note_written
 from .modeling_dit import DiTTransformer
-from .runtime import RuntimeOptions, use_options
+from .runtime import Provider, RuntimeOptions, use_options
 from .schedulers import official_scheduler, scheduler_from_dict
 from .sources import CARD_FILE, fetch, fetch_url, is_url, local_folder, plain_hub_errors
 from .visualize import sample_grid
@@ -76,7 +76,7 @@ class HubPipeline(DiffusionPipeline):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
         num_threads: int | None = None,
         cuda_graphs: bool = False,
         timestep_freq_shift: float | None = None,
@@ -277,7 +277,7 @@ class HubPipeline(DiffusionPipeline):
         Raises:
             ValueError: a component that cannot be saved, which diffusers would leave out; nothing is written.
         """
-        for name, component in cast(Any, self).components.items():
+        for name, component in cast(Any, super()).components.items():
             _check_saveable(name, getattr(component, "_orig_mod", component))  # itself, where it is compiled
         super().save_pretrained(save_directory, **kwargs)
         self.save_facts(save_directory)
@@ -379,11 +379,14 @@ def push_folder(
         raise ValueError(f"There is no folder {folder}.")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_hidden(path, folder)]
     additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    ours = not (folder / CARD_FILE).is_file() or is_own_card(folder / CARD_FILE)
+    if ours:
+        render_card(folder, repo_id)  # what cannot be described is refused before a repository is made for it
     repository = make_repository(repo_id, private, token)
     with plain_hub_errors(f"push to {repo_id} on"):
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        if not (folder / CARD_FILE).is_file() or is_own_card(folder / CARD_FILE):
+        if ours:
             card = CommitOperationAdd(CARD_FILE, str(render_card(folder, repository)).encode())
             additions = [card, *(addition for addition in additions if addition.path_in_repo != CARD_FILE)]
         message = commit_message or f"Upload {folder.name if folder.name else 'pipeline'}"

@@ -112,6 +112,17 @@ class DiTPipeline(HubPipeline):
             return super()._execution_device
         return self.transformer.device  # other runtimes are no modules, so diffusers does not see where they compute
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' `to`.
+
+        Raises:
+            ValueError: a component of another runtime, which stays where it was loaded, should move.
+        """
+        for component in (self.transformer, self.vae):
+            if not isinstance(component, torch.nn.Module) and hasattr(component, "to"):
+                component.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent pixel: 8 for Stable Diffusion's VAE, 1 for models of pixels."""

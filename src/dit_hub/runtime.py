@@ -3,10 +3,14 @@
 diffusers loads the components and hands them no options of ours, so these travel beside it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
+
+# An execution provider of ONNX Runtime: its name, or that and its options.
+Provider = str | tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,8 @@ class RuntimeOptions:
     """Options of runtimes other than PyTorch; each takes those that it has.
 
     Args:
-        providers: ONNX Runtime's execution providers, the preferred first; None means the CPU.
+        providers: ONNX Runtime's execution providers, the preferred first: names, or pairs of a name and its options,
+            such as `("CUDAExecutionProvider", {"device_id": 1})`. None means the CPU.
         num_threads: threads within an operator, on processors; None means one per core.
         cuda_graphs: record TensorRT's launches once for each shape and replay them, which takes the processor out of
             the loop; the inputs and outputs of each shape then stay on the GPU.
@@ -23,7 +28,7 @@ class RuntimeOptions:
         ValueError: fewer than one thread.
     """
 
-    providers: Sequence[str] | None = None
+    providers: Sequence[Provider] | None = None
     num_threads: int | None = None
     cuda_graphs: bool = False
 

@@ -223,13 +223,15 @@ def set_timesteps(
         return
     if isinstance(timesteps, str) and timesteps != "official":
         raise ValueError(f'timesteps must be a list of numbers or "official", not {timesteps!r}.')
-    accepted = inspect.signature(scheduler.set_timesteps).parameters
-    if isinstance(timesteps, str) and flow and "sigmas" in accepted:  # evenly from 1 down to 0
+    name, accepted = type(scheduler).__name__, inspect.signature(scheduler.set_timesteps).parameters
+    if flow and ("sigmas" not in accepted or "Flow" not in name):  # the others take something else under these names
+        raise ValueError(f"{name} takes no list of timesteps; FlowMatchEulerDiscreteScheduler does.")
+    if isinstance(timesteps, str) and flow:  # evenly from 1 down to 0
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist(), device=device)
         return
     if "timesteps" not in accepted:
         raise ValueError(
-            f"{type(scheduler).__name__} takes no list of timesteps; DDPMScheduler does, and for DDIM "
+            f"{name} takes no list of timesteps; DDPMScheduler does, and for DDIM "
             'DPMSolverMultistepScheduler(solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero").'
         )
     visited = official_timesteps(steps, trained) if isinstance(timesteps, str) else _falling(timesteps, trained, flow)

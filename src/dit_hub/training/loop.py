@@ -53,7 +53,7 @@ def train(
     """Train a model.
 
     What a step does is a function of the recipe's seed and the step's number, so that a resumed run goes on bit for bit
-    on a CPU, and two processes see what one would.
+    on a CPU, and two processes see what one would; of streamed data each sees a part of its own.
 
     Args:
         recipe: what to do.

@@ -95,7 +95,8 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
     if not dist.is_initialized() or accelerator.num_processes == 1:
         yield
         return
-    notes = dist.PrefixStore(f"dit-hub/{next(_RUNS)}", _get_default_store().clone())
+    store: Any = _get_default_store()
+    notes = dist.PrefixStore(f"dit-hub/{next(_RUNS)}", store.clone())  # a connection of its own, never held by others
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(notes, over), daemon=True)
     watcher.start()
