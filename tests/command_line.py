@@ -7,6 +7,7 @@ start that.
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -32,8 +33,12 @@ LIBRARIES = (
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.training_utils",
     "accelerate",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "networkx",
     "onnxruntime",
     "onnxscript",
+    "pydantic",
     "rich.progress",
     "typer",
 )
@@ -46,6 +51,7 @@ def _serve() -> None:
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
+    gc.freeze()  # so that children do not copy all memory by looking through it
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that the system forgets the children
     control = socket.socket(fileno=os.dup(0))
     while descriptors := socket.recv_fds(control, 1, 1)[1]:

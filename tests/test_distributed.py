@@ -1,7 +1,9 @@
 """Two processes on one machine see what one would: DDP, and FSDP2."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -21,9 +22,9 @@ from dit_hub.training.loop import Progress, train
 from dit_hub.training.recipe import Recipe, get_recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
 
-from .together import PROCESSES, Together, free_port
+from .command_line import Python, dit_hub
+from .together import PROCESSES, Together, environment, free_port
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 SETTINGS = ["train", "toy", "images_per_class=8", "epochs=4", "batch_size=32", "ema_decay=0.9"]
 
 
@@ -33,33 +34,33 @@ def outcome(out: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return torch.tensor(losses), load_file(out / "transformer" / "model.safetensors")
 
 
-def launch(out: Path, *settings: str, processes: int = 2, machines: int = 1, rank: int = 0, port: int = 0) -> list[str]:
-    """A command; of several processes through accelerate, which knows multi_gpu only, on the CPU by ENVIRONMENT."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
-                "--num_machines", str(machines), "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
-                "--main_process_port", str(port or free_port()), "--mixed_precision", "no",
-                "--dynamo_backend", "no"]  # fmt: skip
-    command = ["-m", "dit_hub.cli", *SETTINGS, *settings, "--out", str(out)]
-    return [sys.executable, *(launcher if processes > 1 else []), *command]
+def start_together(outs: Sequence[Path], *settings: str) -> list[Python]:
+    """The command in a process for each folder, in the environment that a launcher gives; of one folder on one machine.
+
+    Only `test_two_processes_train_as_one` uses the launcher itself, which imports everything once more.
+    """
+    machines, port = len(set(outs)), free_port()
+    started = []
+    for rank, out in enumerate(outs):
+        place = environment(rank, len(outs), rank if machines == 1 else 0, len(outs) // machines, port)
+        command = ("-m", "dit_hub.cli", *SETTINGS, *settings, "--out", out)
+        started.append(Python(*command, cwd=out.parent, environment=os.environ | place))
+    return started
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-
-
-def run_together(*commands: list[str]) -> str:
-    """Run commands at once, to their end; what the first one said."""
-    running = [start(command) for command in commands]
-    said = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0] * len(commands), said
-    return said[0][0]
+def run_together(outs: Sequence[Path], *settings: str) -> str:
+    """Such processes to their end; what the first one said."""
+    runs = [process.wait() for process in start_together(outs, *settings)]
+    assert [run.returncode for run in runs] == [0] * len(outs), runs
+    return runs[0].stdout
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process."""
     out = tmp_path_factory.mktemp("alone") / "one"
-    run_together(launch(out, processes=1))
+    run = dit_hub(*SETTINGS, "--out", out, cwd=out.parent)
+    assert run.returncode == 0, run.stderr
     return out
 
 
@@ -70,17 +71,28 @@ def assert_as_alone(out: Path, alone: Path) -> None:
         torch.testing.assert_close(weights[name], weight, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [(), ("fsdp=true", "ema_decay=[0.9,0.5]", "sample_every=10")])
-def test_two_processes_train_as_one(tmp_path: Path, alone: Path, settings: tuple[str, ...]) -> None:
-    assert "by 2 processes" in run_together(launch(tmp_path / "two", *settings))
+def test_two_processes_train_as_one(tmp_path: Path, alone: Path) -> None:
+    """Started by accelerate, which knows multi_gpu only, on the CPU by the environment."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                "--machine_rank", "0", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()),
+                "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    command = [sys.executable, *launcher, "-m", "dit_hub.cli", *SETTINGS, "--out", str(tmp_path / "two")]
+    on_the_cpu = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run(command, capture_output=True, text=True, env=on_the_cpu, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "by 2 processes" in run.stdout
     assert_as_alone(tmp_path / "two", alone)
 
 
+def test_two_processes_train_as_one_with_a_part_of_the_weights_each(tmp_path: Path, alone: Path) -> None:
+    out = tmp_path / "two"
+    assert "by 2 processes" in run_together([out, out], "fsdp=true", "ema_decay=[0.9,0.5]", "sample_every=10")
+    assert_as_alone(out, alone)
+
+
 def test_two_machines_train_as_one(tmp_path: Path, alone: Path) -> None:
-    """Two launches that meet by address, as on two machines; each has a folder of its own."""
-    port = free_port()
-    said = run_together(*(launch(tmp_path / f"machine-{rank}", machines=2, rank=rank, port=port) for rank in range(2)))
-    assert "by 2 processes" in said
+    """Two processes that meet by address, as on two machines; each has a folder of its own."""
+    assert "by 2 processes" in run_together([tmp_path / "machine-0", tmp_path / "machine-1"])
     assert_as_alone(tmp_path / "machine-0", alone)
     assert not (tmp_path / "machine-1").exists()  # the first machine writes
 
@@ -96,12 +108,8 @@ def test_machines_that_share_no_disk_do_not_go_on_differently(tmp_path: Path) ->
     recipe = get_recipe("toy").with_settings({**settings, "save_every": 2})
     with pytest.raises(KeyboardInterrupt):
         train(recipe, cut, run_folder=tmp_path / "machine-0.run")
-    port = free_port()
-    commands = [
-        launch(tmp_path / f"machine-{rank}", "save_every=2", machines=2, rank=rank, port=port) for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in [start(command) for command in commands]]
-    assert all("must lie on a disk that all machines share" in said for said in errors)
+    runs = start_together([tmp_path / "machine-0", tmp_path / "machine-1"], "save_every=2")
+    assert all("must lie on a disk that all machines share" in run.wait().stderr for run in runs)
 
 
 def test_a_share_that_cannot_be_read_keeps_nobody_waiting(tmp_path: Path) -> None:
@@ -113,20 +121,21 @@ def test_a_share_that_cannot_be_read_keeps_nobody_waiting(tmp_path: Path) -> Non
     (folder / "dogs" / "0.png").write_bytes(b"no picture")
     for settings in ((), ("fsdp=true",)):
         out = tmp_path / f"out{len(settings)}"
-        run_together(launch(out, f"data={folder}", "batch_size=2", "init_from=dit-toy-shapes", *settings))
+        run_together([out, out], f"data={folder}", "batch_size=2", "init_from=dit-toy-shapes", *settings)
         assert out.is_dir()
 
 
 def test_sharded_and_killed_and_gone_on_with_by_other_numbers_of_processes(tmp_path: Path, alone: Path) -> None:
     out = tmp_path / "two"
-    process = start(launch(out, "fsdp=true", "save_every=2"))
-    while process.poll() is None and not list(tmp_path.glob("two.run/step-*")):
+    processes = start_together([out, out], "fsdp=true", "save_every=2")
+    while processes[0].running() and not list(tmp_path.glob("two.run/step-*")):
         time.sleep(0.01)
-    for killed in [*psutil.Process(process.pid).children(recursive=True), process]:
-        killed.kill()
-    process.communicate()
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [process.wait().returncode for process in processes] == [-signal.SIGKILL] * 2
     assert not out.exists()
-    run_together(launch(out, "save_every=2", processes=1))
+    run = dit_hub(*SETTINGS, "save_every=2", "--out", out, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
     assert_as_alone(out, alone)
 
 
@@ -145,6 +154,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"fsdp": True, "mixed_precision": "bf16"},
     "bf16 adapters": {"fsdp": True, "mixed_precision": "bf16", "lora_rank": 2},
 }
+
+COUNTED = ("parts", "sharded", "sharded parts")
 
 # What torch calls the sums of DDP and of FSDP2.
 SUMS = ("gloo:all_reduce", "gloo:reduce_scatter", "gloo:_reduce_scatter_base")
@@ -169,10 +180,14 @@ def run_in_all_ways(results: Path) -> None:
     """In each process: `WAYS` in turn, and how often gradients were summed; the first one notes it."""
     reached = {}
     for name, settings in WAYS.items():
-        with profile(activities=[ProfilerActivity.CPU]) as watched:
+        watches = profile(activities=[ProfilerActivity.CPU]) if name in COUNTED else contextlib.nullcontext()
+        with watches as watched:
             losses, weights = run_of(settings)
-        sums = sum(event.count for event in watched.key_averages() if event.key in SUMS)
-        reached[name] = {"losses": losses, "weights": weights, "sums": sums}
+        reached[name] = {"losses": losses, "weights": weights}
+        if watched and os.environ["RANK"] == "0":
+            watched.export_chrome_trace(str(results.with_suffix(".json")))  # a tenth of the time of its averages
+            trace = results.with_suffix(".json").read_text()
+            reached[name]["sums"] = sum(trace.count(f'"name": "{event}"') for event in SUMS)
     if os.environ["RANK"] == "0":
         torch.save(reached, results)
 

@@ -29,7 +29,7 @@ from dit_hub.export import DEFAULT_PARTS, export_onnx, export_web, verify_export
 from dit_hub.export.onnx_export import in_precision
 from dit_hub.export.reference import Parity
 
-from .command_line import Command, dit_hub
+from .command_line import Command, dit_hub, python
 from .conftest import MakePipeline
 
 # diffusers' schedulers pass tensors to numpy.
@@ -186,12 +186,12 @@ def test_a_damaged_file_is_one_sentence(exported_toy: Path, tmp_path: Path, dama
     assert "\n" not in str(error.value)
 
 
-def test_without_onnxruntime_the_error_names_the_extra(exported_toy: Path) -> None:
+def test_without_onnxruntime_the_error_names_the_extra(exported_toy: Path, tmp_path: Path) -> None:
     script = (
         "import sys\nsys.modules['onnxruntime'] = None\nfrom dit_hub import DiTPipeline\n"
         f"DiTPipeline.from_pretrained({str(exported_toy)!r})\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    run = python("-c", script, cwd=tmp_path)
     assert run.returncode != 0
     assert '[onnx]"' in run.stderr.splitlines()[-1]
 

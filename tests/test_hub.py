@@ -232,7 +232,7 @@ sys.modules["dit_hub"] = None  # any import of it fails
 from diffusers import DiffusionPipeline
 DiffusionPipeline.from_pretrained({str(tmp_path / "ours")!r})
 """
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = python("-c", script, cwd=tmp_path)
     assert run.returncode == 1
     assert "dit_hub/" not in run.stderr
 

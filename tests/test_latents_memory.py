@@ -1,6 +1,5 @@
 """Peak memory of caching latents does not grow with the data. Run as a script, this file is the process measured."""
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import python
 from conftest import small_vae
 from dit_hub.training.data import Batch, Key
 from dit_hub.training.latents import cache_latents
@@ -41,8 +41,9 @@ def peak_memory() -> int:
 
 def peak_of_caching(count: int, folder: Path) -> int:
     """In a process of its own."""
-    command = [sys.executable, __file__, str(count), str(folder)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+    run = python(__file__, count, folder, cwd=folder.parent)
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc")

@@ -25,7 +25,9 @@ from dit_hub.training.shapes import ID2LABEL, shapes
 from .command_line import Command, dit_hub
 from .conftest import small_vae
 
-SETTINGS = ["images_per_class=16", "batch_size=64", "ema_decay=0.99", "save_every=4"]
+MODEL = {"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_classes": 16, "learn_sigma": False}  # fmt: skip
+SETTINGS = [f"model={json.dumps(MODEL)}", "images_per_class=16", "batch_size=64", "ema_decay=0.99", "save_every=4"]
 
 
 def start(out: Path, *settings: str, file_limit: int | None = None) -> Command:
@@ -62,7 +64,7 @@ def run_and_kill(out: Path, wait: float, *settings: str) -> int:
 
 # Three kills always; `make test-slow` kills 50 times.
 @pytest.mark.parametrize(
-    ("kills", "epochs"), [(3, "epochs=40"), pytest.param(50, "epochs=300", marks=pytest.mark.slow)]
+    ("kills", "epochs"), [(3, "epochs=50"), pytest.param(50, "epochs=1200", marks=pytest.mark.slow)]
 )
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path: Path, kills: int, epochs: str) -> None:
     dice, out, steps = random.Random(0), tmp_path / "toy", []
@@ -158,7 +160,7 @@ def test_a_run_of_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
 def test_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
     """Checkpoints of 5 MB meet a limit of 3 MB; the pipeline, of 1.3 MB, does not."""
     out = tmp_path / "toy"
-    run = start(out, "epochs=2", file_limit=2_000_000).wait()
+    run = start(out, "model=toy", "epochs=2", file_limit=2_000_000).wait()
     assert run.returncode == 0, run.stderr
     assert "No checkpoint at step 4" in run.stderr + run.stdout
     assert (out / "model_index.json").is_file()

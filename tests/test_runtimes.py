@@ -3,8 +3,6 @@
 import copy
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from dit_hub import DiTPipeline
 from dit_hub.export import export_onnx, verify_export
 from dit_hub.export.ort import _Sessions, device_of, providers_with_options
 
-from .command_line import dit_hub
+from .command_line import dit_hub, python
 from .conftest import MakePipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -37,12 +35,12 @@ def latents(pipeline: DiTPipeline) -> Tensor:
     return pipeline([1, 2], num_inference_steps=3, generator=generator, output_type="latent").images
 
 
-def test_without_openvino_the_error_names_the_extra(exported: dict[str, Path]) -> None:
+def test_without_openvino_the_error_names_the_extra(exported: dict[str, Path], tmp_path: Path) -> None:
     script = (
         "import sys\nsys.modules['openvino'] = None\nfrom dit_hub import DiTPipeline\n"
         f"DiTPipeline.from_pretrained({str(exported['openvino'])!r})\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    run = python("-c", script, cwd=tmp_path)
     assert '[openvino]"' in run.stderr.splitlines()[-1]
 
 

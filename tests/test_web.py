@@ -19,7 +19,7 @@ from dit_hub import DiTPipeline
 from dit_hub.export import export_web, verify_export
 from dit_hub.solvers import solver_table
 
-from .command_line import dit_hub
+from .command_line import dit_hub, python
 from .conftest import MakePipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -258,9 +258,12 @@ def test_a_guided_latent_model_has_its_decoder_in_the_file(make_pipeline: MakePi
 
 
 def test_without_the_registry_it_is_one_sentence(tmp_path: Path) -> None:
-    environment = os.environ | {"NPM_CONFIG_REGISTRY": "http://127.0.0.1:9", "HF_ASSETS_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "dit_hub.cli", "export", "web", "dit-toy-shapes", "page"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    script = (
+        f"import huggingface_hub.constants\nhuggingface_hub.constants.HF_ASSETS_CACHE = {str(tmp_path / 'cache')!r}\n"
+        "import sys\nsys.argv[1:] = ['export', 'web', 'dit-toy-shapes', 'page']\nfrom dit_hub.cli import main\nmain()\n"
+    )
+    nowhere = os.environ | {"NPM_CONFIG_REGISTRY": "http://127.0.0.1:9"}
+    run = python("-c", script, cwd=tmp_path, environment=nowhere)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
     assert "could not be fetched from npm's registry" in run.stderr
     assert not (tmp_path / "page").exists()

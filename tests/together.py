@@ -25,9 +25,16 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _main(environment: dict[str, str], errors: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def environment(rank: int, processes: int, local_rank: int, local_processes: int, port: int) -> dict[str, str]:
+    """What a launcher tells one of the processes; they meet at a port of this machine, and compute on the CPU."""
+    place = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_processes}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    return {name: str(value) for name, value in place.items()} | meeting
+
+
+def _main(told: dict[str, str], errors: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Be one of the processes; what the user could mend is one sentence and exit status 2, as at the command line."""
-    os.environ.update(environment)
+    os.environ.update(told)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
     try:
         function(*arguments)
@@ -40,17 +47,15 @@ class Together:
     """`function(*arguments)` in each process, started."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self._folder, port = tempfile.TemporaryDirectory(), str(free_port())
+        self._folder, port = tempfile.TemporaryDirectory(), free_port()
         self.processes: list[ForkServerProcess] = []
         self._errors: list[Path] = []
         for rank in range(PROCESSES):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
-            environment = {name: str(value) for name, value in place.items()}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+            told = environment(rank, PROCESSES, rank, PROCESSES, port)
             errors = Path(self._folder.name) / f"errors-{rank}"
             errors.touch()
             self._errors.append(errors)
-            self.processes.append(_CONTEXT.Process(target=_main, args=(environment, errors, function, arguments)))
+            self.processes.append(_CONTEXT.Process(target=_main, args=(told, errors, function, arguments)))
         for process in self.processes:
             process.start()
 
