@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_hub.files import check_shards
+from dit_hub.shards import check_shards
 
 # In every DiT, by its official name.
 _ANCHOR = "x_embedder.proj.weight"

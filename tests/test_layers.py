@@ -22,7 +22,7 @@ SOURCES = {
 
 # From the ground up. A module imports from its own layer and those below.
 LAYERS = (
-    {"checks", "extras", "files", "manifest", "runtime"},
+    {"checks", "extras", "files", "manifest", "runtime", "shards"},
     {"configuration_dit"},
     {"labels", "layers", "objectives", "schedulers", "solvers"},
     {"modeling_dit"},

@@ -29,7 +29,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
 
 from .configuration_dit import DiTConfig
-from .files import check_shards
 from .layers import (
     Float32LayerNorm,
     Float32Linear,
@@ -40,6 +39,7 @@ from .layers import (
     initialised_by,
     sincos_positions,
 )
+from .shards import check_shards
 
 
 @dataclass
