@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dit_hub.files import check_shards
+from dit_hub.checks import listed
+from dit_hub.shards import check_shards
 
 # In every DiT, by its official name.
 _ANCHOR = "x_embedder.proj.weight"
@@ -152,7 +153,7 @@ def _select(content: Mapping[str, Any], weights: str | None, path: Path) -> tupl
         key = ".".join([holders[0], *([prefixes[0].rstrip(".")] if len(prefixes) > 1 else [])])
         raise ValueError(f"{path} is {maker} checkpoint and keeps its weights under {holders[0]!r}; "
                          f"choose them with --weights {key} (weights={key!r} in Python).")  # fmt: skip
-    raise ValueError(f"{path} holds no weights of a DiT; its keys are {_some(content)}.")
+    raise ValueError(f"{path} holds no weights of a DiT; its keys are {listed(sorted(map(str, content)))}.")
 
 
 def _at(content: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Tensor]:
@@ -166,7 +167,7 @@ def _at(content: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Te
     prefix = f"{rest}." if rest else ""
     chosen = {name.removeprefix(prefix): value for name, value in found.items() if str(name).startswith(prefix)}
     if found is content and not chosen:
-        raise ValueError(f"{path} has nothing under {weights!r}; its keys are {_some(content)}.")
+        raise ValueError(f"{path} has nothing under {weights!r}; its keys are {listed(sorted(map(str, content)))}.")
     return _tensors(chosen, f"{path}, {weights}")
 
 
@@ -194,10 +195,10 @@ def _without_prefixes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Te
                          f"then pipe.load_adapters({str(path.parent)!r}).")  # fmt: skip
     prefixes = _prefixes(names)
     if not prefixes:
-        raise ValueError(f"{path} holds no weights of a DiT; its names are {_some(names)}.")
+        raise ValueError(f"{path} holds no weights of a DiT; its names are {listed(sorted(names))}.")
     if len(prefixes) > 1:
-        listed = ", ".join(repr(prefix.rstrip(".")) for prefix in prefixes)
-        raise ValueError(f"{path} holds {len(prefixes)} models, {listed}; choose one with --weights.")
+        models = ", ".join(repr(prefix.rstrip(".")) for prefix in prefixes)
+        raise ValueError(f"{path} holds {len(prefixes)} models, {models}; choose one with --weights.")
     return {name.removeprefix(prefixes[0]): tensor for name, tensor in names.items()}
 
 
@@ -217,13 +218,8 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             bad.append(name)
     if bad:
         noun = "weight has" if len(bad) == 1 else "weights have"
-        raise ValueError(f"{path}: {len(bad)} {noun} NaN or infinite numbers: {_some(bad)}.")
+        raise ValueError(f"{path}: {len(bad)} {noun} NaN or infinite numbers: {listed(sorted(bad))}.")
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _some(names: Any) -> str:
-    listed = sorted(str(name) for name in names)
-    return ", ".join(listed[:10]) + (", …" if listed[10:] else "")
 
 
 def _first_sentence(text: str) -> str:

@@ -2,8 +2,10 @@
 
 import argparse
 import copy
+import inspect
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,16 +14,19 @@ import diffusers
 import peft
 import pytest
 import torch
+from diffusers.pipelines import pipeline_utils
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModel, Trainer, TrainingArguments
 
-from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
+from dit_hub import DiTConfig, DiTPipeline, DiTTransformer, loading
 from dit_hub.adapters import merge_adapters
 from dit_hub.configuration_dit import PUBLISHED_MODELS
 from dit_hub.conversion import config_from_official, from_diffusers, load_single_file, to_diffusers, to_official
 from dit_hub.conversion.diffusers_layout import OFFICIAL_NUMERICS_PATCH, diffusers_config
+from dit_hub.convert import convert
 from dit_hub.layers import sincos_positions
+from dit_hub.loading import STOCK_OPTIONS
 
 from .conftest import Golden
 
@@ -458,6 +463,33 @@ def test_a_device_map_that_is_none_is_named_with_those_there_are() -> None:
         DiTPipeline.from_pretrained("dit-toy-shapes", device_map="nonsense")
     pipe = DiTPipeline.from_pretrained("dit-toy-shapes", device_map="cpu")
     assert pipe.transformer.device.type == "cpu"
+
+
+def test_every_option_of_diffusers_is_known_and_nothing_else_that_its_code_names() -> None:
+    """diffusers reads its options by name, so that only its code says them."""
+    stock = inspect.unwrap(diffusers.DiffusionPipeline.from_pretrained)
+    taken = set(re.findall(r'\bkwargs\.pop\("(\w+)"', inspect.getsource(stock)))
+    assert taken == set(STOCK_OPTIONS)
+    for name in ("pipeline_class", "model_variants", "tokenizer"):
+        with pytest.raises(ValueError, match=f"from_pretrained takes no {name!r}"):
+            DiTPipeline.from_pretrained("dit-toy-shapes", **{name: cast(Any, 1)})
+
+
+def test_a_converted_transformer_goes_to_the_device_of_the_others(
+    make_pipeline: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pipeline(latent=True, timestep_freq_dim=256).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", "diffusers")
+    for module in (loading, pipeline_utils):  # "cuda" where there is one
+        monkeypatch.setattr(module, "SUPPORTED_DEVICE_MAP", ["balanced", "cpu", "meta"])
+    pipe = DiTPipeline.from_pretrained(tmp_path / "stock", device_map="meta", dtype=torch.bfloat16)
+    assert {pipe.transformer.device.type, pipe.vae.device.type} == {"meta"}
+    assert pipe.transformer.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"balanced.*dit-hub convert"):
+        DiTPipeline.from_pretrained(tmp_path / "stock", device_map="balanced")
+    transformer = DiTPipeline.from_pretrained(tmp_path / "ours").transformer
+    given = DiTPipeline.from_pretrained(tmp_path / "stock", device_map="balanced", transformer=transformer)
+    assert given.transformer is transformer
 
 
 # --- Names of classes ------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """`dit-hub convert`, `card` and what a folder says of its origin: round trips, licences, code that travels."""
 
+import ast
+import builtins
 import json
 import os
 import re
 import subprocess
+import symtable
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -308,6 +311,24 @@ def test_a_self_contained_folder_draws_the_same_bytes_without_dit_hub(
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [hashlib.sha256(images.tobytes()).hexdigest(), "True", "True"]
     assert "trust_remote_code=True" in card_of(folder)[1]
+
+
+def test_the_code_of_a_self_contained_folder_is_what_it_needs(tmp_path: Path) -> None:
+    """Other people's libraries check what it imports before they load it; each name that it uses is in it."""
+    convert("dit-toy-shapes", tmp_path / "out", self_contained=True)
+    libraries = {"diffusers", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
+    for file in (tmp_path / "out").glob("*.py"):
+        source = file.read_text()
+        imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        imported = {getattr(node, "module", None) or node.names[0].name for node in imports}
+        assert {name.split(".")[0] for name in imported} <= libraries | sys.stdlib_module_names, file
+        module = symtable.symtable(source, str(file), "exec")
+        scopes = [module]
+        for scope in scopes:
+            scopes += scope.get_children()
+        used = {name.get_name() for scope in scopes for name in scope.get_symbols() if name.is_global()}
+        given = {name.get_name() for name in module.get_symbols() if name.is_assigned() or name.is_imported()}
+        assert used - given - set(dir(builtins)) - {"__file__", "__name__"} == set(), file
 
 
 # --- The command line ------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 """What a user has is never lost: folders that appear whole, replace only what dit-hub wrote, and go when killed."""
 
+import contextlib
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 
 from dit_hub import DiTPipeline
-from dit_hub.files import TakenError, check_free, locked, new_folder, remove_folder
+from dit_hub.files import TakenError, check_free, locked, new_file, new_folder, remove_folder
 from dit_hub.manifest import MANIFEST_FILE, note_written
 
 from .command_line import Command, dit_hub
@@ -77,6 +80,37 @@ def test_a_file_that_was_changed_since_is_not_lost(tmp_path: Path) -> None:
     write(tmp_path / "out", overwrite=True)
 
 
+@pytest.mark.parametrize("size", [2**20 + 1, 5 * 2**20, 20 * 2**20])
+def test_weights_that_were_trained_further_are_not_lost(tmp_path: Path, size: int) -> None:
+    """Which are as large as before; and where one table of them was trained, the rest is as before too."""
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "model.safetensors").write_bytes(bytes(size))
+    check_free(tmp_path / "out", overwrite=True)
+    for start, changed in ((0, 1), (size // 2, size // 500), (size - 1, 1)):
+        with (tmp_path / "out" / "model.safetensors").open("r+b") as file:
+            file.seek(start)
+            file.write(b"\1" * changed)
+        with pytest.raises(ValueError, match=r"did not write: model\.safetensors \(changed since\)"):
+            check_free(tmp_path / "out", overwrite=True)
+        (tmp_path / "out" / "model.safetensors").write_bytes(bytes(size))
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "old")
+    (private := tmp_path / "out" / "private").mkdir()
+    real = os.scandir
+
+    def scandir(path: Any = ".") -> Any:  # root, who may run this, lists what others may not
+        if Path(path) == private:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match="did not write: private; move them"):
+        write(tmp_path / "out", overwrite=True)
+    assert private.is_dir()
+
+
 def test_what_dit_hub_adds_later_is_its_own(tmp_path: Path) -> None:
     write(tmp_path / "out")
     for name in ("samples.png", "deep/model.cache"):
@@ -96,6 +130,37 @@ def test_samples_that_a_push_draws_are_dit_hubs_own(tmp_path: Path) -> None:
 def test_the_embedded_model_can_be_made_anew() -> None:
     """`make toy` overwrites it: after a change by hand, its manifest is to be written anew."""
     check_free(Path(__file__).parents[1] / "src" / "dit_hub" / "assets" / TOY, overwrite=True)
+
+
+def test_a_manifest_that_cannot_be_read_is_not_begun_anew(tmp_path: Path) -> None:
+    """As while another process of an older release, or a person, writes it."""
+    write(tmp_path / "out")
+    manifest = tmp_path / "out" / MANIFEST_FILE
+    manifest.write_text(half := manifest.read_text()[:40])
+    (tmp_path / "out" / "samples.png").write_text("drawn")
+    note_written(tmp_path / "out" / "samples.png")
+    assert manifest.read_text() == half
+
+
+def test_a_manifest_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others that read it see the old one or the new one; a kill leaves the old one, and nothing in the way."""
+    write(tmp_path / "out")
+    (tmp_path / "out" / "samples.png").write_text("drawn")
+    before = (tmp_path / "out" / MANIFEST_FILE).read_text()
+
+    def killed(*_: Any) -> None:
+        assert (tmp_path / "out" / MANIFEST_FILE).read_text() == before
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", lambda _: None)  # a killed process removes nothing
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(SystemExit):
+            note_written(tmp_path / "out" / "samples.png")
+    note_written(tmp_path / "out" / "samples.png")
+    assert len(list((tmp_path / "out").glob(f"{MANIFEST_FILE}*"))) == 2
+    write(tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "samples.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -301,6 +366,24 @@ def test_what_a_killed_process_left_goes_with_the_next_command(tmp_path: Path) -
     assert (mine / "precious.txt").is_file()
 
 
+def test_a_picture_that_a_killed_process_left_goes_with_the_next_command(tmp_path: Path) -> None:
+    drawing = """
+from dit_hub.files import new_file
+with new_file("grid.png") as file:
+    file.write_text("half")
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+    dead, alive = start(drawing, tmp_path), start(drawing, tmp_path)
+    kill(dead)
+    with new_file(tmp_path / "grid.png") as file:
+        file.write_text("whole")
+        assert len(list(tmp_path.glob(".grid.png-*"))) == 2  # this one, and that of the process which goes on
+    kill(alive)
+    write(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "out"]
+
+
 def test_what_another_machine_left_on_a_shared_disk_stays(tmp_path: Path) -> None:
     kill(start(BUILDING, tmp_path))
     (lock,) = tmp_path.glob(".out-*/*.lock")
@@ -388,6 +471,27 @@ def test_a_system_that_opens_no_folders_is_not_asked_to(tmp_path: Path, monkeypa
     write(tmp_path / "out")
     assert len(synced) == 3  # the manifest too
     assert content(tmp_path / "out") == whole("new")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSPC, errno.EIO])
+def test_a_disk_that_syncs_no_folders_takes_them_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Some network disks answer so; a disk that is full or broken says it here too."""
+    real, asked = os.fsync, []
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            asked.append(descriptor)
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    lost = number in (errno.ENOSPC, errno.EIO)
+    with pytest.raises(OSError, match=r"disk is full|Input/output") if lost else contextlib.nullcontext():
+        write(tmp_path / "out")
+    assert asked
+    assert content(tmp_path) == ({} if lost else {f"out/{name}": text for name, text in whole("new").items()})
 
 
 def test_a_manifest_lists_files_by_relative_path(tmp_path: Path) -> None:

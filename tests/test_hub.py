@@ -153,7 +153,7 @@ result["tagged"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", revision="v
 result["half"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", variant="fp16"))
 result["elsewhere"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", cache_dir={str(tmp_path / "elsewhere")!r}))
 result["cached"] = digest(DiTPipeline.from_pretrained("me/tiny-dit", local_files_only=True))
-generic = diffusers.DiffusionPipeline.from_pretrained("me/tiny-dit")
+generic = diffusers.DiffusionPipeline.from_pretrained("me/tiny-dit", local_files_only=True)
 same = generic.origin == DiTPipeline.from_pretrained("me/tiny-dit").origin
 result["generic"] = [type(generic).__module__, digest(generic), same]
 result["auto"] = type(AutoModel.from_pretrained("me/tiny-dit", subfolder="transformer")).__name__
@@ -179,6 +179,7 @@ from diffusers import DiffusionPipeline
 from dit_hub import DiTPipeline
 def look(loader):
     pipe = loader.from_pretrained("me/tiny-onnx")
+    assert type(loader.from_pretrained("me/tiny-onnx", local_files_only=True)) is type(pipe)
     return [type(pipe).__name__, type(pipe.transformer).__name__, type(pipe.vae).__name__, digest(pipe)]
 print(json.dumps([look(DiffusionPipeline), look(DiTPipeline)]))
 """
@@ -222,6 +223,30 @@ def test_diffusers_generic_loader_opens_its_own_layout_with_its_own_class(
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "stock")) is diffusers.DiTPipeline
     with pytest.raises(OSError):  # with diffusers' own words
         DiffusionPipeline.from_pretrained("me/no-such-model")
+
+
+def test_other_pipelines_cost_no_request_more_with_dit_hub(
+    hub: LocalHub, make_pipeline: Callable[..., Any], tmp_path: Path
+) -> None:
+    make_pipeline(latent=True, timestep_freq_dim=256).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "stock", "diffusers")
+    push = f"""
+from huggingface_hub import HfApi
+HfApi().create_repo("me/stock")
+HfApi().upload_folder(repo_id="me/stock", folder_path={str(tmp_path / "stock")!r})
+print(1)
+"""
+    person(hub, tmp_path / "author", push, TOKEN)
+    requests = []
+    for first in ("", "import dit_hub\n"):
+        before = len(hub.requests)
+        script = f"""
+{first}from diffusers import DiffusionPipeline
+print(json.dumps(type(DiffusionPipeline.from_pretrained("me/stock")).__module__))
+"""
+        assert person(hub, tmp_path / f"reader-{len(requests)}", script).startswith("diffusers.")  # pyright: ignore
+        requests.append(sorted(map(str, hub.requests[before:])))
+    assert requests[0] == requests[1]
 
 
 def test_without_dit_hub_diffusers_says_what_it_always_says(make_pipeline: Callable[..., Any], tmp_path: Path) -> None:

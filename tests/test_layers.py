@@ -22,13 +22,14 @@ SOURCES = {
 
 # From the ground up. A module imports from its own layer and those below.
 LAYERS = (
-    {"checks", "extras", "files", "manifest", "runtime"},
+    {"checks", "extras", "files", "manifest", "runtime", "shards"},
     {"configuration_dit"},
     {"labels", "layers", "objectives", "schedulers", "solvers"},
     {"modeling_dit"},
     {"adapters", "conversion", "flops", "visualize"},
     {"model_cards"},
-    {"hub", "sources"},
+    {"loading", "sources"},
+    {"hub"},
     {"pipeline_dit"},
     {"convert", "export", "training"},
     {"cli"},

@@ -126,7 +126,7 @@ def test_errors_count_and_list_ten_names(saved: Path, make_model: MakeModel) -> 
     for some, words in (
         (one, f"1 weight is missing: {one[0]}."),
         (ten, f"10 weights are missing: {', '.join(ten)}."),
-        (more, f"11 weights are missing: {', '.join(ten)}, …."),
+        (more, f"11 weights are missing: {', '.join(ten)} and 1 more."),
     ):
         assert error(lambda all, some=some: {key: value for key, value in all.items() if key not in some}) == words
     assert error(lambda all: {**all, "a": torch.ones(1)}) == "1 weight is unexpected: a."

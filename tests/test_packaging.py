@@ -1,9 +1,12 @@
 """The wheel: complete, and importable without the repository."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ ROOT = Path(__file__).parent.parent
         ({"url": "file:///home/me/dit%20hub", "dir_info": {"editable": True}},
          'pip install -e "/home/me/dit hub[train]"'),
         ({"url": "file:///home/me/dit-hub", "dir_info": {}}, 'pip install "/home/me/dit-hub[train]"'),
-        ({"url": "https://example.com/dit-hub", "vcs_info": {"vcs": "git", "commit_id": "1"}},
-         'pip install "dit-hub[train] @ git+https://example.com/dit-hub"'),
+        ({"url": "https://example.com/dit-hub", "vcs_info": {"vcs": "git", "commit_id": "4c8f"}},
+         'pip install "dit-hub[train] @ git+https://example.com/dit-hub@4c8f"'),
+        ({"url": "file:///home/me/dist/dit_hub-9-py3-none-any.whl", "archive_info": {"hashes": {}}},
+         'pip install "dit-hub[train] @ file:///home/me/dist/dit_hub-9-py3-none-any.whl"'),
     ],
-    ids=["index", "editable", "folder", "git"],
+    ids=["index", "editable", "folder", "git", "wheel"],
 )  # fmt: skip
 def test_what_a_missing_package_asks_for_can_be_installed_from_where_dit_hub_is(
     source: dict[str, Any] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -39,6 +44,28 @@ def test_what_a_missing_package_asks_for_can_be_installed_from_where_dit_hub_is(
     with pytest.raises(ImportError) as refused:
         require("no_such_package", "train")
     assert str(refused.value) == f"This needs no_such_package, which is not installed: {command}."
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """By its own name, not only as what another package needs."""
+    sources = [
+        path for folder in ("src", "conversion", "export", "model_cards") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    imported = set()
+    for node in (node for path in sources for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(str(node.module).split(".")[0])
+    packages = metadata.packages_distributions()
+    names = {packages[module][0] for module in imported - sys.stdlib_module_names - {"dit_hub"}}
+    declared = set(re.findall(r'"([\w-]+)[>=]=', (ROOT / "pyproject.toml").read_text()))
+    assert {plain(name) for name in names} - {plain(name) for name in declared} == set()
+
+
+def plain(package: str) -> str:
+    """The one spelling of a package's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 @pytest.fixture(scope="module")

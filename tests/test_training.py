@@ -1,6 +1,7 @@
 """The shapes, the recipe, the loop and what a run leaves."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,21 @@ def test_a_run_leaves_a_pipeline_folder_whose_card_can_be_rendered_again(tmp_pat
     assert str(render_card(folder, str(folder))) == (folder / "README.md").read_text()
     with pytest.raises(ValueError, match="not empty"):
         save_result(result, folder, "again")
+
+
+def test_what_cannot_be_drawn_or_copied_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (logs := tmp_path / "logs").mkdir()
+    (logs / "events").write_text("events")
+    (logs / "link").symlink_to("nowhere")
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # any import of it fails
+    result = train(Recipe(images_per_class=1, epochs=1, batch_size=16))
+    save_result(replace(result, logs=logs), tmp_path / "out", "")
+    assert "No losses were drawn" in caplog.text
+    assert "The logs were not copied whole" in caplog.text
+    assert (tmp_path / "out" / "runs" / "events").is_file()
+    assert DiTPipeline.from_pretrained(tmp_path / "out").id2label == ID2LABEL
 
 
 def test_the_embedded_model_draws_every_class_so_that_the_nearest_training_picture_agrees() -> None:

@@ -1,13 +1,14 @@
 """Pictures of results."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dit_hub.visualize import Trajectory, image_grid, sample_grid
+from dit_hub.visualize import Trajectory, image_grid, loss_curve, sample_grid
 
 
 def draw(pipe: Any, labels: Any, **arguments: Any) -> Trajectory:
@@ -56,3 +57,9 @@ def test_the_samples_of_a_card_name_their_trajectory(make_pipeline: Callable[...
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(sample_grid(pipe, count=4, steps=2, callback=trajectory), Image.Image)
     assert trajectory.names == ["0", "3", "6", "9"]
+
+
+def test_a_title_with_dollars_is_a_title(tmp_path: Path) -> None:
+    """Which a folder's name may have, and matplotlib takes for mathematics."""
+    loss_curve([1.0, 0.5], tmp_path / "loss.png", title=r"toy trained on a$\x$b")
+    assert (tmp_path / "loss.png").is_file()

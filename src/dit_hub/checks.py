@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,11 @@ from torch import Tensor
 def shown(value: Any) -> str:
     """A value in an error message: on one line, and not long."""
     return textwrap.shorten(repr(value), 80, placeholder=" …")
+
+
+def listed(names: Sequence[Any], most: int = 10) -> str:
+    """Some names in an error message, and how many more there are."""
+    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:

@@ -24,7 +24,7 @@ from dit_hub.model_cards import render_card
 
 from .configuration_dit import DiTConfig
 from .files import check_free, new_folder
-from .hub import GUIDANCE_KEY, SHIFT_KEY
+from .loading import GUIDANCE_KEY, SHIFT_KEY
 from .modeling_dit import DiTTransformer
 from .pipeline_dit import DiTPipeline
 from .sources import CARD_FILE, is_url, local_folder

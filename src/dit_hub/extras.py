@@ -28,7 +28,7 @@ def require(module: str, extra: str) -> Any:
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra where this dit-hub comes from: a clone, a repository or an index."""
+    """What installs an extra where this dit-hub comes from: a clone, a repository, a wheel or an index."""
     try:
         source = json.loads(metadata.distribution("dit-hub").read_text("direct_url.json") or "{}")
     except metadata.PackageNotFoundError:
@@ -36,8 +36,14 @@ def install_command(extra: str) -> str:
     if "dir_info" in source:
         folder = url2pathname(urlsplit(source["url"]).path)
         return f'pip install {"-e " if source["dir_info"].get("editable") else ""}"{folder}[{extra}]"'
-    address = f" @ git+{source['url']}" if "vcs_info" in source else ""
-    return f'pip install "dit-hub[{extra}]{address}"'
+    return f'pip install "dit-hub[{extra}]{_address(source)}"'
+
+
+def _address(source: dict[str, Any]) -> str:
+    """Of what pip noted beside the package (PEP 610), in a requirement; "" where it comes from an index."""
+    if "vcs_info" in source:
+        return f" @ {source['vcs_info']['vcs']}+{source['url']}@{source['vcs_info']['commit_id']}"
+    return f" @ {source['url']}" if source else ""
 
 
 def quiet_libraries() -> None:

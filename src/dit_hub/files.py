@@ -1,9 +1,8 @@
-"""Folders that appear whole or not at all and replace nothing of the user's; locks; shards that stay in theirs."""
+"""Folders that appear whole or not at all and replace nothing of the user's; locks."""
 
 import contextlib
 import errno
 import itertools
-import json
 import os
 import platform
 import re
@@ -30,6 +29,9 @@ _FULL = (
     "unexpected pos",
     "iostream error",
 )
+
+# Of a disk that did not take what was written.
+_LOSSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 # Of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -100,8 +102,9 @@ def new_file(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         OSError: the disk is full.
     """
     target = Path(target)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
-        building = Path(folder, target.name)
+    remove_leftovers(target.parent)
+    with _workplace(target) as work:
+        building = work / target.name
         try:
             yield building
             _sync(building)
@@ -208,28 +211,6 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
                 (folder / LOCK_FILE).unlink()  # before the release, so that nobody's lock is removed
         lock.release()
         _remove_empty([folder, *made])
-
-
-# --- Checkpoints in parts --------------------------------------------------------------------------------------------
-
-
-def check_shards(index: Path) -> list[Path]:
-    """The files that a sharded checkpoint's index names.
-
-    Raises:
-        ValueError: the index is damaged, or names a file outside its folder or one that is not there.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        paths = [index.parent / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{index} is no index of a sharded checkpoint.") from None
-    for name, path in zip(names, paths, strict=True):
-        if Path(name).name != name or name in ("", "..", "."):
-            raise ValueError(f"{index} names {name!r}, which is not a file of its folder.")
-        if not path.is_file():
-            raise ValueError(f"{index} names {name}, which is not there.")
-    return paths
 
 
 # --- Details ---------------------------------------------------------------------------------------------------------
@@ -384,15 +365,14 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk take a file, or the names in a folder."""
+    """Have the disk take a file, or the names in a folder, where the system does that for folders."""
     folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs what can be written to
-    except PermissionError:
-        if folder:  # which Windows does not open
-            return
-        raise
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # Windows opens no folders, some network disks sync none
+        if not folder or error.errno in _LOSSES:
+            raise

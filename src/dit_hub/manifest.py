@@ -4,13 +4,20 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # In each folder that `files.new_folder` finished: what it wrote there, by relative path, each with its mark.
 MANIFEST_FILE = ".dit-hub.json"
 
-_SMALL = 2**20  # bytes; larger files are told apart by their size alone
+# It, and one that is being written, or was when a process was killed.
+_MANIFESTS = re.compile(re.escape(MANIFEST_FILE) + r"(\.[a-z0-9_]{8})?")
+
+# What is read of a large file, which one of the same size may replace when its weights are trained further: this many
+# blocks, evenly spread. A gigabyte is looked at each megabyte, so that the change of a single table is seen too.
+_BLOCKS, _BLOCK = 1024, 4096
 
 
 def write_manifest(folder: Path) -> None:
@@ -22,16 +29,15 @@ def note_written(file: Path) -> None:
     """Take note that dit-hub wrote a file into a folder of `new_folder`, or into a folder of one, after it was made."""
     for folder in (file.parent, file.parent.parent):
         if (folder / MANIFEST_FILE).is_file():
-            _write(folder, {**written_files(folder), file.relative_to(folder).as_posix(): _mark(file)})
+            mark, written = _mark(file), _read(folder)
+            if written is not None:  # one that cannot be read is not begun anew, or all other files would be foreign
+                _write(folder, {**written, file.relative_to(folder).as_posix(): mark})
             return
 
 
-def written_files(folder: Path) -> dict[str, str | int]:
-    """What the manifest of a folder says; nothing where there is none."""
-    try:
-        return dict(json.loads((folder / MANIFEST_FILE).read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def written_files(folder: Path) -> dict[str, str]:
+    """What the manifest of a folder says; nothing where there is none, or none that can be read."""
+    return _read(folder) or {}
 
 
 def foreign_files(folder: Path) -> Iterator[str]:
@@ -54,22 +60,50 @@ def listed_foreign(folder: Path, most: int = 3) -> str:
 
 
 def files_in(folder: Path) -> Iterator[str]:
-    """Relative names of the files and links in a folder and in its folders, but the manifest."""
-    for root, folders, names in os.walk(folder):
+    """Relative names of the files and links in a folder and in its folders, and of folders that cannot be listed.
+
+    The manifest is left out, and one that a killed process was writing.
+    """
+    closed: list[str] = []
+    for root, folders, names in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
         folders.sort()
         for name in sorted([*names, *(each for each in folders if Path(root, each).is_symlink())]):
             relative = Path(root, name).relative_to(folder).as_posix()
-            if relative != MANIFEST_FILE:
+            if not _MANIFESTS.fullmatch(relative):
                 yield relative
+    yield from (Path(name).relative_to(folder).as_posix() for name in closed)
 
 
-def _mark(file: Path) -> str | int:
-    """What changes when a file does: the SHA-256 of a small one, the size of a large one, where a link leads."""
+def _mark(file: Path) -> str:
+    """What changes when a file does: its size and the SHA-256 of its bytes, or where a link leads."""
     if file.is_symlink():
         return os.readlink(file)
-    size = file.stat().st_size
-    return size if size > _SMALL else hashlib.sha256(file.read_bytes()).hexdigest()
+    size, read = file.stat().st_size, hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        if size <= _BLOCKS * _BLOCK:
+            read.update(opened.readall())
+            return read.hexdigest()
+        for number in range(_BLOCKS):
+            opened.seek(number * (size - _BLOCK) // (_BLOCKS - 1))
+            read.update(opened.read(_BLOCK))
+    return f"{size} {read.hexdigest()}"
 
 
-def _write(folder: Path, written: dict[str, str | int]) -> None:
-    (folder / MANIFEST_FILE).write_text(json.dumps({"files": written}, indent=2) + "\n")
+def _read(folder: Path) -> dict[str, str] | None:
+    try:
+        return dict(json.loads((folder / MANIFEST_FILE).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(folder: Path, written: dict[str, str]) -> None:
+    """Put a manifest in place of that which is there, in one step: other processes may be reading it."""
+    number, building = tempfile.mkstemp(prefix=f"{MANIFEST_FILE}.", dir=folder)
+    try:
+        with open(number, "w") as file:
+            file.write(json.dumps({"files": written}, indent=2) + "\n")
+        os.chmod(building, 0o644)
+        os.replace(building, folder / MANIFEST_FILE)
+    except BaseException:
+        os.unlink(building)
+        raise

@@ -28,8 +28,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
 
+from .checks import listed
 from .configuration_dit import DiTConfig
-from .files import check_shards
 from .layers import (
     Float32LayerNorm,
     Float32Linear,
@@ -40,6 +40,7 @@ from .layers import (
     initialised_by,
     sincos_positions,
 )
+from .shards import check_shards
 
 
 @dataclass
@@ -534,18 +535,14 @@ def _require_fit(
     for problem, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))):
         if names:
             verb = "weight is" if len(names) == 1 else "weights are"
-            raise ValueError(f"{path}: {len(names)} {verb} {problem}: {_listed(names)}.")
+            raise ValueError(f"{path}: {len(names)} {verb} {problem}: {listed(names)}.")
     if mismatched:
         shapes = [
             f"{name} is {list(found)} and should be {list(wanted)}"
             for name, (found, wanted) in sorted(mismatched.items())
         ]
         verb = "weight has" if len(shapes) == 1 else "weights have"
-        raise ValueError(f"{path}: {len(shapes)} {verb} another shape than the config says: {_listed(shapes)}.")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", …" if names[10:] else "")
+        raise ValueError(f"{path}: {len(shapes)} {verb} another shape than the config says: {listed(shapes)}.")
 
 
 AutoModel.register(DiTConfig, DiTTransformer, exist_ok=True)

@@ -1,13 +1,12 @@
 """Makes dit_hub's classes known to diffusers and transformers when those are imported, if ever."""
 
+import contextlib
 import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,8 +22,6 @@ COMPONENTS = (
     "TensorRTVAEDecoder",
 )
 
-_INDEX = "model_index.json"
-
 
 def _register_components(loading: ModuleType) -> None:
     # Without this, diffusers refuses a component of an unknown library in a Hub repository, and writes the file a
@@ -34,37 +31,42 @@ def _register_components(loading: ModuleType) -> None:
     loading.ALL_IMPORTABLE_CLASSES.update(methods)
 
 
+class _OurPipelineError(Exception):
+    """Where diffusers has read the index of a pipeline of ours."""
+
+
 def _open_our_pipelines(pipelines: ModuleType) -> None:
-    # diffusers has a DiTPipeline of its own, which its generic loader would take for ours.
+    # diffusers has a DiTPipeline of its own, which its generic loader would take for ours. The stand-in for that loader
+    # stops where the index has been read, so that other pipelines load as ever, without a request more.
     generic: Any = pipelines.DiffusionPipeline
     stock = vars(generic)["from_pretrained"].__func__
 
+    @classmethod
+    def read_index(cls: type, json_file: Any) -> Any:
+        index = generic._dict_from_json_file(json_file)
+        if _is_our_pipeline(index):
+            raise _OurPipelineError
+        return index
+
+    members = {"__module__": generic.__module__, "_dict_from_json_file": read_index}
+    reader = type(generic.__name__, (generic,), members)
+
     @functools.wraps(stock)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        if cls is generic and _holds_our_pipeline(pretrained_model_name_or_path, kwargs):
-            ours: Any = importlib.import_module(".pipeline_dit", __package__)
-            return ours.DiTPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return stock(cls, pretrained_model_name_or_path, **kwargs)
+        looks = cls is generic and kwargs.get("custom_pipeline") is None
+        with contextlib.suppress(_OurPipelineError):
+            return stock(reader if looks else cls, pretrained_model_name_or_path, **kwargs)
+        ours: Any = importlib.import_module(".pipeline_dit", __package__)
+        return ours.DiTPipeline.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     generic.from_pretrained = classmethod(from_pretrained)
 
 
-def _holds_our_pipeline(name: Any, options: dict[str, Any]) -> bool:
-    """Whether the model_index.json of a folder or repository names our pipeline with a component of ours."""
-    if options.get("custom_pipeline") is not None:
+def _is_our_pipeline(index: Any) -> bool:
+    """Whether the content of a model_index.json names our pipeline with a component of ours."""
+    if not isinstance(index, dict) or index.get("_class_name") != "DiTPipeline":
         return False
-    hub = importlib.import_module("huggingface_hub")
-    hub_options = {
-        key: options[key] for key in ("cache_dir", "local_files_only", "revision", "token") if key in options
-    }
-    try:
-        folder = Path(name)
-        path = folder if folder.is_dir() else Path(hub.hf_hub_download(name, _INDEX, **hub_options)).parent
-        index = json.loads((path / _INDEX).read_text())
-        named = [entry[0] for entry in index.values() if isinstance(entry, list) and entry]
-    except Exception:  # whatever is wrong with it, diffusers says it
-        return False
-    return index.get("_class_name") == "DiTPipeline" and "dit_hub" in named
+    return any(isinstance(entry, list) and entry[:1] == ["dit_hub"] for entry in index.values())
 
 
 def _register_auto_classes(auto: ModuleType) -> None:

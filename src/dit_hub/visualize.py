@@ -136,7 +136,8 @@ def loss_curve(
     if reference:
         axes.plot(list(reference), list(reference.values()), "o", label="published")
         axes.legend()
-    axes.set(xlabel="epoch", ylabel="mean training loss", yscale="log", title=title)
+    axes.set(xlabel="epoch", ylabel="mean training loss", yscale="log")
+    axes.set_title(title, parse_math=False)  # a path may have dollars
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.yaxis.set_major_formatter("{x:g}")

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,8 @@ def save_result(
         write_result(result, folder, command)
         _draw(result, folder)
         if result.logs is not None and result.logs.is_dir():
-            shutil.copytree(result.logs, folder / LOGS_FOLDER)
+            with _spared("The logs were not copied whole"):
+                shutil.copytree(result.logs, folder / LOGS_FOLDER)
         name = Path(output_dir).name
         render_card(folder, name if name in EMBEDDED_MODELS else str(output_dir)).save(folder / CARD_FILE)
 
@@ -74,18 +77,26 @@ def write_result(result: TrainingResult, folder: Path, command: str = "") -> Non
 
 
 def _draw(result: TrainingResult, folder: Path) -> None:
-    """Add pictures; what keeps them from being drawn must not cost the weights."""
+    """Add pictures."""
     pipeline: Any = result.pipeline
     trajectory = Trajectory()
     pipeline.set_progress_bar_config(disable=True)
-    try:
+    with _spared("No samples were drawn"):
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         if pipeline.draws_quickly:
             sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
             trajectory.picture(pipeline).save(folder / "trajectory.png")
+    with _spared("No losses were drawn"):
+        loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result), _title(result))
+
+
+@contextmanager
+def _spared(problem: str) -> Iterator[None]:
+    """A block that adds what must not cost the weights: what goes wrong in it is a warning."""
+    try:
+        yield
     except (Exception, KeyboardInterrupt) as error:
-        logger.warning("No samples were drawn: %s", error or type(error).__name__)
-    loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result), _title(result))
+        logger.warning("%s: %s", problem, str(error) or type(error).__name__)
 
 
 def _title(result: TrainingResult) -> str:

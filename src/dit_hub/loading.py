@@ -1,0 +1,369 @@
+"""LoadingPipeline: what goes into a pipeline. Folders of every layout, the Hub, single files."""
+
+import inspect
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
+from huggingface_hub import snapshot_download
+
+from dit_hub.conversion.diffusers_layout import DIFFUSERS_CLASSES, OFFICIAL_WEIGHTS, load_diffusers_folder
+from dit_hub.conversion.origin import (
+    DEFAULT_VAE,
+    ORIGIN_FILE,
+    Origin,
+    official_export,
+    origin_of_repository,
+    published_repository,
+)
+from dit_hub.conversion.single_file import load_single_file
+
+from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
+from .configuration_dit import DiTConfig, nearest
+from .labels import imagenet_id2label
+from .modeling_dit import DiTTransformer
+from .runtime import Provider, RuntimeOptions, use_options
+from .schedulers import official_scheduler, scheduler_from_dict
+from .sources import CARD_FILE, fetch, fetch_url, is_url, local_folder, plain_hub_errors
+
+logger = logging.getLogger(__name__)
+
+# Facts about the weights that lie beside them, which the card is made from and which go where the weights go.
+FACT_FILES = (ORIGIN_FILE, "training.json", "evaluation.json")
+
+# Of huggingface_hub's downloads; and of diffusers' download, which tells variants and kinds of weights apart.
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+_DOWNLOAD_OPTIONS = (*_HUB_OPTIONS, "variant", "use_safetensors")
+
+# Of diffusers' `from_pretrained`, which names them nowhere but in its code.
+STOCK_OPTIONS = (
+    *_DOWNLOAD_OPTIONS,
+    "custom_pipeline",
+    "custom_revision",
+    "device_map",
+    "disable_mmap",
+    "dtype",
+    "load_connected_pipeline",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_folder",
+    "offload_state_dict",
+    "provider",
+    "provider_options",
+    "proxies",
+    "quantization_config",
+    "sess_options",
+    "torch_dtype",
+    "trust_remote_code",
+    "use_flashpack",
+    "use_onnx",
+)
+
+# In model_index.json: what diffusers' config of the transformer cannot say.
+SHIFT_KEY = "_timestep_freq_shift"
+GUIDANCE_KEY = "_guidance_channels"
+
+
+class LoadingPipeline(DiffusionPipeline):
+    """A `DiffusionPipeline` that loads every layout of a DiT."""
+
+    origin: Origin | None = None
+    _facts: dict[str, str] = {}
+    _loaded_weights: tuple[int, int] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        providers: Sequence[Provider] | None = None,
+        num_threads: int | None = None,
+        cuda_graphs: bool = False,
+        timestep_freq_shift: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a pipeline from the Hub, from a folder, or one of `EMBEDDED_MODELS` by name.
+
+        Args:
+            pretrained_model_name_or_path: a Hub id, a folder, or "dit-toy-shapes". A folder or repository in diffusers'
+                layout is converted while loading.
+            providers, num_threads, cuda_graphs: see `RuntimeOptions`; for components of other runtimes.
+            timestep_freq_shift: for diffusers' layout only, which does not say it. None: 0, the official numbers, for
+                repositories known to hold official weights; 1, diffusers' own, for all others.
+            kwargs: as for `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `variant`, `token`, `cache_dir`,
+                `local_files_only`, … A single `dtype` leaves the VAE in float32, where half precision loses detail;
+                `dtype={"default": ..., "vae": ...}` says otherwise.
+
+        Raises:
+            ValueError, OSError: no such folder or repository, files that are missing or damaged, or an argument that
+                neither this nor diffusers takes.
+        """
+        name = str(pretrained_model_name_or_path)
+        known = [*_arguments(LoadingPipeline.from_pretrained), *_arguments(cls), *STOCK_OPTIONS]
+        _refuse_unknown(kwargs, known, "from_pretrained")
+        if (device_map := kwargs.get("device_map")) is not None and device_map not in SUPPORTED_DEVICE_MAP:
+            strategies = ", ".join(dict.fromkeys(SUPPORTED_DEVICE_MAP))
+            raise ValueError(f"device_map must be one of {strategies} on this machine, not {device_map!r}.")
+        folder = local_folder(pretrained_model_name_or_path)
+        if folder is None:
+            folder = Path(cls.download(name, **{key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}))
+        for key in ("dtype", "torch_dtype"):  # the older name still works in diffusers
+            if isinstance(dtype := kwargs.get(key), torch.dtype):
+                kwargs[key] = {"default": dtype, "vae": torch.float32}
+        index = cls._checked_index(folder, kwargs)
+        layout = "diffusers" if _is_foreign(index.get("transformer")) else "dit-hub"
+        if layout == "diffusers" and "transformer" not in kwargs:
+            kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
+        with unsound_values(f"{name} does not load"), use_options(RuntimeOptions(providers, num_threads, cuda_graphs)):
+            pipeline = super().from_pretrained(folder, **kwargs)
+        pipeline._remember(name, folder, layout)
+        return pipeline
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | os.PathLike,
+        vae: Any = DEFAULT_VAE,
+        scheduler: Any = None,
+        id2label: dict[int, str] | None = None,
+        dtype: torch.dtype | None = None,
+        weights: str | None = None,
+        family: str | None = None,
+        num_attention_heads: int | None = None,
+        torch_dtype: torch.dtype | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Load a checkpoint file that comes without a configuration, such as `DiT-XL-2-256x256.pt`.
+
+        Args:
+            path: a local file, or "https://huggingface.co/ORG/NAME/resolve/REVISION/FILE".
+            vae: the decoder of a latent model: an `AutoencoderKL`, a folder or a Hub id. Models of pixels get none, and
+                None leaves it out.
+            scheduler: None means that of the conversion to the official layout, or else `official_scheduler`.
+            id2label: names of the classes; None means those of the conversion, or else ImageNet's for the 1000 classes
+                of weights that are known to be of ImageNet (see `Origin.dataset`).
+            dtype: of the transformer's weights; None keeps the file's.
+            weights, family, num_attention_heads, overrides: see `dit_hub.conversion.load_single_file`.
+            torch_dtype: the older name of `dtype`.
+            cache_dir, force_download, local_files_only, token: for what is downloaded, the file or the decoder.
+            revision: of the file, before that in its address.
+
+        Raises:
+            ValueError, OSError: see `dit_hub.conversion.load_single_file`; an argument that nothing takes.
+        """
+        fields = list(DiTConfig.__annotations__)
+        _refuse_unknown(overrides, [*_arguments(LoadingPipeline.from_single_file), *fields], "from_single_file")
+        for name, given in (("dtype", dtype), ("torch_dtype", torch_dtype)):
+            if given is not None and not isinstance(given, torch.dtype):
+                raise ValueError(f"{name} must be a torch.dtype, not {given!r}.")
+        dtype = dtype or torch_dtype
+        given = (cache_dir, force_download, local_files_only, revision, token)
+        hub_options = {name: value for name, value in zip(_HUB_OPTIONS, given, strict=True) if value is not None}
+        file = fetch_url(str(path), hub_options) if is_url(path) else path
+        transformer, origin = load_single_file(file, weights, family, num_attention_heads, **overrides)
+        beside = official_export(file)
+        if scheduler is None and "scheduler" in beside:
+            scheduler = scheduler_from_dict(beside["scheduler"])
+        if id2label is None and "id2label" in beside:
+            id2label = {int(index): name for index, name in beside["id2label"].items()}
+        if dtype is not None:
+            cast(Any, transformer).to(dtype)
+        config = transformer.config
+        if id2label is None and config.num_classes == 1000 and origin.is_imagenet:
+            id2label = imagenet_id2label()
+        if isinstance(vae, (str, os.PathLike)):
+            hub_options.pop("revision", None)  # of another repository
+            vae = _load_vae(str(vae), hub_options) if config.in_channels == 4 else None
+        pipeline = cast(Any, cls)(transformer, scheduler or official_scheduler(config), vae, id2label)
+        pipeline.origin = origin
+        pipeline._loaded_weights = weights_state(transformer)
+        return pipeline
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """Read model_index.json; a transformer of another layout, or that carries its code, is named as ours.
+
+        diffusers reads through here when it downloads and when it loads. No code of a repository runs.
+        """
+        index = cast(Any, super())._dict_from_json_file(json_file)
+        if _is_foreign(index.get("transformer")) or _carries_code(index.get("transformer")):
+            index["transformer"] = ["dit_hub", "DiTTransformer"]
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = cls.__name__
+        return index
+
+    @classmethod
+    def _checked_index(cls, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+        """What model_index.json says, as it stands there.
+
+        Raises:
+            ValueError: a component is missing, whose files diffusers would look for in the folder itself.
+        """
+        path = folder / cls.config_name
+        if not path.is_file():
+            if (folder.parent / cls.config_name).is_file():
+                raise ValueError(f"{folder} is a part of the pipeline {folder.parent}; give that folder.")
+            raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
+        try:
+            index = json.loads(path.read_text())
+            components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
+        except (ValueError, AttributeError, RecursionError):
+            raise ValueError(f"{path} is damaged.") from None
+        for name in ("transformer", "scheduler"):
+            if name not in components and name not in given:
+                raise ValueError(f"{path} names no {name}.")
+        for name in components:
+            if Path(name).name != name or name == "..":
+                raise ValueError(f"{path} names {name!r}, which is not a folder in it.")
+            if name not in given and not (folder / name).is_dir():
+                raise ValueError(f"{folder} has no folder {name}, which its {cls.config_name} names.")
+        return index
+
+    @classmethod
+    def download(cls, pretrained_model_name: Any, **kwargs: Any) -> Any:
+        """As diffusers' `download`, but with the facts, and the files of other runtimes, fetched as whole folders."""
+        hub_options = {key: value for key, value in kwargs.items() if key in _HUB_OPTIONS and value is not None}
+        path = Path(fetch(pretrained_model_name, cls.config_name, hub_options, ", which is no folder here,"))
+        index = json.loads(path.read_text())
+        components = {name: entry for name, entry in index.items() if _names_a_class(name, entry)}
+        wanted = [*FACT_FILES, CARD_FILE]
+        ours = [entry[1] for entry in components.values() if entry[0] == "dit_hub"]
+        if any(name != "DiTTransformer" for name in ours):
+            wanted += [cls.config_name, "report.json", *(f"{name}/*" for name in components)]
+        else:
+            super().download(pretrained_model_name, **kwargs)
+        with plain_hub_errors(f"load {pretrained_model_name} from"):
+            return snapshot_download(pretrained_model_name, allow_patterns=wanted, **hub_options)
+
+    def _remember(self, name: str, folder: Path, layout: str) -> None:
+        """Keep where the pipeline comes from, for the card."""
+        pipeline = cast(Any, self)
+        pipeline.register_to_config(_name_or_path=name)
+        self.origin = origin_of_repository(name, folder, layout)
+        self._facts = {key: (folder / key).read_text() for key in FACT_FILES[1:] if (folder / key).is_file()}
+        self._loaded_weights = weights_state(pipeline.transformer)
+        is_imagenet = pipeline.transformer.config.num_classes == 1000 and self.origin.is_imagenet
+        if layout == "diffusers" and not pipeline.config.id2label and is_imagenet:
+            pipeline.register_to_config(id2label=imagenet_id2label())
+
+    def load_adapters(self, folder: str | os.PathLike) -> None:
+        """Merge adapters that were trained with `merge_adapters=false`; the classes become theirs.
+
+        Args:
+            folder: of `dit-hub train`, or a Hub id.
+
+        Raises:
+            ValueError, OSError, ImportError: see `dit_hub.adapters.load_adapters`.
+        """
+        pipeline = cast(Any, self)
+        path = Path(folder)
+        if not path.is_dir() and str(folder).count("/") == 1:
+            with plain_hub_errors(f"load {folder} from"):
+                path = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        id2label = load_adapters(pipeline.transformer, path)
+        if id2label:
+            pipeline.register_to_config(id2label=id2label)
+
+
+# --- Details ---------------------------------------------------------------------------------------------------------
+
+
+def _names_a_class(name: str, entry: Any) -> bool:
+    """Whether an entry of model_index.json is a component: [library, class]."""
+    return not name.startswith("_") and isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] is not None
+
+
+def _is_foreign(entry: Any) -> bool:
+    """Whether an entry of model_index.json is diffusers' DiT."""
+    return isinstance(entry, (list, tuple)) and tuple(entry[:1]) == ("diffusers",) and entry[1] in DIFFUSERS_CLASSES
+
+
+def _carries_code(entry: Any) -> bool:
+    """Whether an entry of model_index.json is our class from a file of the repository."""
+    return isinstance(entry, (list, tuple)) and list(entry) == ["modeling_dit", "DiTTransformer"]
+
+
+def _load_foreign(
+    name: str, folder: Path, index: dict[str, Any], shift: float | None, options: dict[str, Any]
+) -> DiTTransformer:
+    """The transformer of a folder in diffusers' layout, with the numerics that its weights were trained with.
+
+    It is where `device_map` says, since diffusers moves only what it loads itself.
+    """
+    if options.get("device_map") == "balanced":
+        raise ValueError(
+            f"{name} is in diffusers' layout, which is converted while loading, and device_map 'balanced' places no "
+            "transformer that is; run `dit-hub convert` on it first, or name one device."
+        )
+    official = published_repository(name) in OFFICIAL_WEIGHTS or index.get(SHIFT_KEY) == 0
+    if shift is None:
+        shift = 0.0 if official else 1.0
+        reason = "it holds official weights" if official else "as diffusers itself computes"
+        other = "1 for diffusers' own numbers" if official else "0 if these are converted official weights"
+        logger.warning(
+            "%s is in diffusers' layout: timestep_freq_shift=%g, since %s; pass %s.", name, shift, reason, other
+        )
+    numerics: dict[str, Any] = {"timestep_freq_shift": shift, **({"mlp_norm_eps": None} if shift == 0 else {})}
+    numerics["guidance_channels"] = index.get(GUIDANCE_KEY)
+    transformer = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    if isinstance(dtype, dict):
+        dtype = dtype.get("transformer", dtype.get("default"))
+    return cast(Any, transformer).to(device=options.get("device_map"), dtype=dtype)
+
+
+def _arguments(door: Any) -> list[str]:
+    """The names of the arguments of a class or one of its methods."""
+    parameters = inspect.signature(door).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+
+
+def _refuse_unknown(given: dict[str, Any], known: list[str], door: str) -> None:
+    """ValueError for an argument that nothing would read."""
+    for name in given.keys() - set(known):
+        raise ValueError(f"{door} takes no {name!r}. The nearest names: {nearest(name, known)}.")
+
+
+def _load_vae(name: str, hub_options: dict[str, Any]) -> Any:
+    """A decoder, or None with a word of advice where it cannot be had now."""
+    try:
+        with warnings.catch_warnings():  # diffusers' own use of a deprecated argument
+            warnings.simplefilter("ignore")
+            return AutoencoderKL.from_pretrained(name, **hub_options)
+    except (OSError, ValueError):
+        logger.warning(
+            "The decoder %s cannot be loaded now, so this pipeline draws latents only; pass vae= another, or set "
+            'pipe.vae = AutoencoderKL.from_pretrained("%s") later.',
+            name,
+            name,
+        )
+        return None
+
+
+def weights_state(transformer: Any) -> tuple[int, int]:
+    """Changes when the weights do: another model, or a write to one of its parameters."""
+    parameters = transformer.parameters() if isinstance(transformer, torch.nn.Module) else ()
+    return id(transformer), sum(parameter._version for parameter in parameters)
+
+
+@contextmanager
+def unsound_values(problem: str) -> Iterator[None]:
+    """ValueError for what libraries do when a folder's JSON files hold values that they do not expect."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{problem}; are its JSON files sound? {type(error).__name__}: {reason}") from error
