@@ -348,6 +348,7 @@ def import_changed(file: Path, text: str) -> None:
 def functions(file: Path) -> dict[int, list[Any]]:
     """Of a module that is imported, by their first line."""
     found: dict[int, list[Any]] = defaultdict(list)
+    gc.unfreeze()  # what is frozen is not listed
     for thing in gc.get_objects():
         if isinstance(thing, FunctionType):
             name = thing.__code__.co_filename
@@ -403,6 +404,7 @@ class Trial:
                 first = place(self.tree, item.mutations[0].start_pos).outermost
                 assert first is not None
                 code = _code_at(compile(text, self.module.path, "exec", dont_inherit=True), first)
+                assert live[first], f"the function of line {first} was not found"
                 for function in live[first]:
                     function.__code__ = code.replace(co_filename=function.__code__.co_filename)
                 session.items = [by_name[test] for test in tests]
