@@ -51,6 +51,7 @@ os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": 
 _PYTEST = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}"]
 _MEMORY = 12 * 2**30
 _WAIT = 0.005
+_NOT_RUN = 99  # the status of a fork in which something else than a test failed
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ def in_a_fork(run: Callable[[], int], seconds: float) -> tuple[int, str]:
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         child = os.fork()
         if child == 0:
-            status = 99
+            status = _NOT_RUN
             try:
                 os.setsid()
                 os.dup2(output.fileno(), 1)
@@ -435,6 +436,8 @@ class Trial:
         tests = self.coverage.tests(function)
         seconds = sum(self.coverage.seconds[test] for test in tests)
         status, output = in_a_fork(lambda: run(text, tests), _limit(seconds)) if tests else (0, "no test calls it")
+        if status == _NOT_RUN:
+            raise SystemExit(f"{_told(mutation, '')} could not be tried:\n{output[-3000:]}")
         outcome = TestOutcome.KILLED if status else TestOutcome.SURVIVED
         output = "\n".join([f"status {status}", *output.splitlines()[-4:]])
         diff = "\n".join(_make_diff(self.module.file.read_text(), text, self.module.path))
