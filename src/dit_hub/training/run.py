@@ -77,7 +77,7 @@ class Run:
         self.unreadable: set[str] = set()
         self.skipped = self.skipped_in_a_row = 0
         self.last_unreadable, self.stopping = "", 0  # the number of the signal that asked to
-        self.data = {} if folder is None else describe(dataset)
+        self.data = {} if folder is None else describe(dataset, accelerator.num_processes)
         self.outcomes: deque[Outcome] = deque()  # of steps that were started and not looked at
         self.scheduler = make_scheduler(recipe, model.config)
         self.null_class, self.dropout = model.config.null_class, model.config.class_dropout_prob
