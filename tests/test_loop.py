@@ -2,6 +2,9 @@
 
 import json
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import get_worker_info
 
 from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
-from dit_hub.training import loop
+from dit_hub.training import loop, publish
 from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loop import Progress, TrainingError, train
@@ -57,6 +60,28 @@ def test_a_step_is_looked_at_when_the_next_one_is_under_way(save_every: int, tmp
             "read", "read", "said 4", "read", "said 5", "said 6"]  # fmt: skip
     else:
         assert events == ["read", *(word for step in range(1, 6) for word in ("read", f"said {step}")), "said 6"]
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pushed: list[str] = []
+    over = threading.Event()
+
+    def push(folder: str, repository: str, message: str) -> None:
+        pushed.append(message)
+        if not over.wait(3):
+            pushed.append("waited for")
+
+    monkeypatch.setattr(publish, "make_repository", lambda name: name)
+    monkeypatch.setattr(publish, "push_folder", push)
+
+    def stop(progress: Progress) -> None:
+        if pushed:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = replace(SHORT, steps=10_000, save_every=4, push_to_hub="me/model")
+    assert not train(recipe, stop, run_folder=tmp_path).finished
+    assert pushed == ["Step 4"]
+    over.set()
 
 
 class Stuck(Pictures):

@@ -153,7 +153,8 @@ def train(
 ) -> None:
     """Train a model and save it as a pipeline folder.
 
-    With save_every above 0, a run that was cut goes on where it stopped when the same command is given again.
+    A run that was stopped goes on when the same command is given again; one that was killed, from its last checkpoint,
+    of which save_every says how often there is one.
     """
     from .files import check_free
 
