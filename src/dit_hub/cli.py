@@ -46,7 +46,9 @@ def _options(
 @app.command()
 def generate(
     model: Model,
-    labels: Annotated[list[str] | None, typer.Argument(help="Class names or ids; all classes if none.")] = None,
+    labels: Annotated[
+        list[str] | None, typer.Argument(help="Class names, or ids that are no name; all classes if none.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
     per_label: Annotated[int, typer.Option(help="Pictures of each label; of an unconditional model, in all.")] = 1,
@@ -80,7 +82,8 @@ def generate(
     if scheduler is not None:
         pipeline.scheduler = switch_scheduler(pipeline.scheduler, scheduler)
     num_classes = pipeline.transformer.config.num_classes
-    wanted = [int(label) if label.isdecimal() else label for label in labels or []]
+    known = {name.strip() for names in pipeline.id2label.values() for name in names.split(",")}
+    wanted = [int(label) if label.isdecimal() and label not in known else label for label in labels or []]
     ids = pipeline.get_label_ids(wanted or range(num_classes)) if num_classes or wanted else None
     frames = Trajectory()
     images = pipeline(
