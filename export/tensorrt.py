@@ -133,7 +133,7 @@ class _Engine:
         cuda_graphs: bool,
     ):
         trt = require(manifest.product, manifest.product.replace("_", "-"))
-        self._name, self._profiles, self._device, self._cuda_graphs = manifest.product, profiles, device, cuda_graphs
+        self._name, self._profiles, self._device = manifest.product, profiles, device
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
