@@ -4,9 +4,8 @@ Tensors of torch are the engine's buffers and torch's stream its stream; nothing
 """
 
 import contextlib
-import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor
 
 from dit_hub.extras import require
-from dit_hub.manifest import note_written
+from dit_hub.files import _workplace
+from dit_hub.manifest import MANIFEST_FILE, note_written
 from dit_hub.runtime import RuntimeOptions
 
 from .component import RuntimeComponent, RuntimeDecoder, RuntimeDenoiser, RuntimeSampler, Session
+from .cuda_graph import CudaGraph, record
 from .tensorrt_build import Machine, Manifest, file_sha256, is_rtx, misfit
 
 ENGINE_FILE = "model.engine"
@@ -35,6 +36,7 @@ class _TensorRTComponent(RuntimeComponent):
     model_file = ENGINE_FILE
     conditioner_file = CONDITIONER_ENGINE_FILE
     elsewhere = "an engine runs on the GPU that is current when it is loaded; see torch.cuda.set_device"
+    has_loop = False  # which CUDA graphs cannot hold
 
     @classmethod
     def described(cls, folder: Path) -> Any:
@@ -52,7 +54,7 @@ class _TensorRTComponent(RuntimeComponent):
         if facts is None or file_sha256(path) != facts.sha256:  # TensorRT itself may crash on a damaged engine
             raise ValueError(f"{path} is not the engine that its manifest describes; build it anew.")
         self.device = torch.device("cuda", torch.cuda.current_device())
-        return _Engine(path, manifest, facts.profiles, self.device, options.cuda_graphs)
+        return _Engine(path, manifest, facts.profiles, self.device, options.cuda_graphs and not self.has_loop)
 
 
 class TensorRTDiTTransformer(_TensorRTComponent, RuntimeDenoiser):
@@ -61,6 +63,8 @@ class TensorRTDiTTransformer(_TensorRTComponent, RuntimeDenoiser):
 
 class TensorRTSampler(_TensorRTComponent, RuntimeSampler):
     """The whole denoising loop as a TensorRT engine; in place of the denoiser, a component of a `DiTPipeline`."""
+
+    has_loop = True
 
 
 class TensorRTVAEDecoder(_TensorRTComponent, RuntimeDecoder):
@@ -107,13 +111,17 @@ class RecentlyUsed(Generic[Value]):
         self._values.move_to_end(key)
         return self._values[key]
 
+    def clear(self) -> None:
+        """Let all go."""
+        self._values.clear()
+
 
 class _Engine:
     """A loaded engine: tensors by input name -> its first output, on PyTorch's stream.
 
     With CUDA graphs each set of shapes has a context and buffers of its own, as the addresses that a graph holds must
     stay; inputs are copied in and the output is copied out. The last few sets are held. TensorRT for RTX records by
-    itself; for TensorRT, PyTorch records after the first call. What cannot be recorded, such as a loop, runs without.
+    itself; TensorRT's launches are recorded after the first call. An engine that cannot be recorded runs without.
     """
 
     def __init__(
@@ -125,7 +133,7 @@ class _Engine:
         cuda_graphs: bool,
     ):
         trt = require(manifest.product, manifest.product.replace("_", "-"))
-        self._name, self._profiles, self._device, self._cuda_graphs = manifest.product, profiles, device, cuda_graphs
+        self._name, self._profiles, self._device = manifest.product, profiles, device
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))  # must outlive the engine
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
@@ -153,54 +161,68 @@ class _Engine:
         outputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT]
         self._outputs = {name: types[self._engine.get_tensor_dtype(name)] for name in outputs}
         self._stream = torch.cuda.Stream(device)  # on the default one TensorRT synchronises the device each time
-        self._context = self._new_context()
+        # Of all shapes; where each has one of its own it would only take memory.
+        self._context = None if cuda_graphs else self._new_context()
         self._recordings = RecentlyUsed[_Recording](_MOST_RECORDINGS, self._stream.synchronize)
         self._calls: Counter[tuple] = Counter()
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         check_shapes(self._profiles, inputs)
         shapes = tuple((name, tuple(value.shape)) for name, value in inputs.items())
-        waiting = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(waiting)
-        with torch.cuda.stream(self._stream):
-            if self._cuda_graphs:
-                output = self._replay(self._recordings.get(shapes, lambda: self._recording(inputs)), inputs)
-            else:
-                output, *_ = self._bind(self._context, inputs)
-                self._enqueue(self._context)
-        waiting.wait_stream(self._stream)
-        output.record_stream(waiting)
+        caller = torch.cuda.current_stream(self._device)
+        if self._context is None:
+            output = self._run_recorded(self._recordings.get(shapes, lambda: self._recording(inputs)), inputs, caller)
+        else:
+            output = self._run(self._context, inputs, caller)
         self._calls[shapes] += 1
         if self._calls[shapes] <= 2:  # kernels for a shape may be compiled after its first call
             self._save_cache()
         return output
 
+    def _run(self, context: Any, inputs: dict[str, Tensor], caller: torch.cuda.Stream) -> Tensor:
+        # The caller's stream owns the outputs. It waits for the engine, so nobody gets their memory too early.
+        output, *_others = self._bind(context, inputs)
+        with self._after(caller):
+            self._enqueue(context)
+        return output
+
+    def _run_recorded(self, recording: "_Recording", inputs: dict[str, Tensor], caller: torch.cuda.Stream) -> Tensor:
+        with self._after(caller):
+            for name, value in inputs.items():
+                recording.inputs[name].copy_(value)
+            if recording.graph is not None:
+                recording.graph.launch(self._stream.cuda_stream)
+            else:
+                self._enqueue(recording.context)
+                if not self._records_itself:  # after a plain call, which updates what depends on the shapes
+                    self._record(recording)
+        output = recording.outputs[0].clone()
+        self._stream.wait_stream(caller)  # before the next pass, which may be another stream's, writes there
+        return output
+
+    @contextlib.contextmanager
+    def _after(self, caller: torch.cuda.Stream) -> Iterator[None]:
+        """The block's work follows what the caller's stream has to do, and what that gets to do later follows it."""
+        self._stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            caller.wait_stream(self._stream)
+
     def _recording(self, inputs: dict[str, Tensor]) -> "_Recording":
-        held, context = {name: value.clone() for name, value in inputs.items()}, self._new_context()
-        return _Recording(context, held, self._bind(context, held))
+        with torch.cuda.stream(self._stream):  # which alone uses their memory, now and later
+            held = {name: value.new_empty(value.shape) for name, value in inputs.items()}
+            context = self._new_context()
+            return _Recording(context, held, self._bind(context, held))
 
-    def _replay(self, recording: "_Recording", inputs: dict[str, Tensor]) -> Tensor:
-        for name, value in inputs.items():
-            recording.inputs[name].copy_(value)
-        if recording.graph is not None:
-            recording.graph.replay()
-        else:
-            self._enqueue(recording.context)
-            if not self._records_itself and not recording.tried:
-                recording.tried = True  # after a plain call, which updates what depends on the shapes
-                recording.graph = self._capture(recording.context)
-        return recording.outputs[0].clone()
-
-    def _capture(self, context: Any) -> Any:
-        """The CUDA graph of a pass; None where it cannot be recorded."""
+    def _record(self, recording: "_Recording") -> None:
+        """Record a pass. Where that is refused it would be for all shapes, and one context serves them from now on."""
         self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # CUDA raises RuntimeError for what it cannot record; where TensorRT refuses, `_enqueue` raises ValueError.
-        with contextlib.suppress(RuntimeError, ValueError):
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._enqueue(context)
-            return graph
-        return None
+        recording.graph = record(self._stream.cuda_stream, lambda: self._enqueue(recording.context), self._device)
+        if recording.graph is None:
+            self._context = recording.context
+            self._recordings.clear()
 
     def _new_context(self) -> Any:
         context = self._engine.create_execution_context(self._config)
@@ -226,11 +248,16 @@ class _Engine:
     def _save_cache(self) -> None:
         if self._cache is None:
             return
-        building = self._cache_file.with_suffix(f".{os.getpid()}")
-        with contextlib.suppress(OSError):  # a folder that cannot be written to only starts slowly each time
-            building.write_bytes(memoryview(self._cache.serialize()))
-            building.replace(self._cache_file)
-            note_written(self._cache_file)
+        file = self._cache_file
+        folder = next((each for each in file.parents[:2] if (each / MANIFEST_FILE).is_file()), file.parent)
+        # Beside the pipeline, where the next command for it removes what a process that is killed leaves; beside the
+        # file where that cannot be. A folder that cannot be written to only starts slowly each time.
+        for place in (folder, file):
+            with contextlib.suppress(OSError), _workplace(place) as work:
+                (work / file.name).write_bytes(memoryview(self._cache.serialize()))
+                (work / file.name).replace(file)
+                note_written(file)
+                return
 
 
 @dataclass
@@ -240,5 +267,4 @@ class _Recording:
     context: Any
     inputs: dict[str, Tensor]
     outputs: list[Tensor]
-    graph: Any = None
-    tried: bool = False
+    graph: CudaGraph | None = None

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import DDIMScheduler
 from PIL import Image
 
 import dit_hub as dit_hub_package
-from dit_hub import DiTPipeline
+from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.cli import main
 from dit_hub.files import new_file
 from dit_hub.flops import PUBLISHED
@@ -50,6 +52,17 @@ def test_generate_writes_a_grid_and_the_same_seed_the_same_bytes(tmp_path: Path)
     )
     assert other.returncode == 0
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_a_number_that_is_a_name_is_that_class(tmp_path: Path, make_model: Callable[..., DiTTransformer]) -> None:
+    """As in Python. Folders named 1, 2 and 3 become the classes 0, 1 and 2."""
+    model = make_model(in_channels=3, learn_sigma=False, num_classes=3)
+    DiTPipeline(model, DDIMScheduler(), None, {0: "1", 1: "2", 2: "3"}).save_pretrained(tmp_path / "model")
+    for label in ("0", "1"):
+        run = dit_hub("generate", "model", label, "--steps", 2, "--out", f"{label}.png", cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+    # 0 is no name, and so the first class.
+    assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
 
 def test_export_then_generate_runs_on_onnx_runtime(tmp_path: Path) -> None:

@@ -185,3 +185,25 @@ def test_a_shift_of_the_latents_is_noted(tmp_path: Path) -> None:
     vae = HalvingVAE()
     vae.config.shift_factor = 0.125
     assert CachedLatents(cache_latents(pictures(), vae, tmp_path)).shift_factor == 0.125
+
+
+def test_latents_of_an_older_release_go_on(tmp_path: Path) -> None:
+    """Its plan had neither a fingerprint nor a shift; what it encoded is the same."""
+    dataset, vae = pictures(), HalvingVAE()
+    cache_latents(dataset, vae, tmp_path, shard_size=4)
+    plan = tmp_path / "plan.json"
+    noted = json.loads(plan.read_text())
+    del noted["fingerprint"]
+    plan.write_text(json.dumps(noted))
+    (tmp_path / "shard-00001.safetensors").unlink()
+    (tmp_path / "latents.json").unlink()
+    vae.config.shift_factor, vae.batches = 0.125, []
+    cached = CachedLatents(cache_latents(dataset, vae, tmp_path, shard_size=4))
+    assert (len(cached), cached.shift_factor, vae.batches) == (10, 0.125, [4, 4])
+    assert json.loads(plan.read_text()).keys() == noted.keys() | {"fingerprint", "shift_factor"}
+    with pytest.raises(ValueError, match="latents of other data"):
+        cache_latents(pictures(), vae, tmp_path, shard_size=4)
+    noted["count"] = 11
+    plan.write_text(json.dumps(noted))
+    with pytest.raises(ValueError, match="latents of other data"):
+        cache_latents(dataset, vae, tmp_path, shard_size=4)

@@ -1,6 +1,11 @@
 """What the training loop does within a step, seen from outside."""
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +17,10 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import get_worker_info
 
 from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
-from dit_hub.training import loop
+from dit_hub.training import loop, publish
 from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loop import Progress, TrainingError, train
@@ -54,6 +60,77 @@ def test_a_step_is_looked_at_when_the_next_one_is_under_way(save_every: int, tmp
             "read", "read", "said 4", "read", "said 5", "said 6"]  # fmt: skip
     else:
         assert events == ["read", *(word for step in range(1, 6) for word in ("read", f"said {step}")), "said 6"]
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pushed: list[str] = []
+    over = threading.Event()
+
+    def push(folder: str, repository: str, message: str) -> None:
+        pushed.append(message)
+        if not over.wait(3):
+            pushed.append("waited for")
+
+    monkeypatch.setattr(publish, "make_repository", lambda name: name)
+    monkeypatch.setattr(publish, "push_folder", push)
+
+    def stop(progress: Progress) -> None:
+        if pushed:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    recipe = replace(SHORT, steps=10_000, save_every=4, push_to_hub="me/model")
+    assert not train(recipe, stop, run_folder=tmp_path).finished
+    assert pushed == ["Step 4"]
+    over.set()
+
+
+class Stuck(Pictures):
+    """What is read ahead of the first batch waits for a network."""
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        if (worker := get_worker_info()) and worker.id == 1:
+            time.sleep(10_000)
+        return super().read(keys)
+
+
+def test_a_process_that_reads_and_is_stuck_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # 5 s; how long torch asks it to end
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(SHORT, save_every=1, workers=2), stop, dataset=Stuck(*shapes(8), ID2LABEL, "", ""))
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()
+    assert not left
+
+
+class Moved(Tensor):
+    """A tensor that notes how it is moved."""
+
+    waited_for: list[bool] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to:
+            cls.waited_for.append(not (kwargs or {}).get("non_blocking", False))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_data_that_are_not_pinned_are_waited_for() -> None:
+    """They are for CUDA alone."""
+
+    class Watched(Pictures):
+        def read(self, keys: Sequence[Key]) -> Batch:
+            batch = super().read(keys)
+            return replace(batch, data=batch.data.as_subclass(Moved))
+
+    Moved.waited_for = []
+    train(replace(SHORT, steps=1), dataset=Watched(*shapes(8), ID2LABEL, "", ""))
+    assert Moved.waited_for
+    assert all(Moved.waited_for)
 
 
 class Operations(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """Runs that are killed, and go on as if nothing had happened."""
 
+import hashlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dit_hub.training import fingerprint as fingerprint_module
 from dit_hub.training.checkpoints import checkpoints
 from dit_hub.training.data import Batch, CachedLatents, Dataset, ImageFolder, Key, Pictures
 from dit_hub.training.fingerprint import fingerprint
@@ -387,6 +389,35 @@ def test_the_fingerprint_of_latents_and_of_pictures(tmp_path: Path) -> None:
         drawn = Pictures(*shapes(4, seed), ID2LABEL, "", "")
         prints.add(fingerprint(CachedLatents(cache_latents(drawn, small_vae(), tmp_path / name))))
     assert len(prints) == 2
+
+
+def test_the_fingerprint_of_a_large_archive_is_of_some_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ImageNet in 64x64 is 15 GB."""
+    hashed: list[int] = []
+    real = hashlib.sha256
+
+    class Counted:
+        def __init__(self) -> None:
+            self.digest = real()
+
+        def update(self, content: bytes) -> None:
+            hashed.append(len(content))
+            assert sum(hashed) < 2**23
+            self.digest.update(content)
+
+        def hexdigest(self) -> str:
+            return self.digest.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", Counted)
+    monkeypatch.setattr(fingerprint_module, "_NUMBERS", 2**20)
+    data, labels = torch.zeros(1000, 3, 64, 64, dtype=torch.uint8), torch.zeros(1000, dtype=torch.long)
+    before = fingerprint(Pictures(data, labels, {}, "", ""))
+    hashed.clear()
+    data[999] = 1
+    other = fingerprint(Pictures(data, labels, {}, "", ""))
+    hashed.clear()
+    labels[123] = 1
+    assert len({before, other, fingerprint(Pictures(data, labels, {}, "", ""))}) == 3
 
 
 class Own:

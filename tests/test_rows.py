@@ -1,6 +1,7 @@
 """Training from Hugging Face's `datasets`, downloaded and streamed."""
 
 import io
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dit_hub.training.loader import make_loader, open_dataset
 from dit_hub.training.loop import Progress, train
 from dit_hub.training.recipe import Recipe
 from dit_hub.training.rows import Rows, StreamedRows
+from dit_hub.training.setup import check_same_recipe, describe
 
 from .command_line import dit_hub
 
@@ -160,6 +162,24 @@ def test_a_data_set_trains_and_goes_on_where_it_was_cut(repository: Path, tmp_pa
     assert resumed.epoch_losses == whole.epoch_losses
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stream_is_gone_on_with_by_as_many_processes(repository: Path, streaming: bool) -> None:
+    """Others would have other parts of it, and so see some rows twice and some never."""
+    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=streaming, batch_size=8)
+    rows = open_dataset(recipe.data, 8, 1, 0, streaming)
+    facts = {"recipe": asdict(recipe), "data": describe(rows, 2)}
+    check_same_recipe(Path("step-1"), facts, recipe, describe(rows, 2))
+    older = {**facts, "data": {name: value for name, value in facts["data"].items() if name != "processes"}}
+    check_same_recipe(Path("step-1"), older, recipe, describe(rows, 4))
+    if not streaming:
+        check_same_recipe(Path("step-1"), facts, recipe, describe(rows, 4))
+        return
+    with pytest.raises(
+        ValueError, match=r"step-1 is of a stream that 2 processes shared, and here are 4; go on with 2"
+    ):
+        check_same_recipe(Path("step-1"), facts, recipe, describe(rows, 4))
+
+
 def test_a_damaged_image_is_named_and_left_out(tmp_path: Path, repository: Path) -> None:
     pictures = [png(number % 50) for number in range(100)]
     pictures[7] = b"no picture"
@@ -213,7 +233,7 @@ def test_a_row_without_an_image_is_left_out(repository: Path) -> None:
     table.to_parquet(str(repository / "data" / "train-00000-of-00001.parquet"))
     (repository / "README.md").write_text(CARD.format(count=2))
     batch = open_dataset(f"hf:{repository}", 8, 1, 0).read([(0, False), (1, False)])
-    assert batch.unreadable == ["Row 0", "Row 1"]
+    assert batch.unreadable == ["Row 0", "Row 1 (without a class)"]
 
 
 def test_small_images_are_said(repository: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_hub import DiTConfig, DiTPipeline
-from dit_hub.schedulers import switch_scheduler
+from dit_hub.schedulers import check_scheduler, switch_scheduler
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -148,6 +148,38 @@ def test_every_scheduler_class_of_diffusers_is_in_a_list() -> None:
 @pytest.mark.parametrize("name", sorted(DETERMINISTIC))
 def test_deterministic_schedulers_follow_the_exact_flow(name: str) -> None:
     assert error_of_the_flow(draw(pipeline(make(name, own_scheduler().config)), STEPS)) < LARGEST_ERROR
+
+
+@pytest.mark.parametrize("name", sorted(DETERMINISTIC | STOCHASTIC - {"DPMSolverSDEScheduler"}))
+def test_bare_schedulers_draw_the_same_or_are_refused(name: str, drawn_by_ddpm: Tensor) -> None:
+    official = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    pipe = pipeline(make(name, **official))
+    if pipe.scheduler.config.get("clip_sample"):
+        assert_refused(pipe, f"make it with {name}.from_config(pipe.scheduler.config, clip_sample=False).")
+        pipe.scheduler = make(name, pipe.scheduler.config, clip_sample=False)
+    if name in DETERMINISTIC:
+        assert error_of_the_flow(draw(pipe, STEPS)) < LARGEST_ERROR
+    else:
+        assert_alike(draw(pipe, STOCHASTIC_STEPS), drawn_by_ddpm)
+
+
+def test_latents_are_not_cut_to_the_range_of_pixels() -> None:
+    """diffusers' DDIM clips where a config says nothing, as those of classes that cannot clip do."""
+    own = make("DPMSolverMultistepScheduler", beta_start=1e-4, beta_end=0.02)
+    pipe = DiTPipeline(ExactDenoiser(), own)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make("DDIMScheduler", own.config)
+    assert_refused(pipe, "clip_sample=False")
+    pipe.scheduler = make("DPMSolverMultistepScheduler", own.config, thresholding=True)
+    assert_refused(pipe, "thresholding=False")
+    pipe.scheduler = switch_scheduler(own, "ddim")
+    assert error_of_the_flow(draw(pipe, STEPS)) < LARGEST_ERROR
+
+
+def test_pixels_may_be_cut_and_so_may_what_the_models_own_scheduler_cuts() -> None:
+    for channels, own in ((3, own_scheduler()), (1, own_scheduler()), (4, diffusers.DDPMScheduler())):
+        config = DiTConfig(in_channels=channels)
+        check_scheduler(make("DDIMScheduler"), config, own, latent=channels == 4)
 
 
 @pytest.mark.parametrize("name", sorted(FLOW_DETERMINISTIC))

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from dit_hub.export.tensorrt import RecentlyUsed, _Engine
-from dit_hub.export.tensorrt_build import Manifest, choose_capabilities
+from dit_hub.export.tensorrt import RecentlyUsed, TensorRTDiTTransformer, TensorRTSampler, _Engine
+from dit_hub.export.tensorrt_build import EngineFacts, Machine, Manifest, choose_capabilities, file_sha256
+from dit_hub.files import check_free, new_folder
+from dit_hub.runtime import RuntimeOptions
 
 PROFILES = {"x": [[1], [8], [64]]}
 
@@ -25,8 +28,8 @@ class Product(ModuleType):
 
     Args:
         name: "tensorrt" or "tensorrt_rtx".
-        refusal: what happens where a pass is recorded: None (it is), "clean" (it returns False), "in the pass" or "at
-            the end" (CUDA's error).
+        refusal: what happens where a pass is recorded: None (it is), "clean" (it returns False), "in the pass" (it
+            raises), "at the end" or "for the graph" (CUDA's error).
     """
 
     CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole")
@@ -44,6 +47,10 @@ class Product(ModuleType):
         self.strategy: Any = None
         self.caches = 0
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.graphs: dict[int, list[Context]] = {}  # CUDA's, by handle
+        self.streams: list[Stream] = []
+        self.passes: set[object] = set()
+        self.copies: set[object] = set()  # of outputs
         Logger = type("Logger", (), {"ERROR": 0, "__init__": lambda *_: None})  # noqa: N806
         self.Logger, self.Runtime = Logger, lambda logger: self
 
@@ -108,54 +115,117 @@ class Context:
         return self.product.refusal != "clean"
 
     def compute(self) -> None:
+        (stream,) = self.product.streams
+        assert self.product.copies <= stream.done  # an output is not written again before it is copied
+        stream.add_to(self.product.passes)
         kind = ctypes.c_float * math.prod(self.shape)
         x, y = (np.ctypeslib.as_array(kind.from_address(self.addresses[name])) for name in "xy")
         y[:] = 2 * x
 
 
+class Driver:
+    """CUDA's, as far as graphs need it."""
+
+    def __init__(self, product: Product):
+        self.product = product
+
+    def cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:  # noqa: N802
+        assert (stream.value, mode, self.product.recorded) == (7, 1, None)
+        self.product.recorded = []
+        return 0
+
+    def cuStreamEndCapture(self, stream: Any, graph: Any) -> int:  # noqa: N802
+        recorded, self.product.recorded = self.product.recorded, None
+        if recorded is None or self.product.refusal in ("in the pass", "at the end"):
+            return 901
+        return self._new(graph, recorded)
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:  # noqa: N802
+        return (
+            801 if self.product.refusal == "for the graph" else self._new(executable, self.product.graphs[graph.value])
+        )
+
+    def cuGraphLaunch(self, executable: Any, stream: Any) -> int:  # noqa: N802
+        assert stream.value == 7
+        for context in self.product.graphs[executable.value]:
+            context.compute()
+        return 0
+
+    def cuGraphDestroy(self, graph: Any) -> int:  # noqa: N802
+        del self.product.graphs[graph.value]
+        return 0
+
+    cuGraphExecDestroy = cuGraphDestroy  # noqa: N815
+
+    def _new(self, pointer: Any, recorded: list[Context]) -> int:
+        pointer._obj.value = max(self.product.graphs, default=0) + 1
+        self.product.graphs[pointer._obj.value] = recorded
+        return 0
+
+
+class Stream:
+    """A stream of CUDA: which work is done before what comes next."""
+
+    cuda_stream = 7
+    current: list["Stream"] = []
+
+    def __init__(self, device: Any = None):
+        self.done: set[object] = set()
+
+    def add_to(self, kind: set[object]) -> object:
+        """Work of a kind, to be done by this stream."""
+        kind.add(work := object())
+        self.done.add(work)
+        return work
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.done |= other.done
+
+    def synchronize(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def current(stream: Stream) -> Iterator[None]:
+    """What PyTorch does in the block goes to a stream."""
+    Stream.current.append(stream)
+    try:
+        yield
+    finally:
+        Stream.current.pop()
+
+
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[_Engine, Product]]:
-    """A function (arguments of `Product`, cuda_graphs) -> its engine and it; PyTorch's streams do nothing."""
+    """A function (arguments of `Product`, cuda_graphs) -> its engine and it."""
 
-    def make(name: str, refusal: str | None = None, cuda_graphs: bool = True) -> tuple[_Engine, Product]:
+    def make(
+        name: str, refusal: str | None = None, cuda_graphs: bool = True, folder: Path = tmp_path
+    ) -> tuple[_Engine, Product]:
         product = Product(name, refusal)
 
-        class Stream:
-            cuda_stream = 7
+        def new_stream(device: Any) -> Stream:
+            product.streams.append(Stream())
+            return product.streams[-1]
 
-            def __init__(self, device: Any = None):
-                pass
+        def clone(tensor: torch.Tensor) -> torch.Tensor:
+            stream = Stream.current[-1]
+            assert product.passes <= stream.done  # what is copied has been computed
+            stream.add_to(product.copies)
+            return torch.empty_like(tensor).copy_(tensor)
 
-            def wait_stream(self, other: Any) -> None:
-                pass
-
-            def synchronize(self) -> None:
-                pass
-
-        class Graph:
-            passes: list[Context] = []
-
-            def replay(self) -> None:
-                for context in self.passes:
-                    context.compute()
-
-        @contextlib.contextmanager
-        def record(graph: Graph, **options: Any) -> Iterator[None]:
-            product.recorded = []
-            try:
-                yield
-                if product.refusal == "at the end":
-                    raise RuntimeError("the capture was invalidated")
-                graph.passes = product.recorded
-            finally:
-                product.recorded = None
+        def mark(*_: Any) -> None:
+            raise AssertionError("memory that is marked for a stream does not come back while a graph is recorded")
 
         monkeypatch.setitem(sys.modules, name, product)
-        for attribute, value in {"Stream": Stream, "current_stream": Stream, "CUDAGraph": Graph, "graph": record,
-                                 "stream": lambda stream: contextlib.nullcontext()}.items():  # fmt: skip
+        monkeypatch.setattr(ctypes, "CDLL", lambda library: Driver(product))
+        for attribute, value in {"Stream": new_stream, "stream": current, "CUDAGraph": None,
+                                 "current_stream": lambda device: Stream.current[-1]}.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, attribute, value)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-        path = tmp_path / "model.engine"
+        monkeypatch.setattr(Stream, "current", [Stream()])
+        monkeypatch.setattr(torch.Tensor, "clone", clone)
+        monkeypatch.setattr(torch.Tensor, "record_stream", mark)
+        path = folder / "model.engine"
         path.write_bytes(b"")
         manifest = Manifest(name, "1", ["8.9"], "fp32", weight_streaming=False)
         return _Engine(path, manifest, PROFILES, torch.device("cpu"), cuda_graphs), product
@@ -168,12 +238,24 @@ def check(engine: _Engine, count: int) -> None:
     torch.testing.assert_close(engine({"x": x}), 2 * x, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("refusal", [None, "clean", "in the pass", "at the end"])
-def test_what_cannot_be_recorded_runs_without(load: Any, refusal: str | None) -> None:
+@pytest.mark.parametrize("refusal", ["clean", "in the pass", "at the end", "for the graph"])
+def test_what_cannot_be_recorded_runs_without(load: Any, refusal: str) -> None:
     engine, product = load("tensorrt", refusal)
-    for _ in range(3):
-        check(engine, 3)
-    assert product.attempts == 1  # not again at each call
+    for count in (3, 3, 4, 3):
+        check(engine, count)
+        assert not product.graphs
+        assert product.recorded is None
+    assert product.attempts == 1  # not again at each call, nor for other shapes
+    assert len(product.contexts) == 1
+
+
+def test_what_is_recorded_is_launched_as_a_graph_and_goes_with_its_engine(load: Any) -> None:
+    engine, product = load("tensorrt")
+    for count in (3, 4, 3, 3, 4):
+        check(engine, count)
+    assert product.attempts == len(product.graphs) == 2
+    del engine
+    assert not product.graphs
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
@@ -182,16 +264,68 @@ def test_contexts_and_buffers_are_few(load: Any, name: str) -> None:
     for count in (*range(1, 13), *range(1, 13)):
         check(engine, count)
         check(engine, count)
-    assert len(product.contexts) <= 5  # one for the shapes that hold no recording, and four that do
+    assert len(product.contexts) == 4
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_without_graphs_one_context_serves_every_shape(load: Any, cuda_graphs: bool) -> None:
     engine, product = load("tensorrt", cuda_graphs=cuda_graphs)
+    assert len(product.contexts) == (0 if cuda_graphs else 1)
     for count in (1, 2, 1, 3):
         check(engine, count)
-    assert len(product.contexts) == (4 if cuda_graphs else 1)
+    assert len(product.contexts) == (3 if cuda_graphs else 1)
     assert (product.attempts > 0) == cuda_graphs
+
+
+@pytest.mark.parametrize("refusal", [None, "clean"])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_streams_wait_for_each_other(load: Any, cuda_graphs: bool, refusal: str | None) -> None:
+    """What a caller's stream has made is read, and what it gets is written, before either goes on."""
+    engine, product = load("tensorrt", refusal, cuda_graphs)
+    (own,), callers = product.streams, (Stream(), Stream())
+    for caller in callers * 3:
+        made = caller.add_to(set())
+        with current(caller):
+            check(engine, 2)
+        assert made in own.done
+        assert product.passes <= caller.done
+
+
+@pytest.mark.parametrize("kind", [TensorRTSampler, TensorRTDiTTransformer])
+def test_loops_are_not_recorded(load: Any, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, product = load("tensorrt")
+    file = tmp_path / "model.engine"
+    facts = EngineFacts(file_sha256(file), "", PROFILES)
+    Manifest("tensorrt", "1", ["8.9"], "fp32", weight_streaming=False, engines={file.name: facts}).write(tmp_path)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(Machine, "this", lambda: Machine({"tensorrt": "1"}, "8.9"))
+    component = kind.__new__(kind)
+    component.folder = tmp_path
+    engine = component._open(file, RuntimeOptions(cuda_graphs=True))
+    engine._device = torch.device("cpu")
+    product.streams.pop(0)
+    for _ in range(3):
+        check(engine, 2)
+    assert product.attempts == (kind is TensorRTDiTTransformer)
+
+
+def test_a_cache_that_a_kill_leaves_half_written_stays_not(load: Any, tmp_path: Path) -> None:
+    with new_folder(tmp_path / "export") as folder:
+        (folder / "model.engine").write_bytes(b"")
+    engine, _ = load("tensorrt_rtx", folder=tmp_path / "export")
+    if (child := os.fork()) == 0:
+        os.replace = Path.replace = Path.rename = lambda *_: os._exit(9)  # pyright: ignore[reportAttributeAccessIssue]
+        with contextlib.suppress(BaseException):
+            check(engine, 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = {path.name for path in tmp_path.rglob("*")} - {"export", "model.engine", ".dit-hub.json"}
+    assert "model.cache" in left  # what was being written
+    check_free(tmp_path / "export", overwrite=True)
+    assert {path.name for path in tmp_path.rglob("*")} == {"export", "model.engine", ".dit-hub.json"}
+    check(engine, 1)
+    assert (tmp_path / "export" / "model.cache").read_bytes() == b"compiled"
+    check_free(tmp_path / "export", overwrite=True)
 
 
 def test_the_products_are_told_apart_by_name(load: Any, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -38,6 +40,7 @@ from dit_hub.training.output import save_result
 from dit_hub.training.recipe import Recipe, get_recipe, shipped_recipes
 from dit_hub.training.result import TrainingResult
 from dit_hub.training.shapes import COLOURS, ID2LABEL, SHAPES, shapes
+from dit_hub.training.weights import Weights
 
 from .command_line import dit_hub
 from .conftest import Golden
@@ -614,6 +617,19 @@ def test_adapters_are_kept_apart_and_merged_when_loaded(tmp_path: Path) -> None:
         pipeline.load_adapters(tmp_path / "apart")
     with pytest.raises(ValueError, match="holds no adapters"):
         pipeline.load_adapters(tmp_path / "merged")
+
+
+def test_weights_are_shared_on_the_device_of_the_run(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the machine has a GPU that the run does not use."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("cuda"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weights = Weights(Recipe(fsdp=True), make_model(), Accelerator(cpu=True))
+        assert {cast(Any, weight).device_mesh.device_type for weight in weights.trained} == {"cpu"}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_frozen_parts_stay_as_they_were() -> None:

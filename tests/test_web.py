@@ -231,7 +231,7 @@ def test_without_a_server_the_page_says_so(page: Any, page_folder: Path) -> None
 
 @needs_chromium
 def test_a_missing_file_is_one_sentence(page: Any) -> None:
-    for name in ("facts.json", "model.onnx"):
+    for name in ("facts.json", "model.onnx", "ort/ort.wasm.min.js"):
         other = page.context.new_page()
         other.route(f"**/{name}", lambda route: route.fulfill(status=404, body="gone"))
         other.goto(page.url)

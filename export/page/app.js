@@ -12,6 +12,10 @@ const loaded = (name, promise) =>
     say(`${name} does not load: ${error.message}`);
     throw error;
   });
+if (!globalThis.ort) {
+  say("ort/ort.wasm.min.js does not load.");
+  throw new Error("ort/ort.wasm.min.js does not load");
+}
 const facts = await loaded("facts.json", fetch("facts.json").then((answer) => answer.json()));
 ort.env.wasm.wasmPaths = new URL("ort/", location.href).href;
 ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send

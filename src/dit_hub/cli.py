@@ -46,7 +46,9 @@ def _options(
 @app.command()
 def generate(
     model: Model,
-    labels: Annotated[list[str] | None, typer.Argument(help="Class names or ids; all classes if none.")] = None,
+    labels: Annotated[
+        list[str] | None, typer.Argument(help="Class names, or ids that are no name; all classes if none.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
     per_label: Annotated[int, typer.Option(help="Pictures of each label; of an unconditional model, in all.")] = 1,
@@ -80,7 +82,8 @@ def generate(
     if scheduler is not None:
         pipeline.scheduler = switch_scheduler(pipeline.scheduler, scheduler)
     num_classes = pipeline.transformer.config.num_classes
-    wanted = [int(label) if label.isdecimal() else label for label in labels or []]
+    known = {name.strip() for names in pipeline.id2label.values() for name in names.split(",")}
+    wanted = [int(label) if label.isdecimal() and label not in known else label for label in labels or []]
     ids = pipeline.get_label_ids(wanted or range(num_classes)) if num_classes or wanted else None
     frames = Trajectory()
     images = pipeline(
@@ -153,7 +156,8 @@ def train(
 ) -> None:
     """Train a model and save it as a pipeline folder.
 
-    With save_every above 0, a run that was cut goes on where it stopped when the same command is given again.
+    A run that was stopped goes on when the same command is given again; one that was killed, from its last checkpoint,
+    of which save_every says how often there is one.
     """
     from .files import check_free
 

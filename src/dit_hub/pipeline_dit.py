@@ -194,7 +194,8 @@ class DiTPipeline(HubPipeline):
         channels = config.guided_channels
         if guidance_channels is not None:
             channels = whole_number("guidance_channels", guidance_channels, 1, config.in_channels)
-        check_scheduler(self.scheduler, config, self._own_scheduler)
+        latent = self.vae is not None or config.in_channels not in (1, 3)
+        check_scheduler(self.scheduler, config, self._own_scheduler, latent)
         self.scheduler = without_foreign_variance(self.scheduler)
         step_kwargs = self._step_kwargs(generator, eta)
         whole_loop = hasattr(self.transformer, "sample")  # in one call of a runtime

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Literal, cast
 
 import diffusers
@@ -46,6 +46,9 @@ _NOISE_FIELDS = {
     "snr_shift_scale": 1.0,
 }
 
+# What bounds the predicted data to the range of pixels.
+_BOUNDS = ("clip_sample", "thresholding")
+
 
 def switch_scheduler(scheduler: Any, name: str) -> Any:
     """A scheduler of another kind for the same noise levels.
@@ -61,7 +64,9 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
         raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
     # Without diffusers' note of which values were defaults, for which classes put their own.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    kind: Any = getattr(diffusers, SCHEDULERS[name])
+    # Some classes clip to -1..1 where nothing says otherwise, as the configs of those that cannot clip do not.
+    return kind.from_config({"clip_sample": False, **config} if "clip_sample" in _settings(kind) else config)
 
 
 def official_scheduler(config: DiTConfig) -> Any:
@@ -102,16 +107,17 @@ def is_flow_matching(scheduler: Any) -> bool:
     if any(part in kind.__name__ for part in _VELOCITY):
         return True
     asked = scheduler.config.get("prediction_type") == "flow_prediction"
-    return asked and "use_flow_sigmas" in inspect.signature(kind).parameters
+    return asked and "use_flow_sigmas" in _settings(kind)
 
 
-def check_scheduler(scheduler: Any, config: DiTConfig, own: Any) -> None:
+def check_scheduler(scheduler: Any, config: DiTConfig, own: Any, latent: bool) -> None:
     """Raise ValueError for a scheduler that would draw something else than the model has learned.
 
     Args:
         scheduler: the one to sample with.
         config: of the model.
         own: the scheduler that came with the model, whose noise levels it was trained for.
+        latent: whether the model is one of latents, which are not bounded as pixels are.
     """
     name, flow = type(scheduler).__name__, config.parameterization != "diffusion"
     if flow:
@@ -132,6 +138,8 @@ def check_scheduler(scheduler: Any, config: DiTConfig, own: Any) -> None:
         raise ValueError(f"{name} does not step through the noise levels of DDPM; {advice}.")
     else:
         _check_noise_levels(scheduler, config, own)
+    if latent:
+        _check_bounds(scheduler, own)
 
 
 def _steps_alone(scheduler: Any) -> bool:
@@ -174,6 +182,21 @@ def _check_noise_levels(scheduler: Any, config: DiTConfig, own: Any) -> None:
     if uses_learned_variance(scheduler) and not config.learn_sigma:
         raise ValueError("The scheduler wants a learned variance, which this model does not predict; official sampling "
                          'of such models uses variance_type="fixed_large".')  # fmt: skip
+
+
+def _check_bounds(scheduler: Any, own: Any) -> None:
+    """Refuse what bounds the predicted data to -1..1, where the model's own scheduler does not."""
+    name = type(scheduler).__name__
+    for setting in _BOUNDS:
+        here = setting in _settings(type(scheduler)) and scheduler.config.get(setting)
+        if here and not own.config.get(setting):
+            raise ValueError(f"This {name} cuts what is predicted to -1..1, and latents go further; make it with "
+                             f"{name}.from_config(pipe.scheduler.config, {setting}=False).")  # fmt: skip
+
+
+def _settings(kind: type) -> Container[str]:
+    """What a class of schedulers can be told, of all that its configs may hold."""
+    return inspect.signature(kind).parameters
 
 
 def _equal(levels: Tensor, others: Tensor) -> bool:
@@ -266,7 +289,7 @@ def without_foreign_variance(scheduler: Any) -> Any:
     DPM solvers made from a DDPM's config act on its learned variance: they keep 3 channels of any prediction.
     """
     inherited = str(scheduler.config.get("variance_type")).startswith("learned")
-    acts_on_it = "variance_type" in inspect.signature(type(scheduler)).parameters
+    acts_on_it = "variance_type" in _settings(type(scheduler))
     if inherited and acts_on_it and not uses_learned_variance(scheduler):
         return type(scheduler).from_config(scheduler.config, variance_type=None)
     return scheduler

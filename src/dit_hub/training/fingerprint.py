@@ -16,6 +16,9 @@ from .rows import Rows, StreamedRows
 # Of files, all names count, the sizes of so many, and the bytes of so many.
 _SIZES, _SAMPLES = 16384, 256
 
+# Of pictures in memory, all labels count, and so many numbers.
+_NUMBERS = 2**26
+
 _FIRST_ROWS = 8
 
 
@@ -34,8 +37,9 @@ def fingerprint(dataset: Dataset) -> str:
 def _parts(dataset: Dataset) -> Iterator[bytes]:
     if isinstance(dataset, Pictures):
         yield dataset.labels.numpy().tobytes()
-        for pictures in dataset.data.split(1024):
-            yield _levels(pictures)
+        most = max(_NUMBERS // dataset.data[0].numel(), 1)
+        for positions in torch.tensor(_spread(len(dataset), most)).split(64):
+            yield _levels(dataset.data[positions])
     elif isinstance(dataset, ImageFolder):
         yield from _of_files(dataset)
     elif isinstance(dataset, CachedLatents):

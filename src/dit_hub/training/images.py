@@ -35,8 +35,8 @@ _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "te
 _LOOKED_AT = 100
 
 
-class UnknownRangeError(ValueError):
-    """An image whose values have no known white."""
+class LeftOutError(ValueError):
+    """An image, or what comes with it, is sound and cannot be trained on; the message is the reason."""
 
 
 def read_picture(file: Path | bytes, size: int) -> Tensor:
@@ -62,7 +62,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     16 bits are scaled to 8, floats from 0..1. Colour profiles are not applied.
 
     Raises:
-        UnknownRangeError: integers outside 0..65535 or floats outside 0..1.
+        LeftOutError: integers outside 0..65535 or floats outside 0..1.
     """
     image.load()
     with contextlib.suppress(*UNREADABLE):  # EXIF that cannot be read turns nothing
@@ -80,7 +80,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values, largest = np.asarray(image), _LARGEST.get(image.mode, 65535)
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= largest:  # so also where some are not a number
-        raise UnknownRangeError(f"its values, {low:g} to {high:g}, do not lie between 0 and {largest:g}")
+        raise LeftOutError(f"its values, {low:g} to {high:g}, do not lie between 0 and {largest:g}")
     grey = np.round(values * (255.0 / largest)).astype(np.uint8)
     if (clear := image.info.get("transparency")) is not None:
         grey[values == clear] = GROUND[0]
@@ -104,7 +104,7 @@ def name_of(what: object, error: Exception) -> str:
     """What is said of an image that is left out."""
     if isinstance(error, Image.DecompressionBombError):
         return f"{what} (it has more than {2 * cast(int, Image.MAX_IMAGE_PIXELS):,} pixels)"
-    return f"{what} ({error})" if isinstance(error, UnknownRangeError) else str(what)
+    return f"{what} ({error})" if isinstance(error, LeftOutError) else str(what)
 
 
 def enlarged(count: int, source: Callable[[int], Path | bytes], size: int) -> list[str]:

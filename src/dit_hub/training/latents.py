@@ -86,13 +86,12 @@ def _cache_shards(
         "shard_size": shard_size,
         "id2label": dataset.id2label,
         "scaling_factor": vae.config.scaling_factor,
-        # Left out where there is none, as in the folders of older releases.
         **({"shift_factor": shift} if (shift := getattr(vae.config, "shift_factor", None)) else {}),
         "description": dataset.description,
         "license": dataset.license,
         "fingerprint": fingerprint(dataset),
     }
-    _plan(folder, json.dumps(facts, sort_keys=True))
+    _plan(folder, facts)
     shards, shape, unreadable = [], None, 0
     for index, start in enumerate(range(0, count, shard_size)):
         end = min(start + shard_size, count)
@@ -113,30 +112,32 @@ def _cache_shards(
     return folder
 
 
-def _plan(folder: Path, facts: str) -> None:
+def _plan(folder: Path, facts: dict[str, Any]) -> None:
     """Note of what the shards of a folder are, or compare with what a run that was cut has noted."""
-    plan = folder / PLAN_FILE
+    plan, text = folder / PLAN_FILE, json.dumps(facts, sort_keys=True)
     names = [file.name for file in folder.iterdir()]
     if foreign := [name for name in names if not _OURS.fullmatch(name)]:
         raise ValueError(f"{folder} holds something else than latents ({foreign[0]}); choose another folder.")
-    if any(name.endswith(".safetensors") for name in names) and not _is_json(plan):
+    noted, planned = _noted(plan), json.loads(text)
+    if noted is None and any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{plan} is damaged, and does not say what its latents are of; delete the folder.")
-    if _is_json(plan) and plan.read_text() != facts:
+    # An older release noted less; what it encoded is the same.
+    if noted is not None and any(name not in planned or planned[name] != value for name, value in noted.items()):
         raise ValueError(f"{folder} holds latents of other data, of another size or VAE; choose another folder.")
-    if not _is_json(plan):
-        _write(plan, lambda path: path.write_text(facts))
+    if noted != planned:
+        _write(plan, lambda path: path.write_text(text))
 
 
 # Files of a folder of latents; those with another ending are being written, or were.
 _OURS = re.compile(rf"({re.escape(PLAN_FILE)}|{re.escape(LATENTS_FILE)}|shard-\d{{5,}}(\.safetensors)?)(\.part)?|\..*")
 
 
-def _is_json(path: Path) -> bool:
+def _noted(plan: Path) -> dict[str, Any] | None:
+    """What a plan says; None where there is none, or a damaged one."""
     try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+        return dict(json.loads(plan.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

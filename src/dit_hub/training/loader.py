@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from .data import (
     LATENTS_FILE,
@@ -102,6 +103,15 @@ def _leave_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM are for the process that trains, which still needs what is read for its step."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers(batches: Iterator[Batch]) -> None:
+    """End the processes that read for a loader; also one that waits for a network, for which torch sends SIGTERM."""
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            worker.kill()
+            worker.join()
 
 
 class _Reader(torch.utils.data.Dataset):

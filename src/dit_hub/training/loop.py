@@ -75,7 +75,8 @@ def train(
         main, start = accelerator.is_main_process, time.perf_counter()
         stack.enter_context(_products(recipe.mixed_precision))
         asked = stack.enter_context(stop_signals(run_folder is not None, main))
-        publisher = stack.enter_context(contextlib.closing(open_publisher(recipe.push_to_hub, accelerator)))
+        publisher = open_publisher(recipe.push_to_hub, accelerator)
+        stack.callback(publisher.wait, lambda: run.stopping or asked.signal)  # what asks to stop kills before long
         config = run.weights.plain.config
         monitor = stack.enter_context(contextlib.closing(Monitor(accelerator, recipe, config, run_folder, run.step)))
         left = stack.enter_context(contextlib.closing(run.batches()))  # ends the processes that read, however this ends
@@ -94,7 +95,7 @@ def train(
                 saved = run.save()
                 if cut and run_folder is not None and not saved:
                     raise TrainingError(f"Stopped after step {run.step}, and no checkpoint of it could be written.")
-                if recipe.push_to_hub and run.step < run.last:
+                if recipe.push_to_hub and run.step < run.last and not cut:
                     publisher.push(run.result(time.perf_counter() - start), run.step)
             if cut and run.stopping == signal.SIGINT:
                 raise KeyboardInterrupt(f"Stopped after step {run.step}, with a checkpoint in {run_folder}.")

@@ -2,8 +2,10 @@
 
 import logging
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -11,6 +13,8 @@ from accelerate.utils import broadcast_object_list
 from ..hub import make_repository, push_folder
 from .output import write_result
 from .result import TrainingResult
+
+_SECONDS = 0.5  # between two looks at whether to stop
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +45,14 @@ class Publisher:
 
     def __init__(self, repository: str):
         self.repository = make_repository(repository) if repository else ""
-        self._threads = ThreadPoolExecutor(1, "push")
-        self._last: Future[None] | None = None
+        self._last: Thread | None = None
 
     def push(self, result: TrainingResult, step: int) -> None:
         """Start to push, unless the last push still goes on; the next checkpoint is then pushed in its place."""
-        if self.repository and (self._last is None or self._last.done()):
-            self._last = self._threads.submit(self._push, result, step)
+        if self.repository and (self._last is None or not self._last.is_alive()):
+            # A daemon, for which the end of the process does not wait.
+            self._last = Thread(target=self._push, args=(result, step), name="push", daemon=True)
+            self._last.start()
 
     def _push(self, result: TrainingResult, step: int) -> None:
         try:
@@ -57,6 +62,7 @@ class Publisher:
         except Exception as error:  # whatever it is, training is worth more
             logger.warning("Step %d was not pushed to %s: %s Training goes on.", step, self.repository, error)
 
-    def close(self) -> None:
-        """Wait for the push that goes on."""
-        self._threads.shutdown()
+    def wait(self, stopping: Callable[[], Any]) -> None:
+        """Wait for the push that goes on, as long as nothing asks to stop."""
+        while self._last is not None and self._last.is_alive() and not stopping():
+            self._last.join(_SECONDS)

@@ -10,7 +10,7 @@ import torch
 
 from ..extras import require
 from .data import Batch, Key
-from .images import UNREADABLE, enlarged, name_of, read_picture
+from .images import UNREADABLE, LeftOutError, enlarged, name_of, read_picture
 
 # Rows that are shuffled together in a stream; more is better shuffled and takes longer to start.
 SHUFFLE_BUFFER = 2048
@@ -76,7 +76,7 @@ class Rows:
             encoded, label = row[self.image] or {}, row[self.label] if self.label else 0
             try:
                 if label is None or label < 0:
-                    raise ValueError("without a class")
+                    raise LeftOutError("without a class")
                 picture = read_picture(self._content(row), self.size)
             except UNREADABLE as error:
                 unreadable.append(name_of(self._name(position, encoded), error))

@@ -28,7 +28,7 @@ from ..objectives import (
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import Checkpoint, checkpoints, damaged, load_checkpoint, save_checkpoint
 from .data import Batch, Dataset, check_unreadable
-from .loader import make_loader
+from .loader import end_workers, make_loader
 from .monitor import LOGS_FOLDER
 from .recipe import Recipe
 from .result import TrainingResult
@@ -77,7 +77,7 @@ class Run:
         self.unreadable: set[str] = set()
         self.skipped = self.skipped_in_a_row = 0
         self.last_unreadable, self.stopping = "", 0  # the number of the signal that asked to
-        self.data = {} if folder is None else describe(dataset)
+        self.data = {} if folder is None else describe(dataset, accelerator.num_processes)
         self.outcomes: deque[Outcome] = deque()  # of steps that were started and not looked at
         self.scheduler = make_scheduler(recipe, model.config)
         self.null_class, self.dropout = model.config.null_class, model.config.class_dropout_prob
@@ -94,13 +94,16 @@ class Run:
         mine = [self.accelerator.process_index * accumulation + index for index in range(accumulation)]
         self.parts, self.mine = parts, mine
         pin = self.accelerator.device.type == "cuda"
-        loader = make_loader(self.dataset, self.recipe, parts, mine, self.step, self.last, pin)
+        loader = iter(make_loader(self.dataset, self.recipe, parts, mine, self.step, self.last, pin))
         held: list[Batch] = []
-        for batch in loader:
-            held.append(batch)
-            if len(held) == accumulation:
-                yield held
-                held = []
+        try:
+            for batch in loader:
+                held.append(batch)
+                if len(held) == accumulation:
+                    yield held
+                    held = []
+        finally:
+            end_workers(loader)
 
     def step_on(self, batches: list[Batch], asked_to_stop: int) -> None:
         """Start one optimizer step; `settled` says what it came to.
@@ -193,7 +196,8 @@ class Run:
         """The mean loss of a batch. Where files could not be read it is smaller than what was drawn."""
         device, count = self.accelerator.device, len(batch.data)
         noise, times, dropped, latent = noise[:count], times[:count], dropped[:count], latent[:count]
-        clean, labels = (values.to(device, non_blocking=True) for values in (batch.data, batch.labels))
+        pinned = device.type == "cuda"  # elsewhere a copy that nobody waits for may be read before it is there
+        clean, labels = (values.to(device, non_blocking=pinned) for values in (batch.data, batch.labels))
         if self.dataset.is_latent:
             mean, deviation = clean.chunk(2, dim=1)
             clean = (mean + deviation * latent - self.dataset.shift_factor) * self.dataset.scaling_factor

@@ -20,6 +20,7 @@ from .checkpoints import damaged
 from .data import Dataset
 from .fingerprint import fingerprint
 from .recipe import Recipe
+from .rows import StreamedRows
 
 logger = logging.getLogger(__name__)
 
@@ -204,10 +205,11 @@ def check_decoder(name: str, channels: int) -> None:
                          "pipeline that draws latents only.") from None  # fmt: skip
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
+def describe(dataset: Dataset, processes: int) -> dict[str, Any]:
     """What a run that goes on must find again of its data, as JSON has it."""
     facts = {"pictures": len(dataset), "classes": list(dataset.id2label.values()), "shape": list(dataset.sample_shape)}
-    return {**facts, "fingerprint": fingerprint(dataset)}
+    parts = {"processes": processes} if isinstance(dataset, StreamedRows) else {}  # each has a part of the stream
+    return {**facts, **parts, "fingerprint": fingerprint(dataset)}
 
 
 def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, data: dict[str, Any]) -> None:
@@ -221,7 +223,10 @@ def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, data: d
         raise damaged(path, ValueError("it does not say of which recipe"))
     known = facts.get("data", {})  # an older release noted less
     different = [name for name in data if name in known and known[name] != data[name]]
-    if different and (name := different[0]) != "fingerprint":
+    if different and (name := different[0]) == "processes":
+        raise ValueError(f"{path} is of a stream that {known[name]} processes shared, and here are {data[name]}; go on "
+                         f"with {known[name]}, or start anew with --resume never.")  # fmt: skip
+    if different and name != "fingerprint":
         raise ValueError(f"{path} is of other data: {name} {known[name]} there, {data[name]} here.")
     # What an older release did not know was as it is by default.
     ours, theirs = asdict(recipe), asdict(Recipe()) | facts["recipe"]
