@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_hub.extras import require
-from dit_hub.files import _workplace
+from dit_hub.files import workplace
 from dit_hub.manifest import MANIFEST_FILE, note_written
 from dit_hub.runtime import RuntimeOptions
 
@@ -253,7 +253,7 @@ class _Engine:
         # Beside the pipeline, where the next command for it removes what a process that is killed leaves; beside the
         # file where that cannot be. A folder that cannot be written to only starts slowly each time.
         for place in (folder, file):
-            with contextlib.suppress(OSError), _workplace(place) as work:
+            with contextlib.suppress(OSError), workplace(place) as work:
                 (work / file.name).write_bytes(memoryview(self._cache.serialize()))
                 (work / file.name).replace(file)
                 note_written(file)

@@ -72,7 +72,7 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False, late: bool = 
     made = _make_parents(place)
     remove_leftovers(place.parent)
     try:
-        with _workplace(place) as work:
+        with workplace(place) as work:
             building = work / "new"
             building.mkdir()
             building.chmod(0o755)
@@ -103,7 +103,7 @@ def new_file(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
     """
     target = Path(target)
     remove_leftovers(target.parent)
-    with _workplace(target) as work:
+    with workplace(target) as work:
         building = work / target.name
         try:
             yield building
@@ -179,7 +179,7 @@ def remove_folder(folder: Path) -> None:
     """Remove what `new_folder` wrote; files that others added stay where they are."""
     names, written = set(files_in(folder)), written_files(folder).keys()
     if names <= written:
-        with _workplace(folder) as work:  # whole or not at all
+        with workplace(folder) as work:  # whole or not at all
             folder.rename(work / "gone")
         return
     for name in (MANIFEST_FILE, *(names & written)):
@@ -227,7 +227,7 @@ def _place(target: str | os.PathLike) -> Path:
 
 
 @contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
+def workplace(target: Path) -> Iterator[Path]:
     """A hidden folder beside a target, locked while the block runs, and gone afterwards."""
     lock = None
     while lock is None:  # again where `remove_leftovers` took the folder before it was locked

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ..checks import listed
 from ..extras import require
-from .images import UNREADABLE, enlarged, find_images, listed, name_of, read_picture
+from .images import UNREADABLE, enlarged, find_images, name_of, read_picture
 
 # More unreadable pictures than this share of the data set, and something is wrong with it.
 _MOST_UNREADABLE = 0.01

@@ -6,14 +6,16 @@ import os
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from ..checks import listed
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm",
                   ".avif", ".jp2")  # fmt: skip
@@ -173,11 +175,6 @@ def find_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[s
 def is_image(file: Path) -> bool:
     """Judged by its name."""
     return file.suffix.lower() in IMAGE_SUFFIXES
-
-
-def listed(names: Sequence[Any], most: int = 5) -> str:
-    """Some names, and how many more there are."""
-    return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _files(folder: Path, without: Path) -> Iterator[Path]:

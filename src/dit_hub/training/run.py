@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ..adapters import merge_adapters
+from ..checks import listed
 from ..modeling_dit import DiTTransformer
 from ..objectives import (
     flow_matching,
@@ -237,7 +238,7 @@ class Run:
         hint = f"{MOST_SKIPPED} steps in a row were skipped." if self.recipe.skip_nan else (
             "skip_nan=true would skip and count such steps."
         )  # fmt: skip
-        raise TrainingError(f"The {what}, on the samples {_shortened(outcome.positions)}. {good} {hint}")
+        raise TrainingError(f"The {what}, on the samples {listed(outcome.positions, most=16)}. {good} {hint}")
 
     def _note_unreadable(self, batch: Batch) -> None:
         for name in batch.unreadable:
@@ -333,8 +334,3 @@ class Run:
         if self.recipe.vae and self.accelerator.is_main_process:
             return AutoencoderKL.from_pretrained(self.recipe.vae)
         return None if self.base is None else self.base.vae
-
-
-def _shortened(positions: list[int], most: int = 16) -> str:
-    shown = ", ".join(map(str, positions[:most]))
-    return shown + (f" and {len(positions) - most} more" if len(positions) > most else "")
