@@ -99,6 +99,9 @@ def test_timesteps_given_are_those_of_the_table() -> None:
     for timesteps in ([900, 400, 3], [900, 401, 3]):
         assert columns(solver_table(scheduler, 3, timesteps))["timestep"].tolist() == timesteps
     assert columns(solver_table(scheduler, 3))["timestep"].tolist() == [666, 333, 0]
+    noise = columns(solver_table(scheduler, 3, [2, 1, 0]))["noise"]
+    assert noise[1] > 0
+    assert noise[2] == 0  # only the step to the data draws none
 
 
 class CountedScheduler(diffusers.DDIMScheduler):
@@ -122,3 +125,18 @@ def test_a_table_is_measured_once_and_is_the_callers_own() -> None:
     # Other noise levels are another table.
     other = CountedScheduler(**{**OFFICIAL, "beta_end": 1e-2}, clip_sample=False)
     assert not np.array_equal(solver_table(other, 2), solver_table(scheduler, 2))
+
+
+def test_a_hundred_tables_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_hub.solvers._measured", {})
+    CountedScheduler.runs = 0
+
+    def runs(beta_end: float) -> int:
+        solver_table(CountedScheduler(**{**OFFICIAL, "beta_end": beta_end}, clip_sample=False), 1)
+        return CountedScheduler.runs
+
+    for count in range(100):
+        assert runs(0.02 + count / 10_000) == count + 1
+    assert runs(0.02) == 100
+    assert runs(0.03) == 101
+    assert runs(0.02) == 102

@@ -102,12 +102,15 @@ def _take_clip(scheduler: Any) -> float:
     if config.get("thresholding"):
         raise ValueError(f"{type(scheduler).__name__} thresholds, which no table can say; set thresholding=False.")
     # A scheduler made from another's config keeps fields that it does not heed.
-    if not config.get("clip_sample") or "clip_sample" not in inspect.signature(type(scheduler).__init__).parameters:
+    if (
+        not config.get("clip_sample")
+        or "clip_sample_range" not in inspect.signature(type(scheduler).__init__).parameters
+    ):
         return _NO_CLIP
     if isinstance(scheduler, diffusers.DDIMScheduler):  # mixes a clipped estimate with an unclipped prediction
         raise ValueError("DDIMScheduler clips, which no table can say; set clip_sample=False.")
     scheduler.register_to_config(clip_sample=False)
-    return float(config.get("clip_sample_range", 1.0))
+    return float(config["clip_sample_range"])
 
 
 def _estimate_weights(scheduler: Any, timestep: Tensor, index: int) -> tuple[float, float]:
