@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from traced import install
+
 # What commands, scripts and exports import; a library that is missing costs time only.
 LIBRARIES = (
     "torch._dynamo",
@@ -86,6 +88,7 @@ def _become(client: socket.socket, request: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever the tests run
     if limit := request["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    install()
     what, *sys.argv = request["arguments"]
     sys.path[0] = request["cwd"]
     if what == "-m":

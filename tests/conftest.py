@@ -16,7 +16,7 @@ if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 4 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_hub import DiTConfig, DiTTransformer
+
+from .traced import VARIABLE, trace_once
+
+PYTORCHS_EXPORT = torch.onnx.export
 
 GOLDEN_FOLDER = Path(__file__).parent / "golden"
 
@@ -151,6 +155,25 @@ def pytest_collection_finish() -> None:
     """Have the garbage collector leave the libraries alone: 10 % of the time of an export."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each graph is traced once by all workers; see traced.py."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "traced"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", trace_once(torch.onnx.export, folder))
+        patch.setenv(VARIABLE, str(folder))
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken from other tests."""
+    monkeypatch.setattr(torch.onnx, "export", PYTORCHS_EXPORT)
+    monkeypatch.delenv(VARIABLE)
 
 
 @pytest.fixture(autouse=True)

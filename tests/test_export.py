@@ -29,7 +29,7 @@ from dit_hub.export import DEFAULT_PARTS, export_onnx, export_web, verify_export
 from dit_hub.export.onnx_export import in_precision
 from dit_hub.export.reference import Parity
 
-from .command_line import Command, dit_hub, python
+from .command_line import Command, dit_hub
 from .conftest import MakePipeline
 
 # diffusers' schedulers pass tensors to numpy.
@@ -127,6 +127,7 @@ def test_the_learned_variance_reaches_ddpm_on_onnx_runtime(make_pipeline: MakePi
     torch.testing.assert_close(sample(exported, [1]), sample(pipeline, [1]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_the_file_names_no_local_path_and_is_the_same_each_time(
     make_pipeline: MakePipeline, small: Path, tmp_path: Path
 ) -> None:
@@ -186,12 +187,12 @@ def test_a_damaged_file_is_one_sentence(exported_toy: Path, tmp_path: Path, dama
     assert "\n" not in str(error.value)
 
 
-def test_without_onnxruntime_the_error_names_the_extra(exported_toy: Path, tmp_path: Path) -> None:
+def test_without_onnxruntime_the_error_names_the_extra(exported_toy: Path) -> None:
     script = (
         "import sys\nsys.modules['onnxruntime'] = None\nfrom dit_hub import DiTPipeline\n"
         f"DiTPipeline.from_pretrained({str(exported_toy)!r})\n"
     )
-    run = python("-c", script, cwd=tmp_path)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert '[onnx]"' in run.stderr.splitlines()[-1]
 
@@ -429,6 +430,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, command: list[str], limit: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_export_that_is_stopped_leaves_no_result(tmp_path: Path, how: signal.Signals) -> None:
     command = Command("export", "onnx", "dit-toy-shapes", "out", cwd=tmp_path)

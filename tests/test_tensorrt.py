@@ -256,6 +256,7 @@ def test_inputs_outside_the_profile_are_refused() -> None:
         check_shapes(profiles, {"x": torch.zeros(1, 4)})
 
 
+@pytest.mark.usefixtures("traced_anew")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_build_that_is_stopped_leaves_no_result(tmp_path: Path, how: signal.Signals) -> None:
     command = Command("export", "tensorrt", "dit-toy-shapes", "trt", cwd=tmp_path)
