@@ -27,8 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dit_hub import DiTConfig, DiTTransformer
-
-from .traced import VARIABLE, trace_once
+from traced import VARIABLE, trace_once
 
 PYTORCHS_EXPORT = torch.onnx.export
 
@@ -47,6 +46,11 @@ TINY = {
     "num_classes": 10,
     "timestep_freq_dim": 32,
 }
+
+
+# The noise of the embedded model, for recipes that go on from it.
+TOYS_NOISE: dict[str, Any] = {"beta_start": 5e-4, "beta_end": 0.1}
+TOYS_NOISE_SETTINGS = [f"{name}={value}" for name, value in TOYS_NOISE.items()]
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from dit_hub.training.recipe import Recipe, get_recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
 
 from .command_line import Python, dit_hub
+from .conftest import TOYS_NOISE, TOYS_NOISE_SETTINGS
 from .together import PROCESSES, Together, environment, free_port
 
 SETTINGS = ["train", "toy", "images_per_class=8", "epochs=4", "batch_size=32", "ema_decay=0.9"]
@@ -121,7 +122,9 @@ def test_a_share_that_cannot_be_read_keeps_nobody_waiting(tmp_path: Path) -> Non
     (folder / "dogs" / "0.png").write_bytes(b"no picture")
     for settings in ((), ("fsdp=true",)):
         out = tmp_path / f"out{len(settings)}"
-        run_together([out, out], f"data={folder}", "batch_size=2", "init_from=dit-toy-shapes", *settings)
+        run_together(
+            [out, out], f"data={folder}", "batch_size=2", "init_from=dit-toy-shapes", *TOYS_NOISE_SETTINGS, *settings
+        )
         assert out.is_dir()
 
 
@@ -170,7 +173,7 @@ def other_classes() -> Pictures:
 def run_of(settings: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses and weights of a run; adapters start from the embedded model."""
     seen: list[Progress] = []
-    base = {"init_from": "dit-toy-shapes"} if "lora_rank" in settings else {}
+    base = {"init_from": "dit-toy-shapes", **TOYS_NOISE} if "lora_rank" in settings else {}
     recipe = Recipe(**{**FEW, **base, **settings})
     result = train(recipe, seen.append, dataset=other_classes() if base else None)
     return [progress.loss for progress in seen], dict(result.pipeline.transformer.state_dict())

@@ -20,12 +20,14 @@ from dit_hub.training.recipe import Recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
 
 from .command_line import dit_hub
-from .conftest import MakePipeline
+from .conftest import TOYS_NOISE, TOYS_NOISE_SETTINGS, MakePipeline
 
 MakeModel = Callable[..., DiTTransformer]
 
 # A step that moves no weight: what is seen is what training starts from.
-START = Recipe(init_from="dit-toy-shapes", steps=1, batch_size=16, images_per_class=1, learning_rate=1e-30)
+START = Recipe(
+    init_from="dit-toy-shapes", steps=1, batch_size=16, images_per_class=1, learning_rate=1e-30, **TOYS_NOISE
+)
 
 
 def base(folder: Path, **fields: Any) -> str:
@@ -48,7 +50,11 @@ def base(folder: Path, **fields: Any) -> str:
         ({"rescale_betas_zero_snr": True}, "with betas of its own, and"),
         ({"prediction_type": "sample"}, "predicts 'sample', which no objective trains; there are noise and v"),
         ({"prediction_type": "v_prediction"}, "predicts 'v_prediction', .* another target; set objective=v"),
-        ({"beta_end": 0.03}, "with beta_end 0.03, and the recipe has 0.02; set beta_end=0.03"),
+        (
+            {"beta_start": 1e-4, "beta_end": 0.02},
+            "with beta_start 0.0001 and beta_end 0.02, and the recipe has beta_start 0.0005 and beta_end 0.1; set "
+            "beta_start=0.0001 beta_end=0.02",
+        ),
     ],
 )
 def test_a_base_whose_noise_or_target_is_not_trained_is_refused(
@@ -70,7 +76,9 @@ def test_a_flow_model_goes_on_with_its_own_times(tmp_path: Path, make_pipeline: 
     fields = {"sample_size": 16, "in_channels": 3, "num_classes": 16, "learn_sigma": False, "parameterization": "flow"}
     make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000), **fields).save_pretrained(tmp_path / "flow")
     recipe = replace(START, init_from=str(tmp_path / "flow"), objective="flow")
-    with pytest.raises(ValueError, match="was trained with num_train_timesteps 1000, and the recipe has 200"):
+    with pytest.raises(
+        ValueError, match="was trained with num_train_timesteps 1000, and the recipe has num_train_timesteps 200"
+    ):
         train(recipe)
     assert train(replace(recipe, num_train_timesteps=1000)).finished
 
@@ -111,7 +119,9 @@ def test_as_many_classes_of_other_names_are_other_classes(rows: Tensor) -> None:
 
 def test_the_null_class_keeps_its_row(tmp_path: Path, make_model: MakeModel) -> None:
     model = make_model(sample_size=16, in_channels=3, learn_sigma=False, num_classes=2)
-    DiTPipeline(model, DDPMScheduler(200), None, {0: "cat", 1: "red-cross"}).save_pretrained(tmp_path / "base")
+    DiTPipeline(model, DDPMScheduler(200, **TOYS_NOISE), None, {0: "cat", 1: "red-cross"}).save_pretrained(
+        tmp_path / "base"
+    )
     table = table_after(["my cat", "my dog", "a cross", "red-cross"], init_from=str(tmp_path / "base"))
     assert table.shape[0] == 5
     assert table[3:].equal(model.state_dict()["y_embedder.embedding_table.weight"][1:])
@@ -143,7 +153,8 @@ def test_the_command_says_how_many_classes_go_on(tmp_path: Path) -> None:
         for index in range(8):
             noise = np.random.default_rng(index).integers(0, 256, (16, 16, 3), np.uint8)
             Image.fromarray(noise).save(tmp_path / "pets" / name / f"{index}.png")
-    settings = ("init_from=dit-toy-shapes", "data=pets", "steps=1", "batch_size=16", "tracker=none")
+    settings = ("init_from=dit-toy-shapes", "data=pets", "steps=1", "batch_size=16", "tracker=none",
+                *TOYS_NOISE_SETTINGS)  # fmt: skip
     run = dit_hub("train", "toy", *settings, "--out", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     said = " ".join((run.stdout + run.stderr).split())

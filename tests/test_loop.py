@@ -64,6 +64,7 @@ def test_a_step_is_looked_at_when_the_next_one_is_under_way(save_every: int, tmp
 
 def test_a_run_that_is_to_stop_does_not_wait_for_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pushed: list[str] = []
+    told: list[int] = []
     over = threading.Event()
 
     def push(folder: str, repository: str, message: str) -> None:
@@ -75,7 +76,8 @@ def test_a_run_that_is_to_stop_does_not_wait_for_the_hub(monkeypatch: pytest.Mon
     monkeypatch.setattr(publish, "push_folder", push)
 
     def stop(progress: Progress) -> None:
-        if pushed:
+        if pushed and not told:
+            told.append(progress.step)
             os.kill(os.getpid(), signal.SIGTERM)
 
     recipe = replace(SHORT, steps=10_000, save_every=4, push_to_hub="me/model")

@@ -19,6 +19,7 @@ from dit_hub.training.progress import training_progress
 from dit_hub.training.recipe import Recipe
 
 from .command_line import dit_hub
+from .conftest import TOYS_NOISE
 
 SHORT = Recipe(images_per_class=16, epochs=5, batch_size=64)  # 20 steps
 SHORT_SETTINGS = ("images_per_class=16", "epochs=5", "batch_size=64")
@@ -111,7 +112,7 @@ def test_the_command_shows_a_whole_line_in_80_columns(tmp_path: Path, monkeypatc
     ("recipe", "title"),
     [
         (SHORT, "toy trained on shapes"),
-        (replace(SHORT, epochs=1, init_from="dit-toy-shapes"), "dit-toy-shapes trained on shapes"),
+        (replace(SHORT, epochs=1, init_from="dit-toy-shapes", **TOYS_NOISE), "dit-toy-shapes trained on shapes"),
         (replace(SHORT, epochs=1, model={"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 16,
                                          "num_hidden_layers": 1, "num_attention_heads": 2, "learn_sigma": False}),
          "DiT of 16,400 parameters trained on shapes"),

@@ -43,7 +43,7 @@ from dit_hub.training.shapes import COLOURS, ID2LABEL, SHAPES, shapes
 from dit_hub.training.weights import Weights
 
 from .command_line import dit_hub
-from .conftest import Golden
+from .conftest import TOYS_NOISE, TOYS_NOISE_SETTINGS, Golden
 
 SHORT = Recipe(images_per_class=16, epochs=3, batch_size=64)
 
@@ -376,7 +376,7 @@ def test_the_published_sizes_train_as_the_paper_does(size: str) -> None:
             "{init_from: dit-toy-shapes, objective: flow}",
             "parameterization 'diffusion' is not trained by the objective 'flow'",
         ),
-        ("{init_from: dit-toy-shapes, num_train_timesteps: 1000}", "was trained with num_train_timesteps 200"),
+        ("{init_from: dit-toy-shapes, num_train_timesteps: 1000}", "was trained with num_train_timesteps 200 and beta"),
         ("{vae: vae}", "The decoder vae takes 4 channels, and the data have 3"),
         ("fsdp: true", "start with `accelerate launch`"),
         (
@@ -553,7 +553,8 @@ def test_settings_train_and_their_pipeline_samples(settings: dict[str, Any], tmp
 
 def test_fine_tuning_keeps_what_it_does_not_train(tmp_path: Path) -> None:
     picture_folder(tmp_path / "pets", size=16)
-    recipe = Recipe(init_from="dit-toy-shapes", data=str(tmp_path / "pets"), steps=3, batch_size=8, lora_rank=2)
+    recipe = Recipe(init_from="dit-toy-shapes", data=str(tmp_path / "pets"), steps=3, batch_size=8, lora_rank=2,
+                    **TOYS_NOISE)  # fmt: skip
     trained = dict(train(recipe).pipeline.transformer.state_dict())
     before = DiTPipeline.from_pretrained("dit-toy-shapes").transformer.state_dict()
     assert trained.keys() == before.keys()  # adapters are merged
@@ -576,7 +577,9 @@ def test_a_model_in_half_precision_is_trained_in_float32(tmp_path: Path) -> None
     start = DiTPipeline.from_pretrained("dit-toy-shapes")
     start.transformer.bfloat16()
     start.save_pretrained(tmp_path / "half")
-    trained = train(replace(SHORT, init_from=str(tmp_path / "half"), ema_decay=0.999)).pipeline.transformer
+    trained = train(
+        replace(SHORT, init_from=str(tmp_path / "half"), ema_decay=0.999, **TOYS_NOISE)
+    ).pipeline.transformer
     assert {weight.dtype for weight in trained.parameters()} == {torch.float32}
     assert any(not weight.equal(weight.bfloat16().float()) for weight in trained.parameters())
 
@@ -589,7 +592,7 @@ def test_one_process_trains_in_one_precision_after_another() -> None:
 
 def test_adapters_are_kept_apart_and_merged_when_loaded(tmp_path: Path) -> None:
     picture_folder(tmp_path / "pets", size=16)
-    settings = ("init_from=dit-toy-shapes", "data=pets", "steps=3", "batch_size=8", "lora_rank=2")
+    settings = ("init_from=dit-toy-shapes", "data=pets", "steps=3", "batch_size=8", "lora_rank=2", *TOYS_NOISE_SETTINGS)
     for name, merge in (("merged", "true"), ("apart", "false")):
         run = dit_hub("train", "toy", *settings, f"merge_adapters={merge}", "--out", name, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
@@ -633,7 +636,7 @@ def test_weights_are_shared_on_the_device_of_the_run(
 
 
 def test_frozen_parts_stay_as_they_were() -> None:
-    recipe = replace(SHORT, init_from="dit-toy-shapes", freeze=r"^blocks\.[01]\.|embedder")
+    recipe = replace(SHORT, init_from="dit-toy-shapes", freeze=r"^blocks\.[01]\.|embedder", **TOYS_NOISE)
     trained = train(recipe).pipeline.transformer.state_dict()
     for name, before in DiTPipeline.from_pretrained("dit-toy-shapes").transformer.state_dict().items():
         frozen = name.startswith(("blocks.0.", "blocks.1.")) or "embedder" in name
@@ -644,7 +647,9 @@ def test_frozen_parts_stay_as_they_were() -> None:
             train(replace(recipe, freeze=pattern))
 
 
-@pytest.mark.parametrize("settings", [{"freeze": r"^blocks\.0\."}, {"init_from": "dit-toy-shapes", "lora_rank": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"freeze": r"^blocks\.0\."}, {"init_from": "dit-toy-shapes", "lora_rank": 2, **TOYS_NOISE}]
+)
 def test_a_run_that_trains_a_part_goes_on_where_it_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:
     recipe = replace(SHORT, save_every=4, ema_decay=0.9, **settings)
     whole = train(recipe).pipeline.transformer.state_dict()

@@ -27,13 +27,17 @@ def trace_once(trace: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     import torch
 
     class Pickler(pickle.Pickler):
+        fast = True  # by value alone, whichever objects are one
+
         def persistent_id(self, obj: Any) -> Any:  # of a tensor its bytes; as a rule its address goes into a pickle too
             if isinstance(obj, torch.Tensor):
                 plain = obj.detach().cpu().contiguous().view(-1).view(torch.uint8)
                 return str(obj.dtype), tuple(obj.shape), plain.numpy().tobytes()
             return None
 
-    def traced(module: Any, *, dynamic_shapes: Any, **options: Any) -> Any:
+    def traced(module: Any, *arguments: Any, dynamic_shapes: Any = None, **options: Any) -> Any:
+        if arguments:  # a test that exports by itself
+            return trace(module, *arguments, **options)
         content = io.BytesIO(repr(dynamic_shapes).encode())
         content.seek(0, os.SEEK_END)
         Pickler(content).dump((module, options))

@@ -167,10 +167,12 @@ def check_fit(
 def check_noise_schedule(recipe: Recipe, base: DiTPipeline, straight: bool) -> None:
     """Raise ValueError where a model would go on with other noise, or another target, than it was trained with."""
     theirs: Any = cast(Any, base).scheduler.config
-    for name in ("num_train_timesteps",) if straight else ("num_train_timesteps", "beta_start", "beta_end"):
-        if theirs.get(name) != getattr(recipe, name):
-            raise ValueError(f"{recipe.init_from} was trained with {name} {theirs.get(name)}, and the recipe has "
-                             f"{getattr(recipe, name)}; set {name}={theirs.get(name)}.")  # fmt: skip
+    names = ("num_train_timesteps",) if straight else ("num_train_timesteps", "beta_start", "beta_end")
+    if others := [name for name in names if theirs.get(name) != getattr(recipe, name)]:
+        had, has = (" and ".join(f"{name} {value(name)}" for name in others)
+                    for value in (theirs.get, lambda name: getattr(recipe, name)))  # fmt: skip
+        raise ValueError(f"{recipe.init_from} was trained with {had}, and the recipe has {has}; set "
+                         f"{' '.join(f'{name}={theirs.get(name)}' for name in others)}.")  # fmt: skip
     if straight:
         return
     if theirs.get("trained_betas") is not None or theirs.get("rescale_betas_zero_snr"):
