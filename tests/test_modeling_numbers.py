@@ -207,6 +207,13 @@ def test_a_list_maps_each_new_class(make_model: MakeModel) -> None:
             model.resize_class_labels(4, mapping=mapping)
 
 
+def test_sit_predicts_towards_the_data_and_gives_what_points_to_the_noise(make_model: MakeModel) -> None:
+    flow, sit = (make_model(parameterization=name) for name in ("flow", "sit"))
+    noisy = torch.randn(2, 4, 8, 8)
+    condition = flow.condition(torch.tensor([100.0, 900.0]), torch.tensor([1, 2]))
+    assert torch.equal(sit(noisy, condition=condition).sample, -flow(noisy, condition=condition).sample)
+
+
 # --- Inputs ----------------------------------------------------------------------------------------------------------
 
 
