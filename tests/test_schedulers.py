@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from dit_hub import DiTConfig, DiTPipeline
-from dit_hub.schedulers import check_scheduler, switch_scheduler
+from dit_hub.schedulers import (
+    check_scheduler,
+    official_scheduler,
+    official_timesteps,
+    scheduler_from_dict,
+    switch_scheduler,
+)
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -352,3 +358,39 @@ def test_the_advice_helps_where_defaults_of_classes_differ() -> None:
     assert error_of_the_flow(draw(pipe, STEPS)) < LARGEST_ERROR
     pipe.scheduler = switch_scheduler(own, "heun")
     assert error_of_the_flow(draw(pipe, STEPS)) < LARGEST_ERROR
+
+
+# --- The official ones -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("learned", "variance"), [(True, "learned_range"), (False, "fixed_large")])
+def test_the_official_scheduler_is_ddpm_with_adms_noise(learned: bool, variance: str) -> None:
+    scheduler = official_scheduler(DiTConfig(learn_sigma=learned))
+    assert type(scheduler) is diffusers.DDPMScheduler
+    expected = {
+        "num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+        "variance_type": variance, "clip_sample": False, "timestep_spacing": "linspace", "prediction_type": "epsilon",
+    }  # fmt: skip
+    assert {name: scheduler.config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("kind", ["flow", "sit"])
+def test_the_straight_path_is_sampled_with_eulers_steps(kind: str) -> None:
+    scheduler = official_scheduler(DiTConfig(parameterization=kind, learn_sigma=False))
+    assert type(scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    assert scheduler.config["num_train_timesteps"] == 1000
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "logging", "NoScheduler", None])
+def test_a_config_names_a_scheduler_of_diffusers(name: str | None) -> None:
+    with pytest.raises(ValueError, match=f"diffusers has no scheduler {name!r}"):
+        scheduler_from_dict({"_class_name": name})
+    assert type(scheduler_from_dict({"_class_name": "DDIMScheduler"})) is diffusers.DDIMScheduler
+
+
+def test_official_timesteps_are_as_many_as_asked_for() -> None:
+    assert official_timesteps(1000) == list(range(999, -1, -1))
+    assert official_timesteps(1) == [0]
+    for count in (0, 1001):
+        with pytest.raises(ValueError, match=f"must lie between 1 and 1000, not {count}"):
+            official_timesteps(count)
