@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_hub import DiTPipeline
 from dit_hub.extras import quiet_libraries
+from dit_hub.schedulers import switch_scheduler
 from dit_hub.training.shapes import ID2LABEL, shapes
 from dit_hub.visualize import image_grid
 
@@ -32,9 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("toy-classes.png"))
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--scheduler", default="ddpm", help="ddim, dpm++, …")
     options = parser.parse_args()
     pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = switch_scheduler(pipeline.scheduler, options.scheduler)
     classes = torch.arange(len(ID2LABEL)).repeat_interleave(len(SEEDS))
     generators = [torch.Generator().manual_seed(seed) for _ in ID2LABEL for seed in SEEDS]
     pictures = pipeline(classes, num_inference_steps=options.steps, generator=generators, output_type="pt").images

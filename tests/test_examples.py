@@ -56,6 +56,13 @@ def test_points_are_learnt_by_both_objectives(tmp_path: Path) -> None:
     assert picture.stat().st_size > 10_000
 
 
+def test_every_picture_of_the_embedded_model_is_clean(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    printed = run("toy_classes.py", tmp_path / "here", "--out", str(tmp_path / "classes.png"))
+    assert "drawn: 160 of 160 of their class, 160 nearer than 0.01 to a real one" in printed
+    assert (tmp_path / "classes.png").stat().st_size > 10_000
+
+
 def test_the_unet_study_compares_networks_of_one_size(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     picture = tmp_path / "study.png"
