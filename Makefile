@@ -26,7 +26,7 @@ test: .venv/.installed  ## Run the tests (7 minutes on 2 cores).
 	$(PYTEST)
 
 # The official code's numbers, sampling, an export, a conversion, training steps.
-QUICK := tests/test_modeling.py tests/test_pipeline.py tests/test_solvers.py \
+QUICK := tests/test_modeling.py tests/test_pipeline.py tests/test_solvers.py $(wildcard tests/test_*_numbers.py) \
 	tests/test_export.py::test_the_learned_variance_reaches_ddpm_on_onnx_runtime \
 	tests/test_convert.py::test_the_golden_checkpoint_converts_with_its_numbers \
 	tests/test_training.py::test_training_learns_and_repeats_itself_bit_for_bit
