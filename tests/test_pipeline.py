@@ -894,6 +894,26 @@ def pipeline_from(folder: Path, **arguments: Any) -> DiTPipeline:
     return pipe
 
 
+def test_sampling_keeps_no_gradients(latent_pipe: DiTPipeline) -> None:
+    drawn = sample(latent_pipe)
+    assert not drawn.requires_grad
+    assert not latent_pipe.decode(drawn, "pt").requires_grad
+
+
+def test_fifty_steps_unless_told_otherwise(pipe: DiTPipeline) -> None:
+    timesteps: list[int] = []
+    pipe([1], output_type="latent", callback_on_step_end=lambda _, step, timestep, values: timesteps.append(timestep))
+    assert len(timesteps) == 50
+
+
+def test_every_level_of_a_vae_halves_the_picture(make_model: MakeModel, make_vae: Callable[..., Any]) -> None:
+    levels = {"block_out_channels": (8, 16, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
+              "up_block_types": ("UpDecoderBlock2D",) * 4}  # fmt: skip
+    pipe = pipeline_of(make_model(), vae=make_vae(**levels))
+    assert pipe.vae_scale_factor == 8
+    assert sample(pipe, [1], output_type="pt").shape == (1, 3, 64, 64)
+
+
 def test_save_and_load_draw_the_same_pictures(
     make_model: MakeModel, make_vae: Callable[..., Any], tmp_path: Path
 ) -> None:
