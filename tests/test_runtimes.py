@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dit_hub import DiTPipeline
 from dit_hub.export import export_onnx, verify_export
 from dit_hub.export.ort import _Sessions, device_of, providers_with_options
+from dit_hub.training.loop import train
+from dit_hub.training.recipe import Recipe
 
 from .command_line import dit_hub, python
 from .conftest import MakePipeline
@@ -42,6 +44,13 @@ def test_without_openvino_the_error_names_the_extra(exported: dict[str, Path], t
     )
     run = python("-c", script, cwd=tmp_path)
     assert '[openvino]"' in run.stderr.splitlines()[-1]
+
+
+def test_an_export_is_not_trained_further(exported: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds a ORTDiTTransformer, which cannot be trained; give the model that"):
+        train(Recipe(init_from=str(exported["onnxruntime"])))
+    with pytest.raises(ValueError, match="merged into a model in PyTorch, and this is a ORTDiTTransformer"):
+        DiTPipeline.from_pretrained(exported["onnxruntime"]).load_adapters(tmp_path)
 
 
 # --- Providers and devices -------------------------------------------------------------------------------------------

@@ -204,6 +204,8 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
         ({"lora_rank": 2}, "lora_rank adapts a trained model; set init_from"),
         ({"merge_adapters": False}, "merge_adapters=false needs lora_rank, and one ema_decay at most"),
         ({"learning_rate": "inf"}, "learning_rate must be above 0, not inf"),
+        ({"workers": 1_000_000}, "workers must be at most 1024, not 1000000"),
+        ({"num_train_timesteps": 10_000}, "num_train_timesteps 10000 with .* leave no signal"),
         ({"seed": 2**40}, "seed must be from 0 to"),
         ({"ema_decay": "[0.9"}, "ema_decay is no YAML"),
         ({"ema_decay": "[0.9, 0.9]"}, "or a list of different ones"),

@@ -14,6 +14,11 @@ from ..configuration_dit import DiTConfig, nearest
 OBJECTIVES = ("noise", "v", "flow")
 
 
+_MOST_WORKERS = 1024
+# Of the sum of all betas, the logarithm of the signal's power: float32 ends at exp(-87), and schedulers divide by it.
+_MOST_NOISE = 80
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a training run does. The defaults are the toy's, after a published build-in-public series.
@@ -126,6 +131,12 @@ class Recipe:
                 raise ValueError(f"{name} must be 0 or above, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to {2**31 - 1}, not {self.seed}.")
+        if self.workers > _MOST_WORKERS:
+            raise ValueError(f"workers must be at most {_MOST_WORKERS}, not {self.workers}.")
+        betas = self.num_train_timesteps * (self.beta_start + self.beta_end) / 2
+        if self.objective != "flow" and betas > _MOST_NOISE:
+            raise ValueError(f"num_train_timesteps {self.num_train_timesteps} with beta_start {self.beta_start} and "
+                             f"beta_end {self.beta_end} leave no signal that a number can hold; lower them.")  # fmt: skip
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1.")
         decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]

@@ -29,6 +29,9 @@ def load_start(source: str) -> DiTPipeline:
     """A pipeline folder, a Hub id or a checkpoint file; in float32, whatever it was stored in."""
     file = Path(source).is_file()
     pipeline = DiTPipeline.from_single_file(source) if file else DiTPipeline.from_pretrained(source)
+    if not isinstance(pipeline.transformer, DiTTransformer):
+        raise ValueError(f"{source} holds a {type(pipeline.transformer).__name__}, which cannot be trained; give the "
+                         "model that it was exported from.")  # fmt: skip
     pipeline.transformer.float()
     return pipeline
 
