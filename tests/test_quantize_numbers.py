@@ -105,6 +105,14 @@ def test_a_static_layer_stays_in_the_dtype_of_its_model(make_model: MakeModel) -
     assert model(torch.randn(1, 4, 8, 8), 3, torch.tensor([1])).sample.isfinite().all()
 
 
+def test_small_inputs_are_rounded_in_their_own_range() -> None:
+    model, input = nn.Sequential(nn.Linear(6, 4, bias=False)).eval(), torch.rand(3, 6) * 1e-3
+    with torch.no_grad():
+        expected = model(input)
+        quantize_static(model, "int8", {"0": input.max().item()})
+        assert (model(input) - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_static_layer_is_exported_as_it_computes(precision: str, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(6, 4)).eval()

@@ -136,7 +136,7 @@ class Recipe:
         betas = self.num_train_timesteps * (self.beta_start + self.beta_end) / 2
         if self.objective != "flow" and betas > _MOST_NOISE:
             raise ValueError(f"num_train_timesteps {self.num_train_timesteps} with beta_start {self.beta_start} and "
-                             f"beta_end {self.beta_end} leave no signal that a number can hold; lower them.")  # fmt: skip
+                             f"beta_end {self.beta_end} leave no signal at all; lower them.")  # fmt: skip
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1.")
         decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
