@@ -38,7 +38,7 @@ def config_from_official(
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"This is no DiT checkpoint: a weight has an unexpected shape ({error}).") from None
     width = fields["hidden_size"]
-    heads = num_attention_heads or PUBLISHED_HEADS.get(width)
+    heads = PUBLISHED_HEADS.get(width) if num_attention_heads is None else num_attention_heads
     if heads is None:
         raise ValueError(f"No published model is {width} wide, so the number of attention heads cannot be known; "
                          "give --num-attention-heads (num_attention_heads= in Python).")  # fmt: skip

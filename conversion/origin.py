@@ -92,8 +92,10 @@ class Origin:
         """The same with a licence that the user names.
 
         Raises:
-            ValueError: the source has another one, which stays with its weights.
+            ValueError: an empty one, or the source has another, which stays with its weights.
         """
+        if license is not None and not license.strip():
+            raise ValueError("The licence is empty; name it, such as mit, or leave it out where it is unknown.")
         if license is None or license == self.license:
             return self
         if self.license != UNKNOWN_LICENSE:

@@ -48,6 +48,7 @@ def load_single_file(
     checkpoint = read_checkpoint(path, weights)
     overrides = {**official_export(path).get("config", {}), **overrides}
     heads_beside = overrides.pop("num_attention_heads", None)
+    heads = heads_beside if num_attention_heads is None else num_attention_heads
     family = family or ("sit" if overrides.get("parameterization") == "sit" else _family(checkpoint))
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}.")
@@ -62,7 +63,7 @@ def load_single_file(
         if is_diffusers(tensors):
             layout, tensors = "diffusers", from_diffusers(tensors)
             overrides = {**DIFFUSERS_NUMERICS, **overrides}
-        config = config_from_official(tensors, num_attention_heads or heads_beside, **overrides)
+        config = config_from_official(tensors, heads, **overrides)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.pos_embed == "sincos":

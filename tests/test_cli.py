@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
@@ -125,7 +126,14 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_p
         (("generate", TOY, "--guidance", "2"), ("null class",)),
         (("generate", TOY, "--scheduler", "dim"), ("dim", "ddim")),
         (("generate", TOY, "--threads", "0"), ("threads",)),
+        (("generate", TOY, "--threads", "1025"), ("num_threads must be at most 1024, not 1025.",)),
+        (("generate", TOY, "--threads", "99999999999999"), ("num_threads must be at most 1024",)),
         (("generate", TOY, "--device", "gpu"), ("gpu",)),
+        (("generate", TOY, "--device", "meta"), ("--device must be cpu, cuda or mps, not 'meta'.",)),
+        (("generate", TOY, "--out", "a.png", "--trajectory", "a.png"), ("--out and --trajectory are both a.png",)),
+        (("generate", TOY, "--out", "a.png", "--trajectory", "./a.png", "--overwrite"), ("are both a.png",)),
+        (("generate", TOY, "--out", "grid.h5"), ("grid.h5 cannot be written", "choose .png")),
+        (("generate", TOY, "--trajectory", "steps.xbm"), ("steps.xbm cannot be written", "choose .png")),
         (("generate", TOY, "--seed", "-1"), ("--seed must be from 0 to", "not -1")),
         (("generate", TOY, "--seed", "99999999999999999999"), ("--seed must be from 0 to",)),
         (("generate", "org/not-here"), ("org/not-here, which is no folder here,", "cannot be reached")),
@@ -136,6 +144,8 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_p
         (("info", "DiT-XL3"), ("DiT-XL3", "DiT-XL/2")),
         (("info",), ("--all",)),
         (("info", "DiT-XL/8", "--image-size", "200"), ("200", "64")),
+        (("info", "DiT-XL/2", "--image-size", "0"), ("image_size must be above 0 and at most 524288, not 0.",)),
+        (("info", "DiT-XL/2", "--image-size", "100000000"), ("at most 524288, not 100000000.",)),
         (("train", "toyy"), ("toyy", "toy")),
         (("train", "my.yaml"), ("There is no file my.yaml.",)),
         (("train", "./nope/my.yml"), ("There is no file ./nope/my.yml.",)),
@@ -162,6 +172,41 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     captured = capsys.readouterr()
     assert isinstance(exit_.value.code, int)
     assert_refused(subprocess.CompletedProcess(arguments, exit_.value.code, captured.out, captured.err), *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_of_a_model_without_classes_are_refused(
+    tmp_path: Path,
+    make_model: Callable[..., DiTTransformer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = make_model(in_channels=3, learn_sigma=False, num_classes=0)
+    DiTPipeline(model, DDIMScheduler(), None).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for label in ("0", "cat"):
+        monkeypatch.setattr(sys, "argv", ["dit-hub", "generate", "model", label])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == "error: This model has no classes; leave the labels out."
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**55), lambda: bytearray(2**60)])
+def test_too_little_memory_is_one_sentence(
+    allocate: Callable[[], object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(DiTPipeline, "__call__", lambda *_, **__: allocate())
+    monkeypatch.setattr(sys, "argv", ["dit-hub", "generate", TOY, "0"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: There is not enough memory for this; draw fewer")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -58,7 +58,14 @@ def test_image_size_sets_the_latent_size(image_size: int, sample_size: int) -> N
     assert DiTConfig.from_name("DiT-XL/2", image_size=image_size).sample_size == sample_size
 
 
-@pytest.mark.parametrize("image_size", [100, 0, -256])
+@pytest.mark.parametrize("image_size", [0, -256, 100_000_000])
+def test_an_image_size_out_of_range_is_an_error(image_size: int) -> None:
+    with pytest.raises(ValueError, match=f"image_size must be above 0 and at most 524288, not {image_size}") as caught:
+        DiTConfig.from_name("DiT-B/8", image_size=image_size)
+    assert_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("image_size", [100, 200])
 def test_image_size_that_the_patches_do_not_tile_is_an_error(image_size: int) -> None:
     with pytest.raises(ValueError, match=f"image_size {image_size} is not divisible by 64") as caught:
         DiTConfig.from_name("DiT-B/8", image_size=image_size)
@@ -111,6 +118,8 @@ def test_unknown_field_in_a_file_is_an_error(tmp_path: Path) -> None:
     [
         ({"hidden_size": 100, "num_attention_heads": 16}, "not divisible by num_attention_heads 16"),
         ({"hidden_size": 42, "num_attention_heads": 2}, "divisible by 4"),
+        ({"sample_size": 0}, "sample_size must be above 0 and at most 65536, not 0"),
+        ({"sample_size": 65538}, "sample_size must be above 0 and at most 65536, not 65538"),
         ({"sample_size": 31}, "sample_size 31 is not divisible by patch_size 2"),
         ({"sample_size": (32, 33)}, "is not divisible by patch_size 2"),
         ({"sample_size": 0}, "sample_size"),

@@ -270,6 +270,23 @@ def test_an_unknown_licence_can_be_named_once(make_model: MakeModel, tmp_path: P
         convert(tmp_path / "ours", tmp_path / "again", license="apache-2.0")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_attention_heads": 4, "license": ""}, "The licence is empty"),
+        ({"num_attention_heads": 4, "license": " "}, "The licence is empty"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be above 0"),
+    ],
+)
+def test_an_empty_licence_and_no_heads_are_refused(
+    options: dict[str, Any], words: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    source = official_file(make_model(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=words):
+        convert(source, tmp_path / "ours", vae=None, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+
+
 # --- Code that travels -----------------------------------------------------------------------------------------------
 
 WITHOUT_DIT_HUB = """

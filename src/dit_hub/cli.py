@@ -1,9 +1,10 @@
 """The command line: each command a thin call of a public function."""
 
+import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -65,6 +66,8 @@ def generate(
     """Sample pictures of classes into one grid."""
     for path in filter(None, (out, trajectory)):
         _check_picture_path(path, overwrite)
+    if trajectory and trajectory.resolve() == out.resolve():
+        raise ValueError(f"--out and --trajectory are both {out}; give each a name of its own.")
     quiet_libraries()
     import torch
 
@@ -374,13 +377,15 @@ def verify_command(
 
 
 def _check_device(name: str) -> None:
-    """Raise ValueError where PyTorch has no such device."""
+    """Raise ValueError where PyTorch has no such device, or one that does not compute pictures."""
     import torch
 
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # a name that torch does not know; one it lacks
         raise ValueError(f"There is no device {name!r} here.") from None
+    if device.type not in ("cpu", "cuda", "mps", "xpu"):  # such as meta, whose tensors hold nothing
+        raise ValueError(f"--device must be cpu, cuda or mps, not {name!r}.")
 
 
 def _numbers(option: str, text: str) -> tuple[int, int, int]:
@@ -519,8 +524,20 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in _MEMORY_ERRORS):
+            raise
+        _refuse("There is not enough memory for this; draw fewer pictures at a time, or take smaller batches.")
+
+
+# Of PyTorch's errors on processors, and on GPUs.
+_MEMORY_ERRORS = ("can't allocate memory", "out of memory")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _split_setting(setting: str) -> tuple[str, str]:
@@ -533,8 +550,13 @@ def _split_setting(setting: str) -> tuple[str, str]:
 def _check_picture_path(path: Path, overwrite: bool) -> None:
     from PIL import Image
 
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    picture_format = Image.registered_extensions().get(path.suffix.lower())
+    if picture_format not in Image.SAVE:
         raise ValueError(f"{path} has no ending of a picture, such as .png.")
+    try:  # some have no writer here, or none for colours
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), picture_format)
+    except (OSError, ValueError):
+        raise ValueError(f"{path} cannot be written: {picture_format} takes no such pictures; choose .png.") from None
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
     if path.is_dir():

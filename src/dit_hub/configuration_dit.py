@@ -180,7 +180,9 @@ class DiTConfig(PreTrainedConfig):
         if not isinstance(self.sample_size, int) and len(self.sample_size) != 2:
             raise ValueError(f"sample_size must be one int or (height, width), not {self.sample_size}.")
         for side in self.sample_height_width:
-            if not 0 < side <= _LARGEST or side % self.patch_size:
+            if not 0 < side <= _LARGEST:
+                raise ValueError(f"sample_size must be above 0 and at most {_LARGEST}, not {self.sample_size}.")
+            if side % self.patch_size:
                 raise ValueError(f"sample_size {self.sample_size} is not divisible by patch_size {self.patch_size}.")
 
     def _check_choices(self) -> None:
@@ -248,7 +250,7 @@ class DiTConfig(PreTrainedConfig):
             overrides: any field of `DiTConfig`.
 
         Raises:
-            ValueError: an unknown name, or an image size that is not divisible by 8 and the patch.
+            ValueError: an unknown name, or an image size that is out of range or not divisible by 8 and the patch.
         """
         if name.casefold() == "toy":
             return cls(**{**TOY, **overrides})
@@ -257,7 +259,10 @@ class DiTConfig(PreTrainedConfig):
             known = (*PUBLISHED_MODELS, "toy")
             raise ValueError(f"There is no DiT size named {name!r}. The nearest names: {nearest(name, known)}.")
         size, patch = by_folded[name.casefold()].removeprefix("DiT-").split("/")
-        if image_size <= 0 or image_size % (_VAE_SCALE_FACTOR * int(patch)):
+        if not 0 < image_size <= _LARGEST * _VAE_SCALE_FACTOR:
+            raise ValueError(f"image_size must be above 0 and at most {_LARGEST * _VAE_SCALE_FACTOR}, "
+                             f"not {image_size}.")  # fmt: skip
+        if image_size % (_VAE_SCALE_FACTOR * int(patch)):
             raise ValueError(f"image_size {image_size} is not divisible by {_VAE_SCALE_FACTOR * int(patch)}, "
                              f"as {by_folded[name.casefold()]} needs.")  # fmt: skip
         layers, width, heads = _SIZES[size]

@@ -31,15 +31,19 @@ def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> lis
         num_classes: number of classes.
 
     Raises:
-        ValueError: an id out of range, or an unknown or ambiguous name; the message lists the nearest names.
+        ValueError: an id out of range, an unknown or ambiguous name, of which the message lists the nearest, or any
+            label of a model without classes.
     """
+    wanted = _listed(labels)
+    if wanted and not num_classes:
+        raise ValueError("This model has no classes; leave the labels out.")
     by_name: dict[str, list[tuple[int, str]]] = {}
     for index, names in id2label.items():
         for name in dict.fromkeys(name.strip() for name in (*names.split(","), names)):
             by_name.setdefault(_folded(name), []).append((index, name))
     return [
         _by_name(label, by_name, id2label) if isinstance(label, str) else _checked(label, num_classes)
-        for label in _listed(labels)
+        for label in wanted
     ]
 
 

@@ -9,6 +9,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from .checks import whole_number
+
+# Far more than help, and few enough to start.
+_MOST_THREADS = 1024
+
 # An execution provider of ONNX Runtime: its name, or that and its options.
 Provider = str | tuple[str, Mapping[str, Any]]
 
@@ -20,12 +25,12 @@ class RuntimeOptions:
     Args:
         providers: ONNX Runtime's execution providers, the preferred first: names, or pairs of a name and its options,
             such as `("CUDAExecutionProvider", {"device_id": 1})`. None means the CPU.
-        num_threads: threads within an operator, on processors; None means one per core.
+        num_threads: threads within an operator, on processors, at most 1024; None means one per core.
         cuda_graphs: record TensorRT's launches once for each shape and replay them, which takes the processor out of
             the loop; the inputs and outputs of each shape then stay on the GPU.
 
     Raises:
-        ValueError: fewer than one thread.
+        ValueError: a number of threads that is none, or out of range.
     """
 
     providers: Sequence[Provider] | None = None
@@ -33,8 +38,8 @@ class RuntimeOptions:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads must be 1 or more, not {self.num_threads}.")
+        if self.num_threads is not None:
+            whole_number("num_threads", self.num_threads, 1, _MOST_THREADS)
 
 
 _DEFAULTS = RuntimeOptions()
