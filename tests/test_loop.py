@@ -288,3 +288,48 @@ def test_min_snr_weighs_the_loss_of_a_run(objective: str, weight: float) -> None
 @pytest.mark.parametrize("name", ["imagenet-256", "imagenet-256-flow", "finetune"])
 def test_recipes_of_large_data_read_ahead(name: str) -> None:
     assert get_recipe(name).workers > 0
+
+
+# --- Steps that are left out, and shares that hold nothing -----------------------------------------------------------
+
+
+def weights_of(recipe: Recipe, **options: Any) -> dict[str, Tensor]:
+    return dict(train(recipe, **options).pipeline.transformer.state_dict())
+
+
+def test_where_all_is_finite_no_step_is_left_out() -> None:
+    plain, careful = weights_of(SHORT), weights_of(replace(SHORT, skip_nan=True))
+    assert all(careful[name].equal(weight) for name, weight in plain.items())
+
+
+class Holed(Pictures):
+    """Data of which a step can read nothing."""
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        self.reads = getattr(self, "reads", 0) + 1
+        batch = super().read(keys)
+        return Batch(batch.data[:0], batch.labels[:0], [], []) if self.reads == 2 else batch
+
+
+@pytest.mark.parametrize("classes", [16, 0])
+def test_a_step_without_pictures_has_no_loss_and_trains_nothing(classes: int) -> None:
+    pictures, labels = shapes(8)
+    names = ID2LABEL if classes else {}
+    recipe = replace(SHORT, model={**TINY, "num_classes": classes}, steps=2, ema_decay=0.0)
+    options = {"dataset": Holed(pictures, labels if classes else labels * 0, names, "", "")}
+    losses = losses_of(recipe, **options)
+    assert losses[0] > 0
+    assert losses[1] == 0
+
+
+def test_labels_are_dropped_as_often_as_the_model_says() -> None:
+    """The rows move that are seen, once the gates are open: those of the batch's classes, or the null class's alone."""
+
+    def moved(share: float) -> set[int]:
+        recipe = replace(SHORT, model={**TINY, "class_dropout_prob": share}, steps=4, batch_size=128, ema_decay=0.0)
+        slow, fast = (weights_of(replace(recipe, learning_rate=rate)) for rate in (1e-30, 1e-2))
+        name = "y_embedder.embedding_table.weight"
+        return set((slow[name] != fast[name]).any(1).nonzero().flatten().tolist())
+
+    assert moved(1 - 1e-6) == {16}
+    assert moved(1e-9) == set(range(16))

@@ -900,6 +900,16 @@ def test_sampling_keeps_no_gradients(latent_pipe: DiTPipeline) -> None:
     assert not latent_pipe.decode(drawn, "pt").requires_grad
 
 
+def test_latents_are_scaled_and_then_shifted_for_the_decoder(
+    make_model: MakeModel, make_vae: Callable[..., Any]
+) -> None:
+    vae = make_vae(scaling_factor=0.25, shift_factor=0.5)
+    latents = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = (vae.decode(latents * 4 + 0.5).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pipeline_of(make_model(), vae=vae).decode(latents, "pt"), expected, atol=1e-5, rtol=0)
+
+
 def test_fifty_steps_unless_told_otherwise(pipe: DiTPipeline) -> None:
     timesteps: list[int] = []
     pipe([1], output_type="latent", callback_on_step_end=lambda _, step, timestep, values: timesteps.append(timestep))

@@ -269,9 +269,10 @@ class LoadingPipeline(DiffusionPipeline):
             ValueError, OSError, ImportError: see `dit_hub.adapters.load_adapters`.
         """
         pipeline = cast(Any, self)
-        if not isinstance(pipeline.transformer, torch.nn.Module):
-            raise ValueError(f"Adapters are merged into a model in PyTorch, and this is a "
-                             f"{type(pipeline.transformer).__name__}; merge them first, and export then.")  # fmt: skip
+        kind = type(pipeline.transformer)
+        if not issubclass(kind, torch.nn.Module):
+            raise ValueError(f"Adapters are merged into a model in PyTorch, and this is a {kind.__name__}; merge them "
+                             "first, and export then.")  # fmt: skip
         path = Path(folder)
         if not path.is_dir() and str(folder).count("/") == 1:
             with plain_hub_errors(f"load {folder} from"):
