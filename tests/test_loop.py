@@ -2,9 +2,6 @@
 
 import json
 import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,12 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import get_worker_info
 
 from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
-from dit_hub.training import loop, publish
+from dit_hub.training import loop
 from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loop import Progress, TrainingError, train
 from dit_hub.training.recipe import Recipe, get_recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
+
+from .command_line import python
 
 TINY = {"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_classes": 16, "learn_sigma": False}  # fmt: skip
@@ -62,28 +61,35 @@ def test_a_step_is_looked_at_when_the_next_one_is_under_way(save_every: int, tmp
         assert events == ["read", *(word for step in range(1, 6) for word in ("read", f"said {step}")), "said 6"]
 
 
-def test_a_run_that_is_to_stop_does_not_wait_for_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pushed: list[str] = []
-    told: list[int] = []
-    over = threading.Event()
+STOPPED_WHILE_IT_PUSHES = f"""
+import os, signal, threading
+from pathlib import Path
+from dit_hub.training import publish
+from dit_hub.training.loop import train
+from dit_hub.training.recipe import Recipe
 
-    def push(folder: str, repository: str, message: str) -> None:
-        pushed.append(message)
-        if not over.wait(3):
-            pushed.append("waited for")
+pushed, told = [], []
 
-    monkeypatch.setattr(publish, "make_repository", lambda name: name)
-    monkeypatch.setattr(publish, "push_folder", push)
+def push(folder, repository, message):
+    pushed.append(message)
+    threading.Event().wait(60)
+    pushed.append("waited for")
 
-    def stop(progress: Progress) -> None:
-        if pushed and not told:
-            told.append(progress.step)
-            os.kill(os.getpid(), signal.SIGTERM)
+def stop(progress):
+    if pushed and not told:
+        told.append(progress.step)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    recipe = replace(SHORT, steps=10_000, save_every=4, push_to_hub="me/model")
-    assert not train(recipe, stop, run_folder=tmp_path).finished
-    assert pushed == ["Step 4"]
-    over.set()
+publish.make_repository, publish.push_folder = str, push
+recipe = Recipe(model={TINY}, images_per_class=8, batch_size=32, steps=10_000, save_every=4, push_to_hub="me/model")
+print(train(recipe, stop, run_folder=Path("run")).finished, pushed)
+"""
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_the_hub(tmp_path: Path) -> None:
+    run = python("-c", STOPPED_WHILE_IT_PUSHES, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "False ['Step 4']"
 
 
 class Stuck(Pictures):
