@@ -1,6 +1,8 @@
 """OpenVINO as a runtime of `DiTPipeline`, for processors."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +22,13 @@ class OpenVINODiTTransformer(RuntimeDenoiser):
     elsewhere = "OpenVINO computes on the processor here"
 
     def _open(self, path: Path, options: RuntimeOptions) -> Session:
-        openvino = require("openvino", "openvino")
         # It would choose by the processor otherwise. The conditioner stays in float32.
         precision = self.settings.get("precision", "fp32") if path.name == MODEL_FILE else "fp32"
         settings = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if options.num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = str(options.num_threads)
         try:
-            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+            compiled = _core().compile_model(str(path), "CPU", settings)
         except RuntimeError as error:
             raise ValueError(f"OpenVINO cannot load {path}: {str(error).splitlines()[0]}") from error
         request = compiled.create_infer_request()
@@ -37,3 +38,13 @@ class OpenVINODiTTransformer(RuntimeDenoiser):
             return torch.from_numpy(request.infer(arrays, share_inputs=True)[0])
 
         return run
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO, loaded once and for good.
+
+    On processors with AMX each `Core` takes the thread's stack for signals, and gives back the one before it when it is
+    dropped: after two that went in the order in which they came, the next signal ends the process (2026.4).
+    """
+    return require("openvino", "openvino").Core()

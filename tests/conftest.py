@@ -48,6 +48,18 @@ TINY = {
 }
 
 
+# Of the embedded model's data, and so small that a step takes milliseconds.
+SMALL_MODEL: dict[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 8,
+    "in_channels": 3,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_classes": 16,
+    "learn_sigma": False,
+}
+
 # The noise of the embedded model, for recipes that go on from it.
 TOYS_NOISE: dict[str, Any] = {"beta_start": 5e-4, "beta_end": 0.1}
 TOYS_NOISE_SETTINGS = [f"{name}={value}" for name, value in TOYS_NOISE.items()]

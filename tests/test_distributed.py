@@ -23,7 +23,7 @@ from dit_hub.training.recipe import Recipe, get_recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
 
 from .command_line import Python, dit_hub
-from .conftest import TOYS_NOISE, TOYS_NOISE_SETTINGS
+from .conftest import SMALL_MODEL, TOYS_NOISE, TOYS_NOISE_SETTINGS
 from .together import PROCESSES, Together, environment, free_port
 
 SETTINGS = ["train", "toy", "images_per_class=8", "epochs=4", "batch_size=32", "ema_decay=0.9"]
@@ -144,9 +144,14 @@ def test_sharded_and_killed_and_gone_on_with_by_other_numbers_of_processes(tmp_p
 
 # --- Ways to train together, forked rather than launched -------------------------------------------------------------
 
-TINY = {"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_classes": 16, "learn_sigma": False}  # fmt: skip
-FEW = {"model": TINY, "images_per_class": 4, "steps": 4, "batch_size": 16, "learning_rate": 1e-2, "ema_decay": 0.9}
+FEW = {
+    "model": SMALL_MODEL,
+    "images_per_class": 4,
+    "steps": 4,
+    "batch_size": 16,
+    "learning_rate": 1e-2,
+    "ema_decay": 0.9,
+}
 WAYS: dict[str, dict[str, Any]] = {
     "parts": {"gradient_accumulation": 4},
     "sharded": {"fsdp": True},

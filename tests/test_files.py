@@ -384,6 +384,27 @@ with new_file("grid.png") as file:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "out"]
 
 
+# Ends as soon as it has a hidden folder, before that is locked.
+BEGUN = """
+import signal
+print("ready", flush=True)
+def at_the_lock(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(".lock"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(at_the_lock)
+with new_folder("out"):
+    pass
+"""
+
+
+def test_an_empty_folder_that_a_killed_process_left_goes_too(tmp_path: Path) -> None:
+    wait_for_kill(start(BEGUN, tmp_path))
+    (left,) = tmp_path.iterdir()
+    assert not list(left.iterdir())
+    check_free(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_another_machine_left_on_a_shared_disk_stays(tmp_path: Path) -> None:
     kill(start(BUILDING, tmp_path))
     (lock,) = tmp_path.glob(".out-*/*.lock")

@@ -25,9 +25,9 @@ from dit_hub.training.recipe import Recipe, get_recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
 
 from .command_line import python
+from .conftest import SMALL_MODEL
 
-TINY = {"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_classes": 16, "learn_sigma": False}  # fmt: skip
+TINY = {**SMALL_MODEL, "num_hidden_layers": 1}
 SHORT = Recipe(model=TINY, images_per_class=8, steps=6, batch_size=32)
 
 
@@ -97,7 +97,7 @@ class Stuck(Pictures):
 
     def read(self, keys: Sequence[Key]) -> Batch:
         if (worker := get_worker_info()) and worker.id == 1:
-            time.sleep(10_000)
+            time.sleep(60)
         return super().read(keys)
 
 

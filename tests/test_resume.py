@@ -25,11 +25,15 @@ from dit_hub.training.recipe import Recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
 
 from .command_line import Command, dit_hub
-from .conftest import small_vae
+from .conftest import SMALL_MODEL, small_vae
 
-MODEL = {"sample_size": 16, "patch_size": 8, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_classes": 16, "learn_sigma": False}  # fmt: skip
-SETTINGS = [f"model={json.dumps(MODEL)}", "images_per_class=16", "batch_size=64", "ema_decay=0.99", "save_every=4"]
+SETTINGS = [
+    f"model={json.dumps(SMALL_MODEL)}",
+    "images_per_class=16",
+    "batch_size=64",
+    "ema_decay=0.99",
+    "save_every=4",
+]
 
 
 def start(out: Path, *settings: str, file_limit: int | None = None) -> Command:

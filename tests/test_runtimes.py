@@ -266,3 +266,22 @@ def test_a_copy_whose_folder_is_gone_is_one_sentence(exported: dict[str, Path], 
     (tmp_path / "copy" / "transformer" / "model.onnx").unlink()
     with pytest.raises(ValueError, match=r"copy/transformer has no model\.onnx"):
         copy.deepcopy(pipeline)
+
+
+# Of what is open, the oldest goes first. Python's handlers run on the stack for signals, which OpenVINO replaces.
+OPENED_AND_DROPPED = """
+import os, signal, sys
+from dit_hub import DiTPipeline
+
+first, second = (DiTPipeline.from_pretrained(sys.argv[1], num_threads=1) for _ in range(2))
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_handled_after_openvino(exported: dict[str, Path], tmp_path: Path) -> None:
+    """On a processor with AMX they ended the process."""
+    run = python("-c", OPENED_AND_DROPPED, exported["openvino"], cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (0, "handled\n")

@@ -38,8 +38,8 @@ def trace_once(trace: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     def traced(module: Any, *arguments: Any, dynamic_shapes: Any = None, **options: Any) -> Any:
         if arguments:  # a test that exports by itself
             return trace(module, *arguments, **options)
-        content = io.BytesIO(repr(dynamic_shapes).encode())
-        content.seek(0, os.SEEK_END)
+        content = io.BytesIO()
+        content.write(repr(dynamic_shapes).encode())
         Pickler(content).dump((module, options))
         file = folder / f"{hashlib.sha256(content.getvalue()).hexdigest()}.onnx"
         if not file.exists():

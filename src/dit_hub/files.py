@@ -173,6 +173,8 @@ def remove_leftovers(parent: Path) -> None:
             with contextlib.suppress(OSError):  # of another user's
                 if (work / _work_lock()).is_file():
                     _remove_leftover(work)
+                else:
+                    work.rmdir()  # killed before it was locked, or when it was all but gone; fails for all but these
 
 
 def remove_folder(folder: Path) -> None:

@@ -66,7 +66,7 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     kind: Any = getattr(diffusers, SCHEDULERS[name])
     # Some classes clip to -1..1 where nothing says otherwise, as the configs of those that cannot clip do not.
-    return kind.from_config({"clip_sample": False, **config} if "clip_sample" in _settings(kind) else config)
+    return kind.from_config({"clip_sample": False, **config} if "clip_sample" in settings_of(kind) else config)
 
 
 def official_scheduler(config: DiTConfig) -> Any:
@@ -107,7 +107,7 @@ def is_flow_matching(scheduler: Any) -> bool:
     if any(part in kind.__name__ for part in _VELOCITY):
         return True
     asked = scheduler.config.get("prediction_type") == "flow_prediction"
-    return asked and "use_flow_sigmas" in _settings(kind)
+    return asked and "use_flow_sigmas" in settings_of(kind)
 
 
 def check_scheduler(scheduler: Any, config: DiTConfig, own: Any, latent: bool) -> None:
@@ -188,13 +188,13 @@ def _check_bounds(scheduler: Any, own: Any) -> None:
     """Refuse what bounds the predicted data to -1..1, where the model's own scheduler does not."""
     name = type(scheduler).__name__
     for setting in _BOUNDS:
-        here = setting in _settings(type(scheduler)) and scheduler.config.get(setting)
+        here = setting in settings_of(type(scheduler)) and scheduler.config.get(setting)
         if here and not own.config.get(setting):
             raise ValueError(f"This {name} cuts what is predicted to -1..1, and latents go further; make it with "
                              f"{name}.from_config(pipe.scheduler.config, {setting}=False).")  # fmt: skip
 
 
-def _settings(kind: type) -> Container[str]:
+def settings_of(kind: type) -> Container[str]:
     """What a class of schedulers can be told, of all that its configs may hold."""
     return inspect.signature(kind).parameters
 
@@ -289,7 +289,7 @@ def without_foreign_variance(scheduler: Any) -> Any:
     DPM solvers made from a DDPM's config act on its learned variance: they keep 3 channels of any prediction.
     """
     inherited = str(scheduler.config.get("variance_type")).startswith("learned")
-    acts_on_it = "variance_type" in _settings(type(scheduler))
+    acts_on_it = "variance_type" in settings_of(type(scheduler))
     if inherited and acts_on_it and not uses_learned_variance(scheduler):
         return type(scheduler).from_config(scheduler.config, variance_type=None)
     return scheduler

@@ -12,7 +12,6 @@ that a scheduler that does anything else is found out.
 """
 
 import copy
-import inspect
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .schedulers import is_flow_matching, set_timesteps, uses_learned_variance, without_foreign_variance
+from .schedulers import is_flow_matching, set_timesteps, settings_of, uses_learned_variance, without_foreign_variance
 
 # Columns of a table.
 COLUMNS = ("timestep", "p", "q", "clip", "a", "b", "c", "noise", "exponent")
@@ -102,10 +101,7 @@ def _take_clip(scheduler: Any) -> float:
     if config.get("thresholding"):
         raise ValueError(f"{type(scheduler).__name__} thresholds, which no table can say; set thresholding=False.")
     # A scheduler made from another's config keeps fields that it does not heed.
-    if (
-        not config.get("clip_sample")
-        or "clip_sample_range" not in inspect.signature(type(scheduler).__init__).parameters
-    ):
+    if not config.get("clip_sample") or "clip_sample_range" not in settings_of(type(scheduler)):
         return _NO_CLIP
     if isinstance(scheduler, diffusers.DDIMScheduler):  # mixes a clipped estimate with an unclipped prediction
         raise ValueError("DDIMScheduler clips, which no table can say; set clip_sample=False.")
