@@ -216,8 +216,10 @@ def test_what_a_layout_cannot_express_is_refused_before_anything_is_written(
             convert(tmp_path / source, tmp_path / "out", to=to)
     with pytest.raises(ValueError, match="self-contained"):
         convert(tmp_path / "ours", tmp_path / "out", to="diffusers", self_contained=True)
-    with pytest.raises(ValueError, match="num_classes: for checkpoint files only"):
-        convert(tmp_path / "ours", tmp_path / "out", num_classes=3)
+    with pytest.raises(ValueError, match="num_classes, vae: for checkpoint files only"):
+        convert(tmp_path / "ours", tmp_path / "out", num_classes=3, vae=None)
+    with pytest.raises(ValueError, match="timestep_freq_shift: for diffusers' layout only"):
+        convert(tmp_path / "ours", tmp_path / "out", timestep_freq_shift=1)
     assert not (tmp_path / "out").exists()
 
 

@@ -177,6 +177,13 @@ def test_moving_an_export_says_what_to_do(
         pipeline.transformer.to(*arguments)
 
 
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"torch_dtype": {"default": torch.float16}}])
+def test_an_export_is_not_loaded_in_another_precision(exported: dict[str, Path], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"ORTDiTTransformer cannot become torch\.float16: .*--precision"):
+        DiTPipeline.from_pretrained(exported["onnxruntime"], **options)
+    DiTPipeline.from_pretrained(exported["onnxruntime"], dtype={"transformer": torch.float32, "vae": torch.float16})
+
+
 def test_staying_where_it_is_is_no_error(exported: dict[str, Path]) -> None:
     pipeline = DiTPipeline.from_pretrained(exported["onnxruntime"])
     for arguments in (("cpu",), (torch.device("cpu"),), (torch.float32,), ("cpu", torch.float32), ()):

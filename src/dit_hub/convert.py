@@ -133,7 +133,8 @@ def _open(
         raise ValueError(
             f"{source} is no pipeline folder: it has no {DiTPipeline.config_name}; give a checkpoint file."
         )
-    if misplaced := sorted({"weights", "family", "num_attention_heads", *DiTConfig.__annotations__} & options.keys()):
+    for_files = {"weights", "family", "num_attention_heads", *DiTConfig.__annotations__} & options.keys()
+    if misplaced := sorted(for_files | ({"vae"} if vae is not DEFAULT_VAE else set())):
         raise ValueError(f"{', '.join(misplaced)}: for checkpoint files only; {source} has a configuration of its own.")
     pipeline = DiTPipeline.from_pretrained(source, timestep_freq_shift=timestep_freq_shift, **options)
     if not isinstance(pipeline.transformer, DiTTransformer):

@@ -103,8 +103,8 @@ class LoadingPipeline(DiffusionPipeline):
                 `dtype={"default": ..., "vae": ...}` says otherwise.
 
         Raises:
-            ValueError, OSError: no such folder or repository, files that are missing or damaged, or an argument that
-                neither this nor diffusers takes.
+            ValueError, OSError: no such folder or repository, files that are missing or damaged, an argument that
+                neither this nor diffusers takes, or a dtype for an export, whose precision is fixed.
         """
         name = str(pretrained_model_name_or_path)
         known = [*_arguments(LoadingPipeline.from_pretrained), *_arguments(cls), *STOCK_OPTIONS]
@@ -122,8 +122,12 @@ class LoadingPipeline(DiffusionPipeline):
         layout = "diffusers" if _is_foreign(index.get("transformer")) else "dit-hub"
         if layout == "diffusers" and "transformer" not in kwargs:
             kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
+        elif timestep_freq_shift is not None:
+            raise ValueError(f"timestep_freq_shift: for diffusers' layout only; {name} has a configuration of its own.")
         with unsound_values(f"{name} does not load"), use_options(RuntimeOptions(providers, num_threads, cuda_graphs)):
             pipeline = super().from_pretrained(folder, **kwargs)
+        if not isinstance(pipeline.transformer, torch.nn.Module):  # diffusers does not tell an export
+            pipeline.transformer.to(dtype=_transformers_dtype(kwargs))
         pipeline._remember(name, folder, layout)
         return pipeline
 
@@ -323,10 +327,13 @@ def _load_foreign(
     numerics: dict[str, Any] = {"timestep_freq_shift": shift, **({"mlp_norm_eps": None} if shift == 0 else {})}
     numerics["guidance_channels"] = index.get(GUIDANCE_KEY)
     transformer = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
+    return cast(Any, transformer).to(device=options.get("device_map"), dtype=_transformers_dtype(options))
+
+
+def _transformers_dtype(options: dict[str, Any]) -> torch.dtype | None:
+    """The one that is asked for, if any; `dtype` is for all components, or a dictionary by component."""
     dtype = options.get("dtype", options.get("torch_dtype"))
-    if isinstance(dtype, dict):
-        dtype = dtype.get("transformer", dtype.get("default"))
-    return cast(Any, transformer).to(device=options.get("device_map"), dtype=dtype)
+    return dtype.get("transformer", dtype.get("default")) if isinstance(dtype, dict) else dtype
 
 
 def _arguments(door: Any) -> list[str]:
