@@ -322,6 +322,12 @@ def test_an_archive_that_is_none_says_why(tmp_path: Path, arrays: dict[str, Any]
         open_dataset(str(tmp_path / "data.npz"), SIZE, 1, 0)
 
 
+def test_a_text_named_npz_is_one_sentence_without_numpys_advice(tmp_path: Path) -> None:
+    (tmp_path / "data.npz").write_text("images")
+    with pytest.raises(ValueError, match=r"data\.npz is no archive of images: it is not what numpy\.savez writes\.$"):
+        open_dataset(str(tmp_path / "data.npz"), SIZE, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -365,6 +365,7 @@ def test_the_published_sizes_train_as_the_paper_does(size: str) -> None:
         ("[1, 2]", "must hold fields of a recipe"),
         ("a: [", "is no YAML"),
         ("model: {hiden_size: 3}", "A model has no field 'hiden_size'. The nearest names: hidden_size"),
+        ("model: {architectures: 3}", "A model has no field 'architectures'. The nearest names: sample_size"),
         ("data: nowhere", "There is no data 'nowhere'"),
         ("batch_size: 5000", "batch_size 5000 is larger than the data set of 3200"),
         ("gradient_accumulation: 3", "batch_size 128 cannot be shared equally"),

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import warnings
 from importlib import metadata
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,5 +52,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each attempt to reach a Hub that cannot be reached
+    # diffusers says it with each model that it looks for on the Hub.
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
     for library in ("transformers", "diffusers"):
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()

@@ -220,6 +220,8 @@ class LoadingPipeline(DiffusionPipeline):
         if not path.is_file():
             if (folder.parent / cls.config_name).is_file():
                 raise ValueError(f"{folder} is a part of the pipeline {folder.parent}; give that folder.")
+            if (folder / CONFIG_FILE).is_file():
+                raise ValueError(f"{folder} holds adapters; load the model that they adapt, and then load_adapters.")
             raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
         try:
             index = json.loads(path.read_text())

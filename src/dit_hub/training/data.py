@@ -204,7 +204,9 @@ def archive(path: Path) -> Pictures:
             arrays = {name: file[name] for name in ("images", "labels") if name in file}
             names = file.files
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no archive of images: {error}") from None
+        # numpy takes what is no archive for objects, and advises to load them unsafely.
+        problem = "it is not what numpy.savez writes" if "pickled" in str(error) else str(error).removesuffix(".")
+        raise ValueError(f"{path} is no archive of images: {problem}.") from None
     if "images" not in arrays:
         raise ValueError(f"{path} has no images; it has {listed(names) or 'nothing'}.")
     images, labels = arrays["images"], arrays.get("labels")

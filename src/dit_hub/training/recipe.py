@@ -178,7 +178,7 @@ class Recipe:
             parameterization["parameterization"] = "flow"
         if isinstance(self.model, str):
             return DiTConfig.from_name(self.model, **parameterization)
-        known = [name for name in DiTConfig.__init__.__annotations__ if name != "return"] or list(vars(DiTConfig()))
+        known = list(DiTConfig.__annotations__)
         if unknown := [str(name) for name in self.model if name not in known]:
             raise ValueError(f"A model has no field {unknown[0]!r}. The nearest names: {nearest(unknown[0], known)}.")
         return DiTConfig(**{**self.model, **parameterization})
