@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import get_worker_info
 
+from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
 from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
 from dit_hub.training import loop
 from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
@@ -339,3 +340,45 @@ def test_labels_are_dropped_as_often_as_the_model_says() -> None:
 
     assert moved(1 - 1e-6) == {16}
     assert moved(1e-9) == set(range(16))
+
+
+# --- What a step comes to --------------------------------------------------------------------------------------------
+
+
+def test_a_step_in_parts_has_the_mean_of_their_gradients() -> None:
+    """With a bound that the gradients of some steps pass, so that their size counts, which Adam does not see."""
+    recipe = replace(SHORT, objective="flow", steps=8, learning_rate=5e-3, max_grad_norm=0.3, num_train_timesteps=1000)
+    whole, parts = (weights_of(replace(recipe, gradient_accumulation=count)) for count in (1, 4))
+    for name, weight in whole.items():  # 1.2e-6 here; sums in place of means: 1.7e-3
+        torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-4)
+
+
+class Spoilt(Pictures):
+    """Data whose steps are not finite but for a few."""
+
+    def __init__(self, finite: Sequence[int]) -> None:
+        super().__init__(*shapes(8), ID2LABEL, "", "")
+        self.finite, self.step = finite, 0
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        self.step += 1
+        batch = super().read(keys)
+        return batch if self.step in self.finite else replace(batch, data=batch.data * float("nan"))
+
+
+def test_twenty_steps_in_a_row_that_are_not_finite_are_the_end() -> None:
+    recipe = replace(SHORT, steps=40, skip_nan=True)
+    result = train(recipe, dataset=Spoilt(finite=[20, 40]))
+    assert result.skipped == 38
+    assert result.epoch_losses[0] == 0  # of four steps without a loss
+    with pytest.raises(TrainingError, match="The loss of step 21 is nan"):
+        train(recipe, dataset=Spoilt(finite=[1]))
+
+
+def test_a_step_whose_gradients_are_not_finite_is_none(tmp_path: Path) -> None:
+    """The model predicts zero, of numbers so large that the gradients' squares overflow."""
+    model = DiTTransformer(DiTConfig(**TINY))
+    torch.nn.init.constant_(model.final_layer.adaLN_modulation[1].bias, 1e25)
+    DiTPipeline(model, DDIMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(TrainingError, match="The norm of the gradients of step 1 is inf"):
+        train(replace(SHORT, model="toy", init_from=str(tmp_path), num_train_timesteps=1000))

@@ -687,6 +687,13 @@ def test_one_channel_gives_grey_pictures(make_model: MakeModel) -> None:
     assert (picture.mode, picture.size) == ("L", (8, 8))
 
 
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_pixels_are_pictures_and_may_be_cut_to_their_range(make_model: MakeModel, channels: int, mode: str) -> None:
+    pipe = pipeline_of(make_model(in_channels=channels), new_scheduler("DDIMScheduler", clip_sample=False))
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
+    assert [picture.mode for picture in sample(pipe, output_type="pil")] == [mode, mode]
+
+
 def test_default_output_is_pil(latent_pipe: DiTPipeline) -> None:
     assert isinstance(latent_pipe([1], num_inference_steps=1).images[0], Image.Image)
 
