@@ -1,5 +1,6 @@
 """What the training loop does within a step, seen from outside."""
 
+import itertools
 import json
 import multiprocessing
 import time
@@ -11,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import get_worker_info
 
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
 from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
 from dit_hub.training import loop
+from dit_hub.training.checkpoints import STATE_FILE
 from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loop import Progress, TrainingError, train
@@ -204,15 +208,25 @@ def spoilt() -> Pictures:
     return Pictures(pictures, labels, ID2LABEL, "", "")
 
 
+class Spoilt(Pictures):
+    """Data whose steps are not finite but for a few."""
+
+    def __init__(self, finite: Sequence[int]) -> None:
+        super().__init__(*shapes(8), ID2LABEL, "", "")
+        self.finite, self.step = finite, 0
+
+    def read(self, keys: Sequence[Key]) -> Batch:
+        self.step += 1
+        batch = super().read(keys)
+        return batch if self.step in self.finite else replace(batch, data=batch.data * float("nan"))
+
+
 def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     recipe = replace(SHORT, steps=12, save_every=1)
-    said: list[Progress] = []
-    with pytest.raises(TrainingError) as error:
-        train(recipe, said.append, run_folder=tmp_path, dataset=spoilt())
-    bad = said[-1].step + 1
-    assert f"The loss of step {bad} is nan" in str(error.value)
-    kept = sorted(path.name for path in tmp_path.glob("step-*"))
-    assert kept[-1:] == ([f"step-{bad - 1:08d}"] if bad > 1 else [])
+    with pytest.raises(TrainingError, match="The loss of step 5 is nan") as error:
+        train(recipe, run_folder=tmp_path, dataset=Spoilt(finite=range(1, 5)))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
+    assert f"The last good checkpoint is {tmp_path / 'step-00000004'}." in str(error.value)
 
 
 def test_steps_that_are_skipped_in_half_precision_leave_the_scaler_ready(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +356,47 @@ def test_labels_are_dropped_as_often_as_the_model_says() -> None:
     assert moved(1e-9) == set(range(16))
 
 
+# --- What is drawn, and the learning rate ----------------------------------------------------------------------------
+
+
+def test_noise_is_of_the_seed_and_of_the_step() -> None:
+    """The model predicts zero, and learns too little to tell: a loss is the mean square of its noise."""
+    recipe = replace(FLOW, steps=2, learning_rate=1e-12)
+    losses = [losses_of(replace(recipe, seed=seed), dataset=Latents(0.0, 0.0)) for seed in (0, 1, 0)]
+    assert losses[0] == losses[2]
+    four = [*losses[0], *losses[1]]
+    assert all(abs(one - other) > 1e-5 for one, other in itertools.combinations(four, 2))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_the_learning_rate_falls_as_pytorchs_schedule_does(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def step(self: Any, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return pytorchs_step(self, *arguments)
+
+    pytorchs_step = AdamW.step
+    monkeypatch.setattr(AdamW, "step", step)
+    train(replace(SHORT, learning_rate=0.02, learning_rate_schedule=schedule))
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
+    expected = CosineAnnealingLR(optimizer, SHORT.steps) if schedule == "cosine" else ConstantLR(optimizer, factor=1.0)
+    for rate in rates:
+        assert rate == pytest.approx(expected.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        expected.step()
+    assert len(rates) == SHORT.steps
+
+
+def test_a_velocity_leaves_the_channels_of_a_variance_alone(tmp_path: Path) -> None:
+    model = DiTTransformer(DiTConfig(**{**TINY, "learn_sigma": True}, parameterization="flow"))
+    DiTPipeline(model, FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    recipe = replace(SHORT, model="toy", init_from=str(tmp_path), objective="flow", num_train_timesteps=1000)
+    trained = train(recipe).pipeline.transformer.final_layer.linear.bias.reshape(-1, 6)  # (pixels of a patch, channels)
+    assert trained[:, :3].abs().min() > 0
+    assert trained[:, 3:].abs().max() == 0
+
+
 # --- What a step comes to --------------------------------------------------------------------------------------------
 
 
@@ -351,19 +406,6 @@ def test_a_step_in_parts_has_the_mean_of_their_gradients() -> None:
     whole, parts = (weights_of(replace(recipe, gradient_accumulation=count)) for count in (1, 4))
     for name, weight in whole.items():  # 1.2e-6 here; sums in place of means: 1.7e-3
         torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-4)
-
-
-class Spoilt(Pictures):
-    """Data whose steps are not finite but for a few."""
-
-    def __init__(self, finite: Sequence[int]) -> None:
-        super().__init__(*shapes(8), ID2LABEL, "", "")
-        self.finite, self.step = finite, 0
-
-    def read(self, keys: Sequence[Key]) -> Batch:
-        self.step += 1
-        batch = super().read(keys)
-        return batch if self.step in self.finite else replace(batch, data=batch.data * float("nan"))
 
 
 def test_twenty_steps_in_a_row_that_are_not_finite_are_the_end() -> None:
@@ -378,7 +420,43 @@ def test_twenty_steps_in_a_row_that_are_not_finite_are_the_end() -> None:
 def test_a_step_whose_gradients_are_not_finite_is_none(tmp_path: Path) -> None:
     """The model predicts zero, of numbers so large that the gradients' squares overflow."""
     model = DiTTransformer(DiTConfig(**TINY))
-    torch.nn.init.constant_(model.final_layer.adaLN_modulation[1].bias, 1e25)
+    for parameter in model.final_layer.adaLN_modulation.parameters():
+        torch.nn.init.constant_(parameter, 1e25)
     DiTPipeline(model, DDIMScheduler()).save_pretrained(tmp_path)
     with pytest.raises(TrainingError, match="The norm of the gradients of step 1 is inf"):
         train(replace(SHORT, model="toy", init_from=str(tmp_path), num_train_timesteps=1000))
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+SAVED = replace(SHORT, save_every=2, ema_decay=0.9)
+
+
+def train_to_the_fifth_step(run_folder: Path) -> None:
+    """Stopped in it, so that the last checkpoint is of the fourth."""
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        train(SAVED, stop, run_folder=run_folder)
+
+
+def test_a_run_goes_on_from_the_last_checkpoint_which_is_a_pipeline(tmp_path: Path) -> None:
+    train_to_the_fifth_step(tmp_path)
+    assert DiTPipeline.from_pretrained(tmp_path / "step-00000004").id2label == ID2LABEL
+    assert losses_of(SAVED, run_folder=tmp_path) == losses_of(SHORT)[4:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"losses": ...}, {"unreadable": None}, {"ema_steps": []}, {"groups": None}],
+)
+def test_a_checkpoint_that_is_damaged_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    train_to_the_fifth_step(tmp_path)
+    file = tmp_path / "step-00000004" / STATE_FILE
+    facts = {**json.loads(file.read_text()), **change}
+    file.write_text(json.dumps({name: value for name, value in facts.items() if value is not ...}))
+    with pytest.raises(ValueError, match=r"The checkpoint .*step-00000004 is damaged .* remove it"):
+        train(SAVED, run_folder=tmp_path)

@@ -640,6 +640,13 @@ def test_latents_of_another_shape_are_an_error(pipe: DiTPipeline, shape: tuple[i
         sample(pipe, latents=torch.randn(shape))
 
 
+def test_latents_without_labels_say_how_many_unless_a_number_is_asked_for(make_model: MakeModel) -> None:
+    pipe = pipeline_of(make_model(num_classes=0))
+    assert len(sample(pipe, None, latents=torch.randn(3, 4, 8, 8))) == 3
+    with pytest.raises(ValueError, match=r"latents must have the shape \(2, 4, 8, 8\)"):
+        sample(pipe, None, latents=torch.randn(3, 4, 8, 8), num_images_per_label=2)
+
+
 # --- Size ------------------------------------------------------------------------------------------------------------
 
 

@@ -179,10 +179,10 @@ class Run:
     def _draw(self) -> list[list[Tensor]]:
         """Noise, times, label dropout and the noise of latents, of the whole step, by part.
 
-        Drawn anew from seed and step: nothing of it needs to be saved, and the number of processes changes nothing.
+        Drawn anew from seed and step (a CPU reads 32 bits of it): not saved, and the same for any number of processes.
         """
         device, count = self.accelerator.device, self.recipe.batch_size
-        generator = torch.Generator(device).manual_seed((self.recipe.seed << 32) + self.step)
+        generator = torch.Generator(device).manual_seed(self.recipe.seed * 1_000_000_007 + self.step)
         shape = (count, *self.dataset.sample_shape)
         noise = torch.randn(shape, generator=generator, device=device)
         if self.recipe.objective == "flow":
