@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
 from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
-from dit_hub.training import loop
+from dit_hub.training import loop, publish
 from dit_hub.training.checkpoints import STATE_FILE
 from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
 from dit_hub.training.latents import cache_latents
@@ -460,3 +460,48 @@ def test_a_checkpoint_that_is_damaged_is_named(tmp_path: Path, change: dict[str,
     file.write_text(json.dumps({name: value for name, value in facts.items() if value is not ...}))
     with pytest.raises(ValueError, match=r"The checkpoint .*step-00000004 is damaged .* remove it"):
         train(SAVED, run_folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(3, ["Step 2 to me/model"]), (2, [])]
+)  # the last is pushed with its result
+def test_checkpoints_are_pushed_while_a_run_goes_on(
+    steps: int, expected: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pushed: list[str] = []
+
+    def push(folder: str, repository: str, message: str) -> None:
+        DiTPipeline.from_pretrained(folder)
+        pushed.append(f"{message} to {repository}")
+
+    monkeypatch.setattr(publish, "make_repository", str)
+    monkeypatch.setattr(publish, "push_folder", push)
+    train(replace(SHORT, steps=steps, save_every=2, push_to_hub="me/model"), run_folder=tmp_path)
+    assert pushed == expected
+
+
+# --- What a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_steps() -> None:
+    losses: list[float] = []
+    result = train(SHORT, lambda progress: losses.append(progress.loss))  # a pass takes four steps
+    means = [sum(part) / len(part) for part in (losses[:4], losses[4:])]
+    assert result.epoch_losses == pytest.approx(means, rel=1e-6)
+
+
+def test_the_first_average_is_the_model_and_the_others_are_beside_it() -> None:
+    result = train(replace(SHORT, ema_decay=[0.5, 0.9]))
+    assert set(result.averages) == {"ema-9"}
+    for decay, weights in ((0.5, result.pipeline.transformer.state_dict()), (0.9, result.averages["ema-9"])):
+        alone = weights_of(replace(SHORT, ema_decay=decay))
+        assert all(weights[name].equal(weight) for name, weight in alone.items())
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_adapters_are_kept_where_they_are_asked_for(merged: bool, tmp_path: Path) -> None:
+    DiTPipeline(DiTTransformer(DiTConfig(**TINY)), DDIMScheduler(), id2label=ID2LABEL).save_pretrained(tmp_path)
+    recipe = replace(SHORT, init_from=str(tmp_path), lora_rank=2, merge_adapters=merged, num_train_timesteps=1000)
+    result = train(recipe)
+    assert (result.adapted is None) == merged
+    assert not any("lora" in name for name in result.pipeline.transformer.state_dict())
