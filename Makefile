@@ -22,7 +22,7 @@ demo: .venv/.installed  ## Sample the embedded toy in PyTorch and on ONNX Runtim
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: .venv/.installed  ## Run the tests (8 minutes on 2 cores).
+test: .venv/.installed  ## Run the tests (7 minutes on 2 cores).
 	$(PYTEST)
 
 # The official code's numbers, sampling, an export, a conversion, training steps.
