@@ -3,6 +3,8 @@
 import itertools
 import json
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -462,9 +464,27 @@ def test_a_checkpoint_that_is_damaged_is_named(tmp_path: Path, change: dict[str,
         train(SAVED, run_folder=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("steps", "expected"), [(3, ["Step 2 to me/model"]), (2, [])]
-)  # the last is pushed with its result
+def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress.step)
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not train(replace(SHORT, steps=10_000), stop, run_folder=tmp_path).finished
+    assert 3 < seen[-1] <= 6  # the fourth was under way; within two steps of that
+    assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{seen[-1]:08d}"]
+
+
+def test_what_data_leave_out_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pictures, "notes", ["3 files are no images."])
+    train(replace(SHORT, steps=1))
+    assert "3 files are no images." in caplog.messages
+
+
+# The last is pushed with its result.
+@pytest.mark.parametrize(("steps", "expected"), [(3, ["Step 2 to me/model"]), (2, [])])
 def test_checkpoints_are_pushed_while_a_run_goes_on(
     steps: int, expected: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -488,6 +508,7 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_steps() -> None:
     result = train(SHORT, lambda progress: losses.append(progress.loss))  # a pass takes four steps
     means = [sum(part) / len(part) for part in (losses[:4], losses[4:])]
     assert result.epoch_losses == pytest.approx(means, rel=1e-6)
+    assert 0 < result.seconds < 100
 
 
 def test_the_first_average_is_the_model_and_the_others_are_beside_it() -> None:
