@@ -33,10 +33,8 @@ def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def run(source: Path, *arguments: str) -> tuple[int, str]:
         target = str(tmp_path / "out" / "converted")
-        heads = () if source.is_dir() else ("--num-attention-heads", "4")
-        monkeypatch.setattr(
-            sys, "argv", ["dit-hub", "convert", str(source), target, "--vae", "none", *heads, *arguments]
-        )
+        of_files = () if source.is_dir() else ("--num-attention-heads", "4", "--vae", "none")
+        monkeypatch.setattr(sys, "argv", ["dit-hub", "convert", str(source), target, *of_files, *arguments])
         capsys.readouterr()
         try:
             main()
