@@ -64,8 +64,8 @@ def ours_precomputed(model: Any) -> Forward:
 
     def forward(hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         if not conditions:
-            conditions[0] = model.condition(timestep, class_labels)
-        return model(hidden_states, condition=conditions[0]).sample
+            conditions[0] = model.precompute(timestep, class_labels)
+        return model(hidden_states, precomputed=conditions[0]).sample
 
     return forward
 
@@ -89,14 +89,14 @@ def exported(model: Any, **options: Any) -> Forward:
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(DiTPipeline(model, DDIMScheduler()), Path(folder, "export"), **options)
         denoiser = DiTPipeline.from_pretrained(Path(folder, "export")).transformer
-    if not hasattr(denoiser, "condition"):
+    if not hasattr(denoiser, "precompute"):
         return lambda **inputs: denoiser(**inputs).sample
     conditions: dict[int, torch.Tensor] = {}
 
     def forward(hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         if not conditions:
-            conditions[0] = denoiser.condition(timestep, class_labels)
-        return denoiser(hidden_states, condition=conditions[0]).sample
+            conditions[0] = denoiser.precompute(timestep, class_labels)
+        return denoiser(hidden_states, precomputed=conditions[0]).sample
 
     return forward
 

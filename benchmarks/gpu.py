@@ -29,12 +29,12 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def eager(model: Any, precision: str, rows: int) -> Forward:
     model = model.to("cuda", PRECISIONS[precision])
-    return lambda latents, condition: model(latents, condition=condition).sample
+    return lambda latents, condition: model(latents, precomputed=condition).sample
 
 
 def compiled(model: Any, precision: str, rows: int) -> Forward:
     model = torch.compile(model.to("cuda", PRECISIONS[precision]), mode="reduce-overhead")  # with CUDA graphs
-    return lambda latents, condition: model(latents, condition=condition).sample
+    return lambda latents, condition: model(latents, precomputed=condition).sample
 
 
 def tensorrt(model: Any, precision: str, rows: int) -> Forward:
@@ -47,7 +47,7 @@ def tensorrt(model: Any, precision: str, rows: int) -> Forward:
         folder = Path(scratch) / "engine"
         export_tensorrt(DiTPipeline(model, DDIMScheduler()), folder, precision=precision, profile=(1, rows, rows))
         denoiser = DiTPipeline.from_pretrained(folder, cuda_graphs=True).transformer
-    return lambda latents, condition: denoiser(latents, condition=condition).sample
+    return lambda latents, condition: denoiser(latents, precomputed=condition).sample
 
 
 CONTENDERS: dict[str, Callable[[Any, str, int], Forward]] = {
@@ -83,8 +83,8 @@ def contend(contender: str, name: str, precision: str, rows: int, repeats: int, 
         labels = torch.arange(rows).cuda() % config.num_classes
         with torch.inference_mode():
             exact = model.cuda()
-            condition = exact.condition(torch.full((rows,), 321.0).cuda(), labels)
-            expected = exact(latents[:2], condition=condition[:2]).sample.cpu()
+            condition = exact.precompute(torch.full((rows,), 321.0).cuda(), labels)
+            expected = exact(latents[:2], precomputed=condition[:2]).sample.cpu()
             forward = CONTENDERS[contender](model.cpu(), precision, rows)
             actual = forward(latents, condition)[:2].float().cpu()
             times = seconds_of(lambda: forward(latents, condition), repeats)

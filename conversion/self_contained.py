@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 # In the order of their imports. What loads other layouts and pushes stays out: such a folder needs neither.
-_MODEL_MODULES = ("checks", "shards", "configuration_dit", "layers", "modeling_dit")
+_MODEL_MODULES = ("checks", "shards", "configuration_dit", "layers", "ecosystem", "modeling_dit")
 _PIPELINE_MODULES = ("checks", "configuration_dit", "labels", "schedulers", "solvers", "pipeline_dit")
 
 _MODEL_FILE = "modeling_dit.py"

@@ -152,10 +152,10 @@ class RuntimeDenoiser(RuntimeComponent):
         super().__init__(folder, config, options)
         if self.settings.get("hoist") or (folder / self.conditioner_file).is_file():  # the pipeline computes them ahead
             self._conditioner = self._load(self.conditioner_file, options)
-            self.condition = self._condition
+            self.precompute = self._precompute
 
-    def _condition(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """As `DiTTransformer.condition`: (N,) timesteps and labels -> (N, K, D)."""
+    def _precompute(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """As `DiTTransformer.precompute`: (N,) timesteps and labels -> (N, K, D)."""
         inputs = {"timestep": self._floats(timestep)}
         if class_labels is not None:
             inputs["class_labels"] = self._integers(class_labels)
@@ -171,30 +171,30 @@ class RuntimeDenoiser(RuntimeComponent):
         hidden_states: Tensor,
         timestep: Tensor | float | None = None,
         class_labels: Tensor | None = None,
-        condition: Tensor | None = None,
+        precomputed: Tensor | None = None,
         return_dict: bool = True,
     ) -> RuntimeOutput:
         """As `DiTTransformer.forward`: (N, C, H, W) latents -> `sample` (N, C or 2C, H, W).
 
-        `condition` is for exports with hoist. `return_dict` changes nothing: the output is a tuple whose only entry has
-        a name.
+        `precomputed` is for exports with hoist. `return_dict` changes nothing: the output is a tuple whose only entry
+        has a name.
         """
         self._check_size(hidden_states)
         inputs = {"hidden_states": self._floats(hidden_states)}
-        if condition is None:
+        if precomputed is None:
             if timestep is None:
-                raise ValueError("Give a timestep, or the condition that was computed from one.")
+                raise ValueError("Give a timestep, or what `precompute` returned for one.")
             timesteps = self._floats(timestep)
             if timesteps.numel() == 1:
                 timesteps = timesteps.expand(len(hidden_states)).contiguous()
-            if hasattr(self, "condition"):
-                condition = self._condition(timesteps, class_labels)
+            if hasattr(self, "precompute"):
+                precomputed = self._precompute(timesteps, class_labels)
             else:
                 inputs["timestep"] = timesteps
                 if class_labels is not None:
                     inputs["class_labels"] = self._integers(class_labels)
-        if condition is not None:
-            inputs["condition"] = self._floats(condition)
+        if precomputed is not None:
+            inputs["condition"] = self._floats(precomputed)
         return RuntimeOutput(self._run(inputs).to(hidden_states))
 
 

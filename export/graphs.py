@@ -68,13 +68,11 @@ def _attention_operator() -> Iterator[None]:
     Left to the exporter, four transpositions, reshapes and a split surround it: 15 % of the toy's time.
     """
 
-    def attend(
-        self: DiTAttention, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
-    ) -> tuple[Tensor, None]:
-        count = self.num_heads
+    def attend(self: DiTAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        count = self.config.num_attention_heads
         operator = torch.onnx.ops.attention
         output = operator(query, key, value, q_num_heads=count, kv_num_heads=count, scale=self.scaling)[0]
-        return self.proj(output), None
+        return self.proj(output)
 
     with _replaced(DiTAttention, "attend", attend):
         yield
@@ -85,11 +83,11 @@ def _attention_written_out() -> Iterator[None]:
     """Export self-attention with one transposition of query, key and value together, not one of each: 11 % of the
     sampler's time for the toy."""
 
-    def forward(self: DiTAttention, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, None]:
-        qkv = self.qkv(hidden_states.to(self.qkv.weight.dtype))  # (N, T, 3D)
-        heads = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, head size)
+    def forward(self: DiTAttention, hidden_states: Tensor) -> Tensor:
+        qkv = self.qkv(hidden_states)  # (N, T, 3D)
+        heads = qkv.unflatten(2, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, head size)
         weights = torch.softmax(heads[0] @ heads[1].transpose(-1, -2) * self.scaling, dim=-1)
-        return self.proj((weights @ heads[2]).transpose(1, 2).flatten(2)), None
+        return self.proj((weights @ heads[2]).transpose(1, 2).flatten(2))
 
     with _replaced(DiTAttention, "forward", forward):
         yield

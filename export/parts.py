@@ -51,14 +51,14 @@ class _Conditioner(_Denoiser):
     """What the model makes of timestep and class."""
 
     def forward(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        return self.transformer.condition(timestep, class_labels)
+        return self.transformer.precompute(timestep, class_labels)
 
 
 class _HoistedDenoiser(_Denoiser):
     """The model without it: the condition comes from `_Conditioner`."""
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        return self.transformer(hidden_states, condition=condition).sample
+        return self.transformer(hidden_states, precomputed=condition).sample
 
 
 class _Decoder(nn.Module):
@@ -120,7 +120,7 @@ def write_denoiser(
             hidden_states = example.pop("hidden_states")
             pairs = {name: {0: PAIRS_DIMENSION} for name in example}
             export_graph(_Conditioner(transformer), example, pairs, ["condition"], folder / CONDITIONER_FILE, opset)
-            example = {"hidden_states": hidden_states, "condition": transformer.condition(**example)}
+            example = {"hidden_states": hidden_states, "condition": transformer.precompute(**example)}
         graph = (_HoistedDenoiser if hoist else _Denoiser)(exported)
         export_graph(graph, example, dimensions, ["sample"], folder / MODEL_FILE, opset)
 

@@ -84,18 +84,18 @@ class _Sampler(nn.Module):
         """(S, rows, K, D): every pair of timestep and row, once."""
         steps = timesteps.shape[0]
         if class_labels is None:
-            return self.transformer.condition(timesteps)[:, None]
+            return self.transformer.precompute(timesteps)[:, None]
         rows = class_labels.shape[0]
         pairs = timesteps[:, None].expand(steps, rows).reshape(-1), class_labels[None].expand(steps, rows).reshape(-1)
-        conditions = self.transformer.condition(*pairs)
+        conditions = self.transformer.precompute(*pairs)
         return conditions.view(steps, rows, *conditions.shape[1:])
 
     def _predict(self, sample: Tensor, condition: Tensor, guidance_scale: Tensor | None) -> Tensor:
         count, rows = sample.shape[0], condition.shape[0]
         if guidance_scale is None:
-            return self.transformer(sample, condition=condition.expand(count, -1, -1)).sample
+            return self.transformer(sample, precomputed=condition.expand(count, -1, -1)).sample
         # Where there are as many rows as pictures, both halves below are the whole, and guidance adds nothing.
-        prediction = self.transformer(torch.cat([sample, sample])[:rows], condition=condition).sample
+        prediction = self.transformer(torch.cat([sample, sample])[:rows], precomputed=condition).sample
         halves = torch.cat([prediction[:count], prediction[rows - count :]])
         return guide(halves, guidance_scale, self.config.guided_channels)
 

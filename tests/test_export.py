@@ -220,8 +220,8 @@ def test_a_hoisted_denoiser_samples_as_the_plain_one(
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     timesteps, labels = torch.rand(3000) * 999, torch.arange(3000) % 10  # more pairs than the file takes at a time
     with torch.no_grad():
-        expected = pipeline.transformer.condition(timesteps, labels)
-    torch.testing.assert_close(exported.transformer.condition(timesteps, labels), expected, atol=1e-5, rtol=1e-5)
+        expected = pipeline.transformer.precompute(timesteps, labels)
+    torch.testing.assert_close(exported.transformer.precompute(timesteps, labels), expected, atol=1e-5, rtol=1e-5)
     exported.save_pretrained(tmp_path / "copy")
     again = DiTPipeline.from_pretrained(tmp_path / "copy")
     torch.testing.assert_close(sample(again, [1, 2]), sample(exported, [1, 2]), rtol=0, atol=1e-6)
@@ -244,9 +244,9 @@ def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeli
     with torch.no_grad():  # gates of 3e4 push the residual sum past 65504, the largest half
         for block in pipeline.transformer.blocks:
             block.adaLN_modulation[1].bias.view(6, -1)[[2, 5]] = 3e4
-    hidden, condition = [], pipeline.transformer.condition(torch.tensor([321.0]), torch.tensor([1]))
-    pipeline.transformer.blocks[-1].register_forward_hook(lambda _, __, output: hidden.append(output[0]))
-    pipeline.transformer(torch.randn(1, 4, 8, 8), condition=condition)
+    hidden, condition = [], pipeline.transformer.precompute(torch.tensor([321.0]), torch.tensor([1]))
+    pipeline.transformer.blocks[-1].register_forward_hook(lambda _, __, output: hidden.append(output))
+    pipeline.transformer(torch.randn(1, 4, 8, 8), precomputed=condition)
     assert hidden[0].abs().max() > 65504
     assert not hidden[0].half().isfinite().all()
     pipeline.transformer.blocks[-1]._forward_hooks.clear()

@@ -24,7 +24,7 @@ SOURCES = {
 LAYERS = (
     {"checks", "extras", "files", "manifest", "runtime", "shards"},
     {"configuration_dit"},
-    {"labels", "layers", "objectives", "schedulers", "solvers"},
+    {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers"},
     {"modeling_dit"},
     {"adapters", "conversion", "flops", "visualize"},
     {"model_cards"},

@@ -185,10 +185,10 @@ def test_condition_of_half_precision_weights_is_computed_in_float32(make_model: 
     half = make_model(conditioning=conditioning).bfloat16()
     same_weights = copy.deepcopy(half).float()
     _, timestep, labels = inputs_for(half)
-    condition = half.condition(timestep, labels)
+    condition = half.precompute(timestep, labels)
     assert condition.dtype == torch.float32
     # In bfloat16, the sinusoid alone would be off by 1e-3.
-    torch.testing.assert_close(condition, same_weights.condition(timestep, labels), rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition, same_weights.precompute(timestep, labels), rtol=0, atol=1e-6)
 
 
 def test_position_table_stays_float32_when_the_weights_are_cast(make_model: MakeModel) -> None:
@@ -231,7 +231,7 @@ def test_autocast_gives_finite_gradients_to_every_parameter(make_model: MakeMode
     model = make_model(conditioning=conditioning).train()
     latents, timestep, labels = inputs_for(model)
     with torch.autocast("cpu", torch.bfloat16):
-        condition = model.condition(timestep, labels)
+        condition = model.precompute(timestep, labels)
         sample = model(latents, timestep, labels).sample
     assert condition.dtype == torch.float32
     sample.float().square().mean().backward()
@@ -341,8 +341,8 @@ def test_training_without_dropout_keeps_every_label(make_model: MakeModel) -> No
 def test_label_dropout_is_drawn_once_per_sample(make_model: MakeModel, conditioning: str) -> None:
     model = make_model(class_dropout_prob=0.3, conditioning=conditioning)
     timestep, count = torch.tensor([500, 500]), 2000
-    kept, dropped = model.condition(timestep, torch.tensor([3, 10])).detach()  # each (K, D)
-    drawn = model.train().condition(timestep[:1].expand(count), torch.full((count,), 3)).detach()
+    kept, dropped = model.precompute(timestep, torch.tensor([3, 10])).detach()  # each (K, D)
+    drawn = model.train().precompute(timestep[:1].expand(count), torch.full((count,), 3)).detach()
     is_dropped = (drawn - dropped).flatten(1).norm(dim=1) < (drawn - kept).flatten(1).norm(dim=1)
     # Whichever it is, it is the same in every block.
     torch.testing.assert_close(drawn, torch.where(is_dropped[:, None, None], dropped, kept), rtol=0, atol=1e-6)
@@ -527,12 +527,12 @@ def test_timestep_may_be_one_number_whole_or_not(make_model: MakeModel, value: f
 def test_condition_given_equals_condition_computed(make_model: MakeModel, conditioning: str, vectors: int) -> None:
     model = make_model(conditioning=conditioning)
     latents, timestep, labels = inputs_for(model)
-    condition = model.condition(timestep, labels).detach()
+    condition = model.precompute(timestep, labels).detach()
     assert condition.shape == (2, vectors, 32)
     expected = predict(model, latents, timestep, labels)
-    torch.testing.assert_close(predict(model, latents, condition=condition), expected, rtol=0, atol=0)
-    other = model.condition(timestep.flip(0), labels).detach()
-    assert largest_difference(predict(model, latents, condition=other), expected) > 1e-4
+    torch.testing.assert_close(predict(model, latents, precomputed=condition), expected, rtol=0, atol=0)
+    other = model.precompute(timestep.flip(0), labels).detach()
+    assert largest_difference(predict(model, latents, precomputed=other), expected) > 1e-4
 
 
 @pytest.mark.parametrize(("conditioning", "vectors_per_branch"), [("adaln_zero", 3), ("adaln", 2)])
@@ -541,7 +541,7 @@ def test_condition_of_a_fresh_model_changes_nothing(
 ) -> None:
     model = DiTTransformer(make_model(conditioning=conditioning).config)
     _, timestep, labels = inputs_for(model)
-    blocks, final = model.condition(timestep, labels).detach().split([4 * vectors_per_branch, 2], dim=1)
+    blocks, final = model.precompute(timestep, labels).detach().split([4 * vectors_per_branch, 2], dim=1)
     neutral = torch.tensor([0.0, 1.0, 0.0])  # shift, 1 + scale, gate
     for part, expected in ((blocks, neutral[:vectors_per_branch].repeat(4)), (final, neutral[:2])):
         torch.testing.assert_close(part, expected[None, :, None].expand_as(part), rtol=0, atol=0)
@@ -573,6 +573,37 @@ def test_attention_weights_of_chosen_blocks(make_model: MakeModel, conditioning:
     torch.testing.assert_close(output.attentions[1], of_the_last[0], rtol=0, atol=1e-6)
     assert largest_difference(output.attentions[0], output.attentions[1]) > 1e-3
     torch.testing.assert_close(output.sample, predict(model, *inputs), rtol=0, atol=1e-6)
+
+
+def test_a_hook_and_true_give_the_attention_weights_of_every_block(make_model: MakeModel) -> None:
+    model = make_model(num_hidden_layers=3)
+    inputs, seen = inputs_for(model), []
+    with torch.no_grad():
+        weights = model(*inputs, output_attentions=True).attentions
+        block: Any = model.blocks[1]
+        hook = block.attn.weights.register_forward_hook(lambda _, __, output: seen.append(output))
+        model(*inputs)
+        hook.remove()
+        model(*inputs)
+    assert len(weights) == 3
+    torch.testing.assert_close(seen, [weights[1]], rtol=0, atol=1e-6)
+
+
+@each_conditioning
+def test_a_block_is_whole_by_itself(make_model: MakeModel, conditioning: str) -> None:
+    """It computes its own modulations from the condition, and returns one tensor."""
+    model = make_model(conditioning=conditioning, num_hidden_layers=3)
+    latents, timestep, labels = inputs_for(model)
+    with torch.no_grad():
+        condition = model.condition(timestep, labels)
+        tokens = model.embed(latents)
+        expected = model.transform(tokens, condition)
+        if conditioning == "in_context":
+            tokens = torch.cat([tokens, condition], dim=1)
+        for block in model.blocks:
+            tokens = block(tokens, condition)
+        actual = model.final_layer(tokens, condition)[:, : expected.shape[1]]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("block", [2, -3])

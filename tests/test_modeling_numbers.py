@@ -210,8 +210,8 @@ def test_a_list_maps_each_new_class(make_model: MakeModel) -> None:
 def test_sit_predicts_towards_the_data_and_gives_what_points_to_the_noise(make_model: MakeModel) -> None:
     flow, sit = (make_model(parameterization=name) for name in ("flow", "sit"))
     noisy = torch.randn(2, 4, 8, 8)
-    condition = flow.condition(torch.tensor([100.0, 900.0]), torch.tensor([1, 2]))
-    assert torch.equal(sit(noisy, condition=condition).sample, -flow(noisy, condition=condition).sample)
+    condition = flow.precompute(torch.tensor([100.0, 900.0]), torch.tensor([1, 2]))
+    assert torch.equal(sit(noisy, precomputed=condition).sample, -flow(noisy, precomputed=condition).sample)
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------------------
@@ -220,9 +220,9 @@ def test_sit_predicts_towards_the_data_and_gives_what_points_to_the_noise(make_m
 def test_what_is_asked_of_labels_and_blocks_is_said(make_model: MakeModel) -> None:
     model, unconditional = make_model(), make_model(num_classes=0)
     with pytest.raises(ValueError, match="This model takes labels of 10 classes; class_labels is None"):
-        model.condition(torch.tensor([1]))
+        model.precompute(torch.tensor([1]))
     with pytest.raises(ValueError, match="This model takes no class_labels; class_labels is tensor"):
-        unconditional.condition(torch.tensor([1]), torch.tensor([1]))
+        unconditional.precompute(torch.tensor([1]), torch.tensor([1]))
     for block in (2, -1):
         with pytest.raises(ValueError, match=f"names block {block}, but the blocks are 0 to 1"):
             predict(model, output_attentions=[0, block])

@@ -227,8 +227,8 @@ class DiTConfig(PreTrainedConfig):
         return {"adaln_zero": 6, "adaln": 4}.get(self.conditioning, 0)
 
     @property
-    def condition_length(self) -> int:
-        """K: how many vectors `DiTTransformer.condition` returns for each sample."""
+    def precomputed_length(self) -> int:
+        """K: how many vectors `DiTTransformer.precompute` returns for each sample."""
         if self.modulation_rows:
             return self.num_hidden_layers * self.modulation_rows + 2
         return 2 if self.num_classes else 1

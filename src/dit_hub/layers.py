@@ -28,6 +28,24 @@ def initialised_by(kind: str, module: Module) -> Module:
     return module
 
 
+class CastingLinear(nn.Linear):
+    """A linear layer that computes in the dtype it is stored in, whatever float dtype comes in.
+
+    It asks its bias: a quantised weight is no float, and diffusers' layerwise casting changes the layer's dtype only
+    while this runs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.to(self.bias.dtype), self.weight, self.bias)
+
+
+class CastingConv2d(nn.Conv2d):
+    """A convolution that computes in the dtype it is stored in; see `CastingLinear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.to(self.weight.dtype))
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32 whatever its weights are stored in, also under autocast."""
 
@@ -97,10 +115,10 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.proj = CastingConv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.proj(hidden_states.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return self.proj(hidden_states).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):

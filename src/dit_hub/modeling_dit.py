@@ -1,7 +1,7 @@
 """DiTTransformer: Peebles & Xie, "Scalable Diffusion Models with Transformers" (ICCV 2023).
 
-    latents --patchify--> tokens + positions --N blocks--> final layer --unpatchify--> noise (and variance)
-    timestep, label --condition--> modulations of every block
+    latents --patchify--> tokens + positions --L blocks--> final layer --unpatchify--> noise (and variance)
+    timestep, label --condition--> a vector, from which every block computes its own modulations
 
 Parameter names are those of the official checkpoints, which therefore load as they are. Where the weights are half
 precision, matrix products and attention run in it; the sinusoid, the modulations, the gates and the residual sum stay
@@ -10,16 +10,18 @@ in float32, since the residual stream of deep DiTs overflows float16.
 Letters in shape comments: N batch, C channels, H and W latent height and width, T tokens, D hidden size, L blocks.
 """
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
@@ -30,7 +32,9 @@ from transformers.utils.generic import ModelOutput
 
 from .checks import listed
 from .configuration_dit import DiTConfig
+from .ecosystem import DiffusersModelMixin, DiTAttnProcessor
 from .layers import (
+    CastingLinear,
     Float32LayerNorm,
     Float32Linear,
     LabelEmbedder,
@@ -56,22 +60,21 @@ class DiTTransformerOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def _modulation_layer(config: DiTConfig, rows: int) -> nn.Sequential:
-    """(N, D) condition -> (N, rows * D) modulations, zero at the start of training (paper, Section 3.2)."""
-    linear = initialised_by("zeros", Float32Linear(config.hidden_size, rows * config.hidden_size))
-    return nn.Sequential(nn.SiLU(), linear)
-
-
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x * scale + shift, with (N, T, D) x and (N, 1, D) shift and scale; the paper's scale is this one less 1."""
     return torch.addcmul(shift, hidden_states, scale)
+
+
+def add_gated(hidden_states: Tensor, output: Tensor, gate: Tensor | None = None) -> Tensor:
+    """hidden_states + gate * output in float32, the dtype of the residual stream."""
+    return hidden_states + output if gate is None else torch.addcmul(hidden_states, gate, output.float())
 
 
 # --- Blocks ----------------------------------------------------------------------------------------------------------
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,56 +82,66 @@ def eager_attention_forward(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T) v on (N, heads, T, head size), written out: the attention that also returns its weights."""
+    """softmax(q k^T) v on (N, heads, T, head size), written out: the attention that has its weights."""
     weights = torch.softmax(query @ key.transpose(-1, -2) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = module.weights(weights)
     return (weights @ value).transpose(1, 2), weights
 
 
-class DiTAttention(nn.Module):
-    """Multi-head self-attention with one projection for query, key and value."""
+class AttentionWeights(nn.Identity):
+    """The place for a forward hook that wants an attention's (N, heads, T, T) weights.
+
+    An attention with such a hook computes eagerly; other implementations never hold their weights.
+    """
+
+
+class DiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with one projection for query, key and value: (N, T, D) -> (N, T, D)."""
 
     is_causal = False
+    is_cross_attention = False
+    _supports_qkv_fusion = False  # they are fused already
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        self.num_heads = config.num_attention_heads
-        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_size**-0.5
+        self.qkv = CastingLinear(config.hidden_size, 3 * config.hidden_size)
+        self.weights = AttentionWeights()
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.processor: Any = DiTAttnProcessor(self.is_cross_attention)
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        qkv = self.qkv(hidden_states.to(self.qkv.weight.dtype))  # (N, T, 3D)
-        query, key, value = qkv.split(qkv.shape[2] // 3, dim=2)
-        return self.attend(query, key, value, output_attentions)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        qkv = self.qkv(hidden_states)  # (N, T, 3D)
+        return self.attend(*qkv.split(qkv.shape[2] // 3, dim=2))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, output_attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """(N, T, D) query, key and value -> (N, T, D), and the (N, heads, T, T) weights where asked for."""
-        implementation = self.config._attn_implementation or "eager"
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        if output_attentions:  # only this one knows its weights
-            attention = eager_attention_forward
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(N, T, D) query, key and value -> (N, T, D)."""
         # (N, T, D) -> (N, heads, T, head size)
-        query, key, value = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
-        return self.proj(output.flatten(2)), weights
+        query, key, value = (x.unflatten(2, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
+        implementation = self.processor.implementation or self.config._attn_implementation or "eager"
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if self.weights._forward_hooks:
+            attention = eager_attention_forward
+        output, _ = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
+        return self.proj(output.flatten(2))
 
 
 class DiTCrossAttention(DiTAttention):
-    """Attention from the tokens to the sequence of condition vectors."""
+    """Attention from the (N, T, D) tokens to the (N, K, D) sequence of condition vectors."""
+
+    is_cross_attention = True
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         del self.qkv
-        self.q = nn.Linear(config.hidden_size, config.hidden_size)
-        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.q = CastingLinear(config.hidden_size, config.hidden_size)
+        self.kv = CastingLinear(config.hidden_size, 2 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        dtype = self.q.weight.dtype
-        key, value = self.kv(condition.to(dtype)).split(hidden_states.shape[2], dim=2)
-        return self.attend(self.q(hidden_states.to(dtype)), key, value)[0]
+        kv = self.kv(condition)  # (N, K, 2D)
+        return self.attend(self.q(hidden_states), *kv.split(kv.shape[2] // 2, dim=2))
 
 
 class DiTMLP(nn.Module):
@@ -137,11 +150,28 @@ class DiTMLP(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         width = int(config.hidden_size * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.hidden_size, width)
+        self.fc1 = CastingLinear(config.hidden_size, width)
         self.fc2 = nn.Linear(width, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states.to(self.fc1.weight.dtype)), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+
+
+class Modulation(nn.Sequential):
+    """(N, D) condition -> `rows` modulations, each (N, 1, D): shift, scale and, but in the final layer, gate.
+
+    They are zero at the start of training (paper, Section 3.2); 1 is added to the scales here.
+    """
+
+    def __init__(self, config: DiTConfig, rows: int, per_layer: int):
+        linear = initialised_by("zeros", Float32Linear(config.hidden_size, rows * config.hidden_size))
+        super().__init__(nn.SiLU(), linear)
+        self.rows, self.per_layer = rows, per_layer
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        # Vectors get a dimension of their own: the backward of chunk on the last one is wrong on Apple's MPS.
+        modulations = super().forward(condition).unflatten(1, (self.rows, -1)).split(1, dim=1)
+        return tuple(row + 1 if index % self.per_layer == 1 else row for index, row in enumerate(modulations))
 
 
 class DiTBlock(GradientCheckpointingLayer):
@@ -156,17 +186,19 @@ class DiTBlock(GradientCheckpointingLayer):
             config.hidden_size, config.mlp_norm_eps or config.norm_eps, elementwise_affine=False
         )
         self.mlp = DiTMLP(config)
-        self.adaLN_modulation = _modulation_layer(config, self.rows)
+        self.adaLN_modulation = Modulation(config, self.rows, self.rows // 2)
 
     def forward(
-        self, hidden_states: Tensor, modulations: tuple[Tensor, ...], output_attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+        self, hidden_states: Tensor, condition: Tensor | None = None, modulations: Tensor | None = None
+    ) -> Tensor:
+        """(N, T, D) tokens and the (N, D) condition, or the (N, rows, D) modulations made of it -> (N, T, D)."""
+        rows = self.adaLN_modulation(condition) if modulations is None else modulations.split(1, dim=1)
         # Each (N, 1, D): shift, scale and gate of the attention, then of the MLP. adaLN has no gates.
-        of_attn, of_mlp = modulations[: self.rows // 2], modulations[self.rows // 2 :]
-        output, weights = self.attn(modulate(self.norm1(hidden_states), *of_attn[:2]), output_attentions)
+        of_attn, of_mlp = rows[: self.rows // 2], rows[self.rows // 2 :]
+        output = self.attn(modulate(self.norm1(hidden_states), *of_attn[:2]))
         hidden_states = add_gated(hidden_states, output, *of_attn[2:])
         output = self.mlp(modulate(self.norm2(hidden_states), *of_mlp[:2]))
-        return add_gated(hidden_states, output, *of_mlp[2:]), weights
+        return add_gated(hidden_states, output, *of_mlp[2:])
 
 
 class DiTTokenBlock(GradientCheckpointingLayer):
@@ -180,25 +212,19 @@ class DiTTokenBlock(GradientCheckpointingLayer):
         super().__init__()
         self.norm1 = Float32LayerNorm(config.hidden_size, config.norm_eps)
         self.attn = DiTAttention(config)
+        self.cross_attn = None
         if config.conditioning == "cross_attention":
             self.norm_cross = Float32LayerNorm(config.hidden_size, config.norm_eps)
             self.cross_attn = DiTCrossAttention(config)
         self.norm2 = Float32LayerNorm(config.hidden_size, config.mlp_norm_eps or config.norm_eps)
         self.mlp = DiTMLP(config)
 
-    def forward(
-        self, hidden_states: Tensor, condition: Tensor | None, output_attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        output, weights = self.attn(self.norm1(hidden_states), output_attentions)
-        hidden_states = hidden_states + output
-        if condition is not None:
+    def forward(self, hidden_states: Tensor, condition: Tensor | None = None, modulations: None = None) -> Tensor:
+        """(N, T, D) tokens and, for cross-attention, the (N, K, D) condition -> (N, T, D)."""
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
+        if self.cross_attn is not None and condition is not None:
             hidden_states = hidden_states + self.cross_attn(self.norm_cross(hidden_states), condition)
-        return hidden_states + self.mlp(self.norm2(hidden_states)), weights
-
-
-def add_gated(hidden_states: Tensor, output: Tensor, gate: Tensor | None = None) -> Tensor:
-    """hidden_states + gate * output in float32, the dtype of the residual stream."""
-    return hidden_states + output if gate is None else torch.addcmul(hidden_states, gate, output.float())
+        return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
 class FinalLayer(nn.Module):
@@ -206,24 +232,26 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.adaptive = config.modulation_rows > 0
-        self.norm_final = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=not self.adaptive)
-        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
+        adaptive = config.modulation_rows > 0
+        self.norm_final = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=not adaptive)
+        self.linear = CastingLinear(config.hidden_size, config.patch_size**2 * config.out_channels)
         initialised_by("zeros", self.linear)
-        if self.adaptive:
-            self.adaLN_modulation = _modulation_layer(config, 2)
+        self.adaLN_modulation: Any = Modulation(config, 2, 2) if adaptive else None
 
-    def forward(self, hidden_states: Tensor, shift_and_scale: tuple[Tensor, ...]) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, condition: Tensor | None = None, modulations: Tensor | None = None
+    ) -> Tensor:
         hidden_states = self.norm_final(hidden_states)
-        if self.adaptive:
-            hidden_states = modulate(hidden_states, *shift_and_scale)
-        return self.linear(hidden_states.to(self.linear.weight.dtype))
+        if self.adaLN_modulation is not None:
+            rows = self.adaLN_modulation(condition) if modulations is None else modulations.split(1, dim=1)
+            hidden_states = modulate(hidden_states, *rows)
+        return self.linear(hidden_states)
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
 
 
-class DiTTransformer(PreTrainedModel):
+class DiTTransformer(PreTrainedModel, DiffusersModelMixin):
     """The Diffusion Transformer. `model(hidden_states, timestep, class_labels).sample` is its prediction.
 
     Args:
@@ -265,8 +293,8 @@ class DiTTransformer(PreTrainedModel):
         hidden_states: Tensor,
         timestep: Tensor | float | None = None,
         class_labels: Tensor | None = None,
-        condition: Tensor | None = None,
-        output_attentions: Sequence[int] = (),
+        precomputed: Tensor | None = None,
+        output_attentions: bool | Sequence[int] = False,
         return_dict: bool = True,
     ) -> Any:
         """Predict the noise (or velocity) of noisy latents.
@@ -275,8 +303,8 @@ class DiTTransformer(PreTrainedModel):
             hidden_states: (N, C, H, W), any float dtype.
             timestep: (N,) or a scalar, integer or float, in the units of the training schedule (0 to 999 officially).
             class_labels: (N,) integers; `config.null_class` stands for no class. None for unconditional models.
-            condition: (N, K, D), what `condition` returns; given instead of timestep and labels.
-            output_attentions: indices of the blocks whose attention weights to return; these blocks attend eagerly.
+            precomputed: (N, K, D), what `precompute` returns; given instead of timestep and labels.
+            output_attentions: True, or indices of the blocks whose attention weights to return; they attend eagerly.
             return_dict: return a `DiTTransformerOutput` rather than a tuple.
 
         Returns:
@@ -286,51 +314,57 @@ class DiTTransformer(PreTrainedModel):
             ValueError: a height or width that the patches do not tile or the learned positions do not cover, or
                 labels missing or given without need.
         """
-        if outside := [index for index in output_attentions if not 0 <= index < len(self.blocks)]:
-            last = len(self.blocks) - 1
-            raise ValueError(f"output_attentions names block {outside[0]}, but the blocks are 0 to {last}.")
-        if condition is None:
+        condition = precomputed
+        if precomputed is None:
             if timestep is None:
-                raise ValueError("Give a timestep, or the condition that was computed from one.")
+                raise ValueError("Give a timestep, or what `precompute` returned for one.")
             timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
             condition = self.condition(timestep, class_labels)
-        tokens = self.embed(hidden_states)
-        tokens, attentions = self.transform(tokens, condition, output_attentions)
+        with self._attention_weights(output_attentions) as attentions:
+            tokens = self.transform(self.embed(hidden_states), condition, precomputed)
         sample = self.unpatchify(tokens, *hidden_states.shape[-2:]).to(hidden_states.dtype)
         if self.config.parameterization == "sit":  # data - noise -> noise - data
             sample = -sample
         if not return_dict:
-            return (sample, attentions) if attentions else (sample,)
-        return DiTTransformerOutput(sample=sample, attentions=attentions or None)
+            return (sample, tuple(attentions)) if attentions else (sample,)
+        return DiTTransformerOutput(sample=sample, attentions=tuple(attentions) or None)
 
     def condition(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Everything the blocks need to know of timestep and class, so that a sampler can compute it once.
+        """What the blocks are told of timestep and class.
 
         Args:
             timestep: (N,), integer or float.
             class_labels: (N,) integers, or None for unconditional models.
 
         Returns:
-            (N, K, D) in float32. adaLN-Zero: K = 6L + 2 modulations, per block shift, 1 + scale and gate of the
-            attention, then of the MLP, and last the final layer's shift and 1 + scale. adaLN: K = 4L + 2, no gates.
-            In-context and cross-attention: the timestep's token and, where the model has classes, the label's.
+            In float32: (N, D), the sum of both embeddings, for adaLN-Zero and adaLN; (N, K, D), the timestep's token
+            and, where the model has classes, the label's, for in-context and cross-attention.
         """
         if (class_labels is None) == bool(self.config.num_classes):
             needs = f"labels of {self.config.num_classes} classes" if self.config.num_classes else "no class_labels"
             raise ValueError(f"This model takes {needs}; class_labels is {class_labels}.")
-        embeddings = [self.t_embedder(timestep)]  # each (N, D)
-        if class_labels is not None:
-            embeddings.append(self.y_embedder(class_labels))
+        embedding = self.t_embedder(timestep)
+        label_embedding = None if class_labels is None else self.y_embedder(class_labels)
+        if self.config.modulation_rows:
+            return embedding if label_embedding is None else embedding + label_embedding
+        return torch.stack([embedding] if label_embedding is None else [embedding, label_embedding], dim=1)
+
+    def precompute(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """All that depends on timestep and class alone, so that a sampler can compute it once, ahead of its loop.
+
+        Args:
+            timestep, class_labels: as for `condition`.
+
+        Returns:
+            (N, K, D) in float32. adaLN-Zero: K = 6L + 2 modulations, per block shift, 1 + scale and gate of the
+            attention, then of the MLP, and last the final layer's shift and 1 + scale. adaLN: K = 4L + 2, no gates.
+            In-context and cross-attention: what `condition` returns.
+        """
+        condition = self.condition(timestep, class_labels)
         if not self.config.modulation_rows:
-            return torch.stack(embeddings, dim=1)
-        condition = sum(embeddings)
-        layers = (*self.blocks, self.final_layer)
-        # Vectors get a dimension of their own: the backward of chunk on the last one is wrong on Apple's MPS.
-        modulations = [cast(nn.Module, layer.adaLN_modulation)(condition) for layer in layers]
-        stacked = torch.cat(modulations, dim=1).unflatten(1, (-1, self.config.hidden_size))
-        # 1 + scale once here rather than in every block: the second of each shift, scale(, gate) is a scale.
-        is_scale = torch.arange(stacked.shape[1], device=stacked.device) % (self.config.modulation_rows // 2) == 1
-        return stacked + is_scale[:, None]
+            return condition
+        layers: Any = (*self.blocks, self.final_layer)
+        return torch.cat([row for layer in layers for row in layer.adaLN_modulation(condition)], dim=1)
 
     def embed(self, hidden_states: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, D) tokens with positions, float32."""
@@ -352,24 +386,32 @@ class DiTTransformer(PreTrainedModel):
         table = sincos_positions if traced else held_sincos_positions
         return table(height, width, self.config.hidden_size, self.pos_embed.device)
 
-    def transform(
-        self, tokens: Tensor, condition: Tensor, output_attentions: Sequence[int] = ()
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(N, T, D) tokens -> (N, T, patch * patch * output channels), and the attention weights asked for."""
-        in_context = self.config.conditioning == "in_context"
-        if in_context:
+    def transform(self, tokens: Tensor, condition: Tensor | None, precomputed: Tensor | None = None) -> Tensor:
+        """(N, T, D) tokens -> (N, T, patch * patch * output channels); condition and precomputed as in `forward`."""
+        count, rows = tokens.shape[1], self.config.modulation_rows
+        modulations: Sequence[Tensor | None] = [None] * (len(self.blocks) + 1)
+        if precomputed is not None and rows:
+            condition, modulations = None, precomputed.split([rows] * len(self.blocks) + [2], dim=1)
+        if self.config.conditioning == "in_context" and condition is not None:
             tokens = torch.cat([tokens, condition], dim=1)
-        rows = self.config.modulation_rows
-        modulations = condition.split(1, dim=1) if rows else ()  # K of (N, 1, D)
-        attentions = []
-        for index, block in enumerate(self.blocks):
-            of_block = modulations[index * rows : (index + 1) * rows] if rows else None if in_context else condition
-            tokens, weights = block(tokens, of_block, index in output_attentions)
-            if weights is not None and index in output_attentions:
-                attentions.append(weights)
-        if in_context:
-            tokens = tokens[:, : -condition.shape[1]]
-        return self.final_layer(tokens, modulations[-2:]), tuple(attentions)
+        for block, of_block in zip(self.blocks, modulations, strict=False):
+            tokens = block(tokens, condition, of_block)
+        return self.final_layer(tokens, condition, modulations[-1])[:, :count]
+
+    @contextlib.contextmanager
+    def _attention_weights(self, blocks: bool | Sequence[int]) -> Iterator[list[Tensor]]:
+        """Within it, the attention weights of the named blocks gather in the list."""
+        indices = range(len(self.blocks)) if blocks is True else blocks or ()
+        if outside := [index for index in indices if not 0 <= index < len(self.blocks)]:
+            last = len(self.blocks) - 1
+            raise ValueError(f"output_attentions names block {outside[0]}, but the blocks are 0 to {last}.")
+        gathered: list[Tensor] = []
+        with contextlib.ExitStack() as hooks:
+            for index in sorted(set(indices)):
+                weights = cast(Any, self.blocks[index]).attn.weights
+                hook = weights.register_forward_hook(lambda module, args, output: gathered.append(output))
+                hooks.callback(hook.remove)
+            yield gathered
 
     def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """(N, T, patch * patch * channels) -> (N, channels, height, width)."""

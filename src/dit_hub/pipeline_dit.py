@@ -22,6 +22,7 @@ from .checks import (
     whole_number,
 )
 from .configuration_dit import DiTConfig
+from .ecosystem import moves_by_hooks
 from .hub import HubPipeline
 from .labels import Labels, label_ids
 from .schedulers import check_scheduler, prediction_for, set_timesteps, without_foreign_variance
@@ -362,7 +363,7 @@ class DiTPipeline(HubPipeline):
             both = torch.cat([conditional, torch.full_like(conditional, config.null_class or 0)])
 
         # Other runtimes take timestep and labels; so do offloaded models, whose weights move when forward is called.
-        if not hasattr(self.transformer, "condition") or hasattr(self.transformer, "_hf_hook"):
+        if not hasattr(self.transformer, "precompute") or moves_by_hooks(self.transformer):
 
             def predict(step: int, model_input: Tensor) -> Tensor:
                 timestep = timesteps[step].expand(len(model_input))
@@ -379,8 +380,8 @@ class DiTPipeline(HubPipeline):
             if step not in held:
                 held.clear()
                 held.update(self._conditions(step, classes))
-            condition = held[step][rows[: len(model_input)]]
-            return self.transformer(model_input, condition=condition).sample
+            precomputed = held[step][rows[: len(model_input)]]
+            return self.transformer(model_input, precomputed=precomputed).sample
 
         return predict_hoisted
 
@@ -391,8 +392,8 @@ class DiTPipeline(HubPipeline):
         """
         config: DiTConfig = self.transformer.config
         pairs_per_step = 1 if classes is None else len(classes)
-        bytes_per_step = pairs_per_step * config.condition_length * config.hidden_size * 4
+        bytes_per_step = pairs_per_step * config.precomputed_length * config.hidden_size * 4
         timesteps = self.scheduler.timesteps[first : first + max(1, MODULATION_BYTES // bytes_per_step)]
         labels = None if classes is None else classes.repeat(len(timesteps))
-        conditions = self.transformer.condition(timesteps.repeat_interleave(pairs_per_step), labels)
+        conditions = self.transformer.precompute(timesteps.repeat_interleave(pairs_per_step), labels)
         return dict(enumerate(conditions.unflatten(0, (len(timesteps), -1)).unbind(0), start=first))

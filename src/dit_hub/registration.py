@@ -69,14 +69,21 @@ def _is_our_pipeline(index: Any) -> bool:
     return any(isinstance(entry, list) and entry[:1] == ["dit_hub"] for entry in index.values())
 
 
-def _register_auto_classes(auto: ModuleType) -> None:
-    importlib.import_module(".modeling_dit", __package__)  # registers itself and its config
+# What imports transformers' auto classes may be the import of diffusers' loaders, on which our model is built.
+_AUTO_CLASSES, _LOADERS = "transformers.models.auto.modeling_auto", "diffusers.loaders.peft"
+
+
+def _register_auto_classes(module: ModuleType) -> None:
+    loaders = sys.modules.get(_LOADERS)
+    if _AUTO_CLASSES in sys.modules and (loaders is None or hasattr(loaders, "PeftAdapterMixin")):
+        importlib.import_module(".modeling_dit", __package__)  # registers itself and its config
 
 
 _HOOKS: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.pipelines.pipeline_loading_utils": _register_components,
     "diffusers.pipelines.pipeline_utils": _open_our_pipelines,
-    "transformers.models.auto.modeling_auto": _register_auto_classes,
+    _AUTO_CLASSES: _register_auto_classes,
+    _LOADERS: _register_auto_classes,
 }
 
 

@@ -1,0 +1,109 @@
+"""What diffusers offers its own models, taken by a model of transformers: backends, caches, offloading, parallelism."""
+
+from typing import Any
+
+from diffusers.hooks import FasterCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# In `config._attn_implementation`: attention through diffusers' backends, as its environment variable and its context
+# manager `attention_backend` choose them.
+DIFFUSERS_ATTENTION = "diffusers"
+
+
+class DiTAttnProcessor:
+    """The choices that diffusers makes for one attention: `set_attention_backend`, context parallelism."""
+
+    def __init__(self, is_cross_attention: bool = False) -> None:
+        self._attention_backend: Any = None
+        if not is_cross_attention:  # the sequence of condition vectors is whole in each process
+            self._parallel_config: Any = None
+
+    @property
+    def implementation(self) -> str | None:
+        """The attention function that serves these choices; None where there are none."""
+        chosen = self._attention_backend is not None or getattr(self, "_parallel_config", None) is not None
+        return DIFFUSERS_ATTENTION if chosen else None
+
+
+def diffusers_attention_forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """An attention function of transformers that calls diffusers' `dispatch_attention_fn`.
+
+    Args:
+        module: an attention with a `DiTAttnProcessor`.
+        query, key, value: (N, heads, T, head size).
+        attention_mask: none is supported.
+        scaling: of the products of queries and keys.
+
+    Returns:
+        (N, T, heads, head size), and None for the weights.
+    """
+    choices = module.processor
+    output = dispatch_attention_fn(
+        query.transpose(1, 2),  # (N, T, heads, head size)
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        scale=scaling,
+        backend=choices._attention_backend,
+        parallel_config=getattr(choices, "_parallel_config", None),
+    )
+    return output, None
+
+
+ALL_ATTENTION_FUNCTIONS[DIFFUSERS_ATTENTION] = diffusers_attention_forward
+
+
+class DiffusersModelMixin(CacheMixin, PeftAdapterMixin):
+    """The public methods of diffusers' `ModelMixin` that ask nothing else of it; they are its own functions.
+
+    Its blocks return one bare tensor and compute their own modulations, so that hooks can skip, move, cast or compile
+    each of them alone.
+    """
+
+    set_attention_backend = ModelMixin.set_attention_backend
+    reset_attention_backend = ModelMixin.reset_attention_backend
+    compile_repeated_blocks = ModelMixin.compile_repeated_blocks
+    enable_group_offload = ModelMixin.enable_group_offload
+    enable_layerwise_casting = ModelMixin.enable_layerwise_casting
+    enable_parallelism = ModelMixin.enable_parallelism
+    _resolve_parallel_config = ModelMixin._resolve_parallel_config
+
+    _repeated_blocks = ["DiTBlock", "DiTTokenBlock"]
+    _supports_group_offloading = True
+    _skip_layerwise_casting_patterns = ["norm"]
+    _parallel_config: Any = None
+    # The tokens are shared out before the first block and gathered after the final layer.
+    _cp_plan: Any = {
+        "blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "final_layer": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+    def enable_cache(self, config: Any) -> None:
+        """As diffusers' `CacheMixin.enable_cache`; its caches hold hidden states of the blocks from step to step."""
+        blocks: Any = self.blocks  # pyright: ignore[reportAttributeAccessIssue]
+        metadata = TransformerBlockMetadata(return_hidden_states_index=0)
+        # Here rather than on import: the registry imports all of diffusers' transformers, which takes 0.6 s.
+        TransformerBlockRegistry.register(type(blocks[0]), metadata)
+        if isinstance(config, FasterCacheConfig):  # which drops the first half of these arguments, the unconditional
+            names = ["hidden_states", "timestep", "class_labels", "precomputed"]
+            config._unconditional_conditional_input_kwargs_identifiers = names
+        super().enable_cache(config)
+
+
+def moves_by_hooks(model: Any) -> bool:
+    """Whether hooks bring the weights when `forward` of the model or of a block is called, and only then."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return any(hasattr(module, "_hf_hook") or _is_offloaded(module) for module in modules)
+
+
+def _is_offloaded(module: Any) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry is not None and any("group_offloading" in name for name in registry.hooks)
