@@ -99,7 +99,7 @@ def export_onnx(
         raise ValueError("static is for int8.")
     check_free(output_dir, overwrite)
     source, pipeline = exportable(model, dynamic_size)
-    if decode and pipeline.vae is None and pipeline.transformer.config.in_channels not in (1, 3):
+    if decode and pipeline.vae is None and not pipeline.transformer.config.draws_pixels:
         raise ValueError("decode puts a VAE into the sampler's file, and this pipeline has none.")
 
     bound = MAX_RELATIVE_ERROR[precision] if max_error is None else max_error

@@ -169,7 +169,7 @@ def write_sampler(
         inputs["class_labels"] = torch.tensor([0, config.num_classes - 1, config.null_class, config.null_class])
         inputs["guidance_scale"], dimensions["guidance_scale"] = torch.tensor(4.0), None
         dimensions["class_labels"] = {0: ROWS_DIMENSION}
-    draws = pictures and (vae is not None or config.in_channels in (1, 3))
+    draws = pictures and (vae is not None or config.draws_pixels)
     sampler = _Sampler(exported, vae, draws)
     outputs = ["sample", "images"][: 1 + draws]
     facts = {

@@ -70,7 +70,7 @@ def export_web(
     check_other_folder(model, output_dir)
     source, pipeline = exportable(model)
     config: Any = pipeline.transformer.config
-    if pipeline.vae is None and config.in_channels not in (1, 3):
+    if pipeline.vae is None and not config.draws_pixels:
         raise ValueError("This model draws latents and has no VAE to make pictures of them.")
     pipeline.scheduler = _single_step_scheduler(pipeline.scheduler)
     runtime = fetch_onnxruntime_web()

@@ -251,7 +251,7 @@ def _code(
     elif layout == "adapters":
         method = "from_single_file" if Path(base or "").suffix in (".pt", ".pth", ".safetensors") else "from_pretrained"
         load, then = f'{method}("{base}"', f'pipe.load_adapters("{repository}")\n'
-    elif config.in_channels not in (1, 3) and not (index.get("vae") or [None])[0]:
+    elif not config.draws_pixels and not (index.get("vae") or [None])[0]:
         decoder = f'vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}")\n'
         load += ", vae=vae"
     imports = f"from {library} import DiTPipeline"

@@ -192,6 +192,11 @@ def test_files_of_the_old_default_of_guidance_load(in_channels: int, guided: int
     assert DiTConfig.from_pretrained(tmp_path).guided_channels == guided
 
 
+@pytest.mark.parametrize(("in_channels", "pixels"), [(1, True), (2, False), (3, True), (4, False), (16, False)])
+def test_grey_and_rgb_are_pixels_and_other_channels_latents(in_channels: int, pixels: bool) -> None:
+    assert DiTConfig(in_channels=in_channels).draws_pixels == pixels
+
+
 @pytest.mark.parametrize(("learn_sigma", "out_channels"), [(True, 6), (False, 3)])
 def test_learned_variance_doubles_the_output_channels(learn_sigma: bool, out_channels: int) -> None:
     assert DiTConfig(in_channels=3, learn_sigma=learn_sigma).out_channels == out_channels

@@ -201,6 +201,11 @@ class DiTConfig(PreTrainedConfig):
         return self.sample_size[0], self.sample_size[1]
 
     @property
+    def draws_pixels(self) -> bool:
+        """Whether the model draws grey or RGB images, in 1 or 3 channels, rather than a VAE's latents."""
+        return self.in_channels in (1, 3)
+
+    @property
     def out_channels(self) -> int:
         """Channels of the output: the noise, then the variance where it is learned."""
         return self.in_channels * 2 if self.learn_sigma else self.in_channels

@@ -93,7 +93,7 @@ class HubPipeline(LoadingPipeline):
         config = pipeline.transformer.config
         passes = _SAMPLES * _SAMPLE_STEPS * (1 if config.null_class is None else 2)
         cheap = pipeline.device.type == "cuda" or measure(config).gmacs * 1e9 * passes <= _CHEAP
-        return cheap and (pipeline.vae is not None or config.in_channels in (1, 3))
+        return cheap and (pipeline.vae is not None or config.draws_pixels)
 
     def draw_samples(self, folder: str | os.PathLike, force: bool = False) -> bool:
         """Draw the card's picture into a folder, unless it is there; False where that would take long.

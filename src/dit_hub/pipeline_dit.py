@@ -195,7 +195,7 @@ class DiTPipeline(HubPipeline):
         channels = config.guided_channels
         if guidance_channels is not None:
             channels = whole_number("guidance_channels", guidance_channels, 1, config.in_channels)
-        latent = self.vae is not None or config.in_channels not in (1, 3)
+        latent = self.vae is not None or not config.draws_pixels
         check_scheduler(self.scheduler, config, self._own_scheduler, latent)
         self.scheduler = without_foreign_variance(self.scheduler)
         step_kwargs = self._step_kwargs(generator, eta)
@@ -236,7 +236,7 @@ class DiTPipeline(HubPipeline):
     def _check_output(self, output_type: str, callback: Any) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}.")
-        if output_type == "pil" and self.vae is None and self.transformer.config.in_channels not in (1, 3):
+        if output_type == "pil" and self.vae is None and not self.transformer.config.draws_pixels:
             raise ValueError(
                 f"This model draws latents of {self.transformer.config.in_channels} channels and the pipeline has no "
                 f'decoder for them: set pipe.vae = AutoencoderKL.from_pretrained("{DEFAULT_VAE}"), or pass '

@@ -126,7 +126,7 @@ def make_scheduler(recipe: Recipe, config: Any) -> Any:
         beta_start=recipe.beta_start,
         beta_end=recipe.beta_end,
         beta_schedule="linear",
-        clip_sample=config.in_channels in (1, 3) and not config.learn_sigma,
+        clip_sample=config.draws_pixels and not config.learn_sigma,
         prediction_type="v_prediction" if recipe.objective == "v" else "epsilon",
         **learned,
     )
@@ -163,7 +163,7 @@ def check_fit(
     decoder = bool(recipe.vae) or (base is not None and base.vae is not None)
     if recipe.vae:  # what does not fit shows now, not after days
         check_decoder(recipe.vae, channels)
-    if recipe.sample_every and not decoder and channels not in (1, 3):
+    if recipe.sample_every and not decoder and not config.draws_pixels:
         raise ValueError("sample_every needs a decoder to draw pictures of latents: set vae, or sample_every=0.")
 
 
