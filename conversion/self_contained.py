@@ -13,7 +13,10 @@ from pathlib import Path
 
 # In the order of their imports. What loads other layouts and pushes stays out: such a folder needs neither.
 _MODEL_MODULES = ("checks", "shards", "configuration_dit", "layers", "ecosystem", "modeling_dit")
-_PIPELINE_MODULES = ("checks", "configuration_dit", "labels", "schedulers", "solvers", "pipeline_dit")
+_PIPELINE_MODULES = (
+    *("checks", "configuration_dit", "ecosystem", "guidance", "labels", "schedulers", "solvers", "vaes"),
+    "pipeline_dit",
+)
 
 _MODEL_FILE = "modeling_dit.py"
 _PIPELINE_FILE = "pipeline.py"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
 from dit_hub.configuration_dit import DiTConfig
+from dit_hub.guidance import guide
 from dit_hub.modeling_dit import DiTTransformer
-from dit_hub.pipeline_dit import DiTPipeline, guide
+from dit_hub.pipeline_dit import DiTPipeline
 from dit_hub.solvers import COLUMNS, solver_table
 
 from .component import DRAWS_DIMENSION, MODEL_FILE, ROWS_DIMENSION, STEPS_DIMENSION
@@ -96,8 +97,7 @@ class _Sampler(nn.Module):
             return self.transformer(sample, precomputed=condition.expand(count, -1, -1)).sample
         # Where there are as many rows as pictures, both halves below are the whole, and guidance adds nothing.
         prediction = self.transformer(torch.cat([sample, sample])[:rows], precomputed=condition).sample
-        halves = torch.cat([prediction[:count], prediction[rows - count :]])
-        return guide(halves, guidance_scale, self.config.guided_channels)
+        return guide(prediction[:count], prediction[rows - count :], guidance_scale, self.config.guided_channels)
 
     def _pictures(self, sample: Tensor) -> Tensor:
         """(N, height, width, channels) uint8."""

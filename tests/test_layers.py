@@ -24,9 +24,9 @@ SOURCES = {
 LAYERS = (
     {"checks", "extras", "files", "manifest", "runtime", "shards"},
     {"configuration_dit"},
-    {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers"},
+    {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers", "vaes"},
     {"modeling_dit"},
-    {"adapters", "conversion", "flops", "visualize"},
+    {"adapters", "conversion", "flops", "guidance", "visualize"},
     {"model_cards"},
     {"loading", "sources"},
     {"hub"},

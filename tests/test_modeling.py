@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_hub import DiTConfig, DiTTransformer
+from dit_hub.guidance import guide
 from dit_hub.layers import POSITION_TABLES
-from dit_hub.pipeline_dit import guide
 
 from .conftest import Golden
 
@@ -93,7 +93,8 @@ def guided_halves(golden: Golden, guidance_channels: int) -> tuple[Tensor, Tenso
     latents, timestep, labels = golden.inputs("cfg")
     half = latents[: len(latents) // 2]
     prediction = predict(golden.model(), torch.cat([half, half]), timestep, labels)
-    return guide(prediction, golden.expected["cfg.scale"].item(), guidance_channels), prediction
+    cond, uncond = prediction.chunk(2)
+    return guide(cond, uncond, golden.expected["cfg.scale"].item(), guidance_channels), prediction
 
 
 def test_guidance_equals_the_official_code(golden: Golden) -> None:

@@ -472,7 +472,7 @@ def test_guidance_channels_default_to_the_models(make_model: MakeModel) -> None:
 def forward_rows(pipe: DiTPipeline, **arguments: Any) -> list[int]:
     """How many rows the model computed at each step."""
     rows: list[int] = []
-    hook = pipe.transformer.register_forward_hook(lambda _, inputs, output: rows.append(len(output.sample)))
+    hook = pipe.transformer.register_forward_hook(lambda _, inputs, output: rows.append(len(output[0])))
     sample(pipe, **arguments)
     hook.remove()
     return rows
@@ -667,7 +667,7 @@ def test_sizes_that_the_patches_do_not_tile_are_errors(latent_pipe: DiTPipeline,
 def test_other_sizes_of_a_model_with_learned_positions_are_an_error(make_model: MakeModel) -> None:
     pipe = pipeline_of(make_model(pos_embed="learned", sample_size=(8, 12)))
     assert sample(pipe).shape == (2, 4, 8, 12)
-    with pytest.raises(ValueError, match="draws 12x8 pictures only, not 8x12"):
+    with pytest.raises(ValueError, match="draws 12x8 images only, not 8x12"):
         sample(pipe, height=12, width=8)
 
 
@@ -844,14 +844,14 @@ def test_conditions_are_computed_in_bounded_memory(
     expected = sample(pipe, labels, num_inference_steps=5)
     seen: list[int] = []
     pipe.transformer.t_embedder.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
-    monkeypatch.setattr("dit_hub.pipeline_dit.MODULATION_BYTES", limit)
+    monkeypatch.setattr("dit_hub.guidance.MODULATION_BYTES", limit)
     assert_close_relative(sample(pipe, labels, num_inference_steps=5), expected, 1e-6)
     assert seen == rows
 
 
 def test_few_conditions_are_held_at_a_time(pipe: DiTPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five steps with three classes each, those of two steps fit; counted at each step among all living tensors."""
-    monkeypatch.setattr("dit_hub.pipeline_dit.MODULATION_BYTES", 2 * BYTES_PER_STEP)
+    monkeypatch.setattr("dit_hub.guidance.MODULATION_BYTES", 2 * BYTES_PER_STEP)
     held: list[int] = []
     gc.collect()  # what earlier tests left behind
 

@@ -22,31 +22,12 @@ from .checks import (
     whole_number,
 )
 from .configuration_dit import DiTConfig
-from .ecosystem import moves_by_hooks
+from .guidance import GuidedDenoiser
 from .hub import HubPipeline
 from .labels import Labels, label_ids
 from .schedulers import check_scheduler, prediction_for, set_timesteps, without_foreign_variance
 from .solvers import COLUMNS, solver_table
-
-# Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
-# class fit; where not all steps fit, as many as do are computed together, then the next ones.
-MODULATION_BYTES = 512 * 2**20
-
-
-def guide(prediction: Tensor, guidance_scale: float | Tensor, channels: int) -> Tensor:
-    """Classifier-free guidance (paper, Section 3.1): uncond + scale * (cond - uncond) on the leading `channels`.
-
-    Args:
-        prediction: (2N, C, H, W), the conditional half first.
-        guidance_scale: 1 means no guidance.
-        channels: how many leading channels to guide; the others stay the conditional half's. Officially 3.
-
-    Returns:
-        (N, C, H, W).
-    """
-    cond, uncond = prediction.unflatten(0, (2, -1)).unbind(0)
-    guided = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
-    return torch.cat([guided, cond[:, channels:]], dim=1)
+from .vaes import decode_latents, spatial_compression
 
 
 @contextmanager
@@ -70,7 +51,7 @@ class DiTPipeline(HubPipeline):
         transformer: the denoiser: a `DiTTransformer` or any runtime's equivalent, with `.config`, `.dtype`, `.device`
             and `transformer(hidden_states, timestep, class_labels).sample`.
         scheduler: any diffusers scheduler of the DDPM, Karras or flow-matching families.
-        vae: decodes latents to pictures; None for models of pixels.
+        vae: decodes latents to images; None for models of pixels.
         id2label: names of the classes by id; several names of one class are separated by commas.
 
     A scheduler that takes the place of this one later must have its noise levels, which the model was trained for.
@@ -78,7 +59,7 @@ class DiTPipeline(HubPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "noise_pred"]
 
     def __init__(self, transformer: Any, scheduler: Any, vae: Any = None, id2label: dict | None = None):
         super().__init__()
@@ -86,6 +67,8 @@ class DiTPipeline(HubPipeline):
         self.register_to_config(id2label={int(key): name for key, name in id2label.items()} if id2label else None)
         self._own_scheduler = scheduler
         self._class_labels: list[int | None] = []
+        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+        self._current_timestep: Tensor | None = None
 
     @property
     def components(self) -> dict[str, Any]:
@@ -99,8 +82,28 @@ class DiTPipeline(HubPipeline):
 
     @property
     def class_labels(self) -> list[int | None]:
-        """For callbacks: the class id of each picture of the run, None where the model is unconditional."""
+        """For callbacks: the class id of each image of the run, None where the model is unconditional."""
         return self._class_labels
+
+    @property
+    def guidance_scale(self) -> float:
+        """For callbacks: the guidance scale of the run."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """For callbacks: the steps of the run."""
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        """For callbacks and caches: the timestep of the step being computed; None outside of a run."""
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run is to end after the step being computed; a callback sets it with `pipe._interrupt = True`."""
+        return self._interrupt
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -126,8 +129,8 @@ class DiTPipeline(HubPipeline):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent pixel: 8 for Stable Diffusion's VAE, 1 for models of pixels."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        """Pixels per latent pixel along a side: 8 for Stable Diffusion's VAE, 1 for models of pixels."""
+        return spatial_compression(self.vae)
 
     def get_label_ids(self, labels: Labels) -> list[int]:
         """Class ids of labels given by id or by name; a lone one counts as a list of one.
@@ -144,9 +147,11 @@ class DiTPipeline(HubPipeline):
         guidance_scale: float | None = None,
         num_inference_steps: int = 50,
         num_images_per_label: int = 1,
+        num_images_per_prompt: int | None = None,
         guidance_channels: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         timesteps: Sequence[int] | Literal["official"] | None = None,
+        sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -155,28 +160,32 @@ class DiTPipeline(HubPipeline):
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """Generate pictures.
+        """Generate images.
 
         Args:
             class_labels: class ids or names; one, a list, or an integer tensor. None for unconditional models.
             guidance_scale: strength of classifier-free guidance; None means 4.0 where the model has a null class, else
                 1.0, which is no guidance.
             num_inference_steps: denoising steps.
-            num_images_per_label: pictures of each label, one after the other.
+            num_images_per_label: images of each label, one after the other.
+            num_images_per_prompt: diffusers' name of the same.
             guidance_channels: how many leading channels guidance touches; None means the model's own (officially 3).
             guidance_interval: guide only where timestep / training timesteps lies within these two, both included
                 (Kynkäänniemi et al. 2024); the other steps cost one pass, not two.
             timesteps: the timesteps to visit, from noise to data; "official" means `official_timesteps`. None leaves
                 them to the scheduler.
+            sigmas: the noise levels to visit, for schedulers whose `set_timesteps` takes them, in its terms.
             eta: the DDIM paper's eta, for schedulers that take it.
-            generator: source of all noise; a list holds one for each picture.
+            generator: source of all noise; a list holds one for each image.
             latents: (N, C, height, width) initial noise of unit variance, instead of drawing it.
-            height, width: of the picture, in pixels; None means the training size.
+            height, width: of the image, in pixels; None means the training size.
             output_type: "pil", "np" (N, H, W, C in 0..1), "pt" (N, C, H, W in 0..1) or "latent" (undecoded).
             return_dict: return an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: called as f(pipeline, step, timestep, {"latents": latents}) after each step; the
-                latents of a returned dict replace the current ones.
+            callback_on_step_end: called as f(pipeline, step, timestep, tensors) after each step; the latents of a
+                returned dict replace the current ones.
+            callback_on_step_end_tensor_inputs: what `tensors` holds: "latents", "noise_pred" (the guided prediction).
 
         Returns:
             An `ImagePipelineOutput` whose `images` are as `output_type` says.
@@ -184,12 +193,14 @@ class DiTPipeline(HubPipeline):
         Raises:
             ValueError: arguments that the model or the scheduler cannot serve.
         """
-        self._check_output(output_type, callback_on_step_end)
+        self._check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         latents = None if latents is None else initial_noise(latents)
+        if num_images_per_prompt is not None:
+            num_images_per_label = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         labels = self._expand_labels(class_labels, num_images_per_label, latents)
         self._class_labels = labels
         generator = random_source(generator, len(labels))
-        guidance_scale = self._resolve_guidance(guidance_scale)
+        guidance_scale = self._guidance_scale = self._resolve_guidance(guidance_scale)
         interval = rising_pair("guidance_interval", guidance_interval)
         config: DiTConfig = self.transformer.config
         channels = config.guided_channels
@@ -205,27 +216,29 @@ class DiTPipeline(HubPipeline):
         ):
             raise ValueError("An exported sampler runs its loop as a whole: without callback, eta, guidance interval, "
                              "or guidance of other channels than it was exported with.")  # fmt: skip
-        set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device)
+        set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device, sigmas)
+        self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         sample: Any = self._initial_latents(latents, len(labels), height, width, generator)
         with _evaluation(self.components.values()):
             if whole_loop:
                 sample = self._sample_at_once(sample, labels, guidance_scale, timesteps, generator)
             else:
                 guided = [guidance_scale != 1 and self._within(t, interval) for t in self.scheduler.timesteps]
-                predict = self._guided_denoiser(labels, guided, guidance_scale, channels)
-                sample = self._denoise(sample, predict, step_kwargs, callback_on_step_end)
+                classes = None if labels[0] is None else [label for label in labels if label is not None]
+                predict = GuidedDenoiser(self.transformer, self.scheduler.timesteps, classes, guided, guidance_scale,
+                                         channels, self._execution_device)  # fmt: skip
+                sample = self._denoise(
+                    sample, predict, step_kwargs, callback_on_step_end, callback_on_step_end_tensor_inputs
+                )
             images: Any = sample if output_type == "latent" else self.decode(sample, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, output_type: Literal["pil", "np", "pt"] = "pil") -> Any:
-        """(N, C, H, W) latents, or pixels in -1..1 without a VAE -> pictures, as `__call__` returns them."""
-        if self.vae is not None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            latents = latents / self.vae.config.scaling_factor + shift
-            latents = self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample
-        images = (latents.float() / 2 + 0.5).clamp(0, 1)
+        """(N, C, H, W) latents, or pixels in -1..1 without a VAE -> images, as `__call__` returns them."""
+        pixels = latents if self.vae is None else decode_latents(self.vae, latents)
+        images = (pixels.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         arrays = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -233,7 +246,7 @@ class DiTPipeline(HubPipeline):
 
     # --- Preparation -------------------------------------------------------------------------------------------------
 
-    def _check_output(self, output_type: str, callback: Any) -> None:
+    def _check_output(self, output_type: str, callback: Any, tensor_inputs: Sequence[str]) -> None:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}.")
         if output_type == "pil" and self.vae is None and not self.transformer.config.draws_pixels:
@@ -244,6 +257,10 @@ class DiTPipeline(HubPipeline):
             )
         if callback is not None and not callable(callback):
             raise ValueError(f"callback_on_step_end must be a function, not {shown(callback)}.")
+        for name in tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                known = ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"callback_on_step_end_tensor_inputs may name {known}, not {shown(name)}.")
 
     def _expand_labels(self, class_labels: Labels, per_label: int, latents: Tensor | None) -> list[int | None]:
         per_label = whole_number("num_images_per_label", per_label, 1)
@@ -287,7 +304,7 @@ class DiTPipeline(HubPipeline):
         shape = (count, config.in_channels, height // factor, width // factor)
         if config.pos_embed == "learned" and shape[2:] != config.sample_height_width:
             raise ValueError(f"This model has learned positions and draws {default_width * factor}x"
-                             f"{default_height * factor} pictures only, not {width}x{height}.")  # fmt: skip
+                             f"{default_height * factor} images only, not {width}x{height}.")  # fmt: skip
         if latents is None:
             # float32 whatever the weights are: the solver's sums stay exact.
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
@@ -309,20 +326,27 @@ class DiTPipeline(HubPipeline):
     def _denoise(
         self,
         sample: Any,
-        predict: Callable[[int, Tensor], Tensor],
+        predict: GuidedDenoiser,
         step_kwargs: dict[str, Any],
         callback_on_step_end: Callable[..., Any] | None,
+        tensor_inputs: Sequence[str],
     ) -> Tensor:
-        """(N, C, H, W) noise -> latents, with `predict` as `_guided_denoiser` makes it."""
+        """(N, C, H, W) noise -> latents."""
         scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
         with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    break
+                self._current_timestep = t
                 prediction = predict(i, scale_input(sample, t))
                 prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
                 sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    sample = replaced_latents(sample, callback_on_step_end(self, i, t, {"latents": sample}))
+                    tensors = {"latents": sample, "noise_pred": prediction}
+                    given = {name: tensors[name] for name in tensor_inputs}
+                    sample = replaced_latents(sample, callback_on_step_end(self, i, t, given))
                 progress.update()
+        self._current_timestep = None
         return sample
 
     def _sample_at_once(
@@ -339,61 +363,3 @@ class DiTPipeline(HubPipeline):
         noise = torch.stack(draws if scales.any() else draws[:1])
         class_labels = None if labels[0] is None else torch.tensor(labels)
         return self.transformer.sample(sample, class_labels, guidance_scale, table, noise)
-
-    def _guided_denoiser(
-        self, labels: list[int | None], guided: list[bool], guidance_scale: float, channels: int
-    ) -> Callable[[int, Tensor], Tensor]:
-        """A function (step, (N, C, H, W) model input) -> prediction of N rows, guided where `guided` says."""
-        predict = self._denoiser(labels, guided)
-
-        def predict_guided(step: int, model_input: Tensor) -> Tensor:
-            if not guided[step]:
-                return predict(step, model_input)
-            return guide(predict(step, torch.cat([model_input, model_input])), guidance_scale, channels)
-
-        return predict_guided
-
-    def _denoiser(self, labels: list[int | None], guided: list[bool]) -> Callable[[int, Tensor], Tensor]:
-        """A function (step, model input) -> prediction, of N rows, or 2N rows in guided steps (conditional first)."""
-        device, config = self._execution_device, self.transformer.config
-        timesteps = self.scheduler.timesteps
-        conditional = None if labels[0] is None else torch.tensor(labels, device=device)
-        both = None
-        if conditional is not None:
-            both = torch.cat([conditional, torch.full_like(conditional, config.null_class or 0)])
-
-        # Other runtimes take timestep and labels; so do offloaded models, whose weights move when forward is called.
-        if not hasattr(self.transformer, "precompute") or moves_by_hooks(self.transformer):
-
-            def predict(step: int, model_input: Tensor) -> Tensor:
-                timestep = timesteps[step].expand(len(model_input))
-                return self.transformer(model_input, timestep, both if guided[step] else conditional).sample
-
-            return predict
-
-        classes, rows = None, torch.zeros(2 * len(labels), dtype=torch.long, device=device)
-        if both is not None and conditional is not None:
-            classes, rows = torch.unique(both if any(guided) else conditional, return_inverse=True)
-        held: dict[int, Tensor] = {}
-
-        def predict_hoisted(step: int, model_input: Tensor) -> Tensor:
-            if step not in held:
-                held.clear()
-                held.update(self._conditions(step, classes))
-            precomputed = held[step][rows[: len(model_input)]]
-            return self.transformer(model_input, precomputed=precomputed).sample
-
-        return predict_hoisted
-
-    def _conditions(self, first: int, classes: Tensor | None) -> dict[int, Tensor]:
-        """(classes, K, D) conditions by step, from `first` on for as many steps as `MODULATION_BYTES` hold.
-
-        They depend on timestep and class alone, so each pair is computed once, in float32, ahead of the loop.
-        """
-        config: DiTConfig = self.transformer.config
-        pairs_per_step = 1 if classes is None else len(classes)
-        bytes_per_step = pairs_per_step * config.precomputed_length * config.hidden_size * 4
-        timesteps = self.scheduler.timesteps[first : first + max(1, MODULATION_BYTES // bytes_per_step)]
-        labels = None if classes is None else classes.repeat(len(timesteps))
-        conditions = self.transformer.precompute(timesteps.repeat_interleave(pairs_per_step), labels)
-        return dict(enumerate(conditions.unflatten(0, (len(timesteps), -1)).unbind(0), start=first))

@@ -233,12 +233,16 @@ def set_timesteps(
     num_inference_steps: int,
     timesteps: Sequence[int] | Literal["official"] | None,
     device: torch.device | str,
+    sigmas: Sequence[float] | None = None,
 ) -> None:
     """Prepare a scheduler for a run; see `DiTPipeline.__call__` for the arguments.
 
     Raises:
-        ValueError: fewer than one step or too many, or timesteps given to a scheduler that takes none.
+        ValueError: fewer than one step or too many, or timesteps or sigmas given to a scheduler that takes none.
     """
+    if sigmas is not None:
+        _set_sigmas(scheduler, sigmas, timesteps, device)
+        return
     flow, trained = is_flow_matching(scheduler), scheduler.config.num_train_timesteps
     steps = whole_number("num_inference_steps", num_inference_steps, 1, None if flow else trained)
     if timesteps is None:
@@ -259,6 +263,21 @@ def set_timesteps(
         )
     visited = official_timesteps(steps, trained) if isinstance(timesteps, str) else _falling(timesteps, trained, flow)
     scheduler.set_timesteps(timesteps=visited, device=device)
+
+
+def _set_sigmas(scheduler: Any, sigmas: Any, timesteps: Any, device: torch.device | str) -> None:
+    if timesteps is not None:
+        raise ValueError("Give timesteps or sigmas, not both.")
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        name = type(scheduler).__name__
+        raise ValueError(f"{name} takes no sigmas; EulerDiscreteScheduler and FlowMatchEulerDiscreteScheduler do.")
+    try:
+        levels = [real_number("sigmas", sigma, 0) for sigma in sigmas]
+    except TypeError:
+        raise ValueError(f"sigmas must be a list of numbers, not {shown(sigmas)}.") from None
+    if not levels or any(later >= earlier for earlier, later in itertools.pairwise(levels)):
+        raise ValueError(f"sigmas must fall from step to step, not {shown(sigmas)}.")
+    scheduler.set_timesteps(sigmas=levels, device=device)
 
 
 def _falling(timesteps: Any, trained: int, flow: bool) -> list[Any]:
