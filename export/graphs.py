@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_hub.extras import require
-from dit_hub.layers import sincos_positions
+from dit_hub.layers import for_layer, sincos_positions
 from dit_hub.modeling_dit import DiTAttention, DiTTransformer
 
 _LARGEST_PROTOBUF = 2**31 - 2**24  # 2 GiB, less room for the graph itself
@@ -84,7 +84,7 @@ def _attention_written_out() -> Iterator[None]:
     sampler's time for the toy."""
 
     def forward(self: DiTAttention, hidden_states: Tensor) -> Tensor:
-        qkv = self.qkv(hidden_states)  # (N, T, 3D)
+        qkv = self.qkv(for_layer(self.qkv, hidden_states))  # (N, T, 3D)
         heads = qkv.unflatten(2, (3, -1, self.head_size)).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, head size)
         weights = torch.softmax(heads[0] @ heads[1].transpose(-1, -2) * self.scaling, dim=-1)
         return self.proj((weights @ heads[2]).transpose(1, 2).flatten(2))

@@ -232,6 +232,21 @@ class DiTConfig(PreTrainedConfig):
         return {"adaln_zero": 6, "adaln": 4}.get(self.conditioning, 0)
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How transformers' tensor parallelism (`tp_plan="auto"`) splits the blocks among processes.
+
+        The fused projections are split without regard to heads, so their output is gathered before the attention. The
+        modulations, a third of the weights, stay whole: a plan cannot name one layer of a sequence.
+        """
+        plan = {"blocks.*.mlp.fc1": "colwise", "blocks.*.mlp.fc2": "rowwise"}
+        projections = ["attn.qkv"]
+        if self.conditioning == "cross_attention":
+            projections += ["cross_attn.q", "cross_attn.kv"]
+        plan |= {f"blocks.*.{name}": "colwise_gather_output" for name in projections}
+        outputs = {name.split(".")[0] for name in projections}
+        return plan | {f"blocks.*.{attention}.proj": "rowwise_split_input" for attention in sorted(outputs)}
+
+    @property
     def precomputed_length(self) -> int:
         """K: how many vectors `DiTTransformer.precompute` returns for each sample."""
         if self.modulation_rows:

@@ -98,10 +98,17 @@ class DiffusersModelMixin(CacheMixin, PeftAdapterMixin):
         super().enable_cache(config)
 
 
-def moves_by_hooks(model: Any) -> bool:
-    """Whether hooks bring the weights when `forward` of the model or of a block is called, and only then."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return any(hasattr(module, "_hf_hook") or _is_offloaded(module) for module in modules)
+def takes_precomputed(transformer: Any) -> bool:
+    """Whether a denoiser can be handed the modulations that its `precompute` made ahead of the loop.
+
+    Exports without that method cannot. Nor can a model whose weights hooks bring when its `forward` or a block's is
+    called, and only then, or whose blocks cache-dit calls with one set of arguments for all: there each block computes
+    its own.
+    """
+    if not hasattr(transformer, "precompute") or getattr(transformer, "_is_cached", False):
+        return False
+    modules = transformer.modules() if isinstance(transformer, nn.Module) else ()
+    return not any(hasattr(module, "_hf_hook") or _is_offloaded(module) for module in modules)
 
 
 def _is_offloaded(module: Any) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_dit import DiTConfig
-from .ecosystem import moves_by_hooks
+from .ecosystem import takes_precomputed
 
 # Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
 # class fit; where not all steps fit, as many as do are computed together, then the next ones.
@@ -58,8 +58,7 @@ class GuidedDenoiser:
         self.doubled = None  # unconditional first, as diffusers' caches expect
         if self.labels is not None:
             self.doubled = torch.cat([torch.full_like(self.labels, config.null_class or 0), self.labels])
-        # Other runtimes take timestep and labels; so do offloaded models, whose weights move when forward is called.
-        self._ahead = hasattr(transformer, "precompute") and not moves_by_hooks(transformer)
+        self._ahead = takes_precomputed(transformer)
         if self._ahead:
             self._plan(config)
         modules = transformer.modules() if isinstance(transformer, nn.Module) else ()

@@ -4,7 +4,7 @@ Letters in shape comments: N batch, C channels, H and W latent height and width,
 """
 
 import math
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,34 +28,30 @@ def initialised_by(kind: str, module: Module) -> Module:
     return module
 
 
-class CastingLinear(nn.Linear):
-    """A linear layer that computes in the dtype it is stored in, whatever float dtype comes in.
+def for_layer(layer: nn.Module, input: Tensor) -> Tensor:
+    """A tensor in the dtype that a layer computes in.
 
-    It asks its bias: a quantised weight is no float, and diffusers' layerwise casting changes the layer's dtype only
-    while this runs.
+    That is its bias's, since a quantised weight is no float; while diffusers' layerwise casting stores the layer in
+    fewer bits, it is the casting's.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.to(self.bias.dtype), self.weight, self.bias)
-
-
-class CastingConv2d(nn.Conv2d):
-    """A convolution that computes in the dtype it is stored in; see `CastingLinear`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.to(self.weight.dtype))
+    registry = getattr(layer, "_diffusers_hook", None)
+    casting = None if registry is None else registry.get_hook("layerwise_casting")
+    return input.to(cast(Any, layer).bias.dtype if casting is None else casting.compute_dtype)
 
 
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32 whatever its weights are stored in, also under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
+        weight: Tensor = self.weight
+        if type(weight).__module__.startswith("torchao"):  # its own products are in the dtype it was made from
+            weight = weight.dequantize()
         bias = None if self.bias is None else self.bias.float()
         device = input.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return F.linear(input.float(), self.weight.float(), bias)
-        return F.linear(input.float(), self.weight.float(), bias)
+                return F.linear(input.float(), weight.float(), bias)
+        return F.linear(input.float(), weight.float(), bias)
 
 
 class Float32LayerNorm(nn.LayerNorm):
@@ -115,10 +111,10 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.proj = CastingConv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.proj(hidden_states).flatten(2).transpose(1, 2)
+        return self.proj(for_layer(self.proj, hidden_states)).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):

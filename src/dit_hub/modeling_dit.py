@@ -34,12 +34,12 @@ from .checks import listed
 from .configuration_dit import DiTConfig
 from .ecosystem import DiffusersModelMixin, DiTAttnProcessor
 from .layers import (
-    CastingLinear,
     Float32LayerNorm,
     Float32Linear,
     LabelEmbedder,
     PatchEmbed,
     TimestepEmbedder,
+    for_layer,
     held_sincos_positions,
     initialised_by,
     sincos_positions,
@@ -107,13 +107,13 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         self.config = config
         self.head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_size**-0.5
-        self.qkv = CastingLinear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.weights = AttentionWeights()
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.processor: Any = DiTAttnProcessor(self.is_cross_attention)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        qkv = self.qkv(hidden_states)  # (N, T, 3D)
+        qkv = self.qkv(for_layer(self.qkv, hidden_states))  # (N, T, 3D)
         return self.attend(*qkv.split(qkv.shape[2] // 3, dim=2))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -136,12 +136,12 @@ class DiTCrossAttention(DiTAttention):
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         del self.qkv
-        self.q = CastingLinear(config.hidden_size, config.hidden_size)
-        self.kv = CastingLinear(config.hidden_size, 2 * config.hidden_size)
+        self.q = nn.Linear(config.hidden_size, config.hidden_size)
+        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size)
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
-        kv = self.kv(condition)  # (N, K, 2D)
-        return self.attend(self.q(hidden_states), *kv.split(kv.shape[2] // 2, dim=2))
+        kv = self.kv(for_layer(self.kv, condition))  # (N, K, 2D)
+        return self.attend(self.q(for_layer(self.q, hidden_states)), *kv.split(kv.shape[2] // 2, dim=2))
 
 
 class DiTMLP(nn.Module):
@@ -150,11 +150,11 @@ class DiTMLP(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         width = int(config.hidden_size * config.mlp_ratio)
-        self.fc1 = CastingLinear(config.hidden_size, width)
+        self.fc1 = nn.Linear(config.hidden_size, width)
         self.fc2 = nn.Linear(width, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(for_layer(self.fc1, hidden_states)), approximate="tanh"))
 
 
 class Modulation(nn.Sequential):
@@ -234,7 +234,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         adaptive = config.modulation_rows > 0
         self.norm_final = Float32LayerNorm(config.hidden_size, config.norm_eps, elementwise_affine=not adaptive)
-        self.linear = CastingLinear(config.hidden_size, config.patch_size**2 * config.out_channels)
+        self.linear = nn.Linear(config.hidden_size, config.patch_size**2 * config.out_channels)
         initialised_by("zeros", self.linear)
         self.adaLN_modulation: Any = Modulation(config, 2, 2) if adaptive else None
 
@@ -245,7 +245,7 @@ class FinalLayer(nn.Module):
         if self.adaLN_modulation is not None:
             rows = self.adaLN_modulation(condition) if modulations is None else modulations.split(1, dim=1)
             hidden_states = modulate(hidden_states, *rows)
-        return self.linear(hidden_states)
+        return self.linear(for_layer(self.linear, hidden_states))
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
