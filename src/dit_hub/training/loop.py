@@ -17,6 +17,7 @@ from .publish import Publisher, open_publisher
 from .recipe import Recipe
 from .result import TrainingResult
 from .run import Run, TrainingError
+from .saving import result_of, resume_run, save_run, stop_run
 from .setup import check_fit, load_start, make_model
 from .signals import StopRequest, stop_signals
 from .together import failing_together
@@ -74,22 +75,22 @@ def _loop(
         for step, loss in run.settled():
             monitor.step(step, loss)
         if run.stopping:
-            run.stop()
+            stop_run(run)
             break
         if run.pauses:
             with monitor.pause():
                 _save_and_draw(run, monitor, publisher)
-    return run.result()
+    return result_of(run)
 
 
 def _save_and_draw(run: Run, monitor: Monitor, publisher: Publisher) -> None:
     """Save a checkpoint, push it and draw samples, each if it is due."""
     if run.due(run.recipe.save_every) or run.step == run.last:  # the last one, in case the result cannot be saved
-        run.save()
+        save_run(run)
         if run.recipe.push_to_hub and run.step < run.last:
-            publisher.push(run.result(), run.step)
+            publisher.push(result_of(run), run.step)
     if run.due(run.recipe.sample_every):
-        monitor.draw(run.result().pipeline, run.step)
+        monitor.draw(result_of(run).pipeline, run.step)
 
 
 def _start(
@@ -108,7 +109,7 @@ def _start(
         logger.warning(note)
     run = Run(recipe, model, dataset, accelerator, run_folder, base)
     if resume:
-        run.resume()
+        resume_run(run)
     elif accelerator.is_main_process:
         remove_checkpoints(run_folder)
     return run

@@ -1,34 +1,27 @@
-"""A training run: its steps, its checkpoints and its result."""
+"""A training run, step by step."""
 
-import copy
 import logging
 import math
-import signal
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 
-from ..adapters import merge_adapters
 from ..checks import listed
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
-from .checkpoints import LOGS_FOLDER, Checkpoint, checkpoints, damaged, load_checkpoint, save_checkpoint
+from .checkpoints import checkpoints
 from .data import Batch, Dataset, check_unreadable
 from .history import History
 from .loader import end_workers, make_loader
 from .loss import TrainingLoss
 from .recipe import Recipe
-from .result import TrainingResult
-from .setup import check_same_recipe, describe, make_scheduler
+from .setup import describe
 from .together import StepOutcome
-from .weights import Weights, ema_variant, merged_state
+from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +72,6 @@ class Run:
         if model.config.null_class is not None:
             model.y_embedder.dropout_prob = 0.0  # `TrainingLoss` drops labels, alike in all processes
         self.weights = Weights(recipe, model, accelerator)
-
-    # --- Steps -------------------------------------------------------------------------------------------------------
 
     def batches(self) -> Generator[list[Batch], None, None]:
         """This process's micro-batches of each step that is left; closing the generator ends the data workers."""
@@ -144,6 +135,11 @@ class Run:
             yield outcome.step, outcome.loss
 
     @property
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop before its last step."""
+        return bool(self.asked_to_stop) and self.step < self.last
+
+    @property
     def pauses(self) -> bool:
         """Whether training pauses after the current step, to save or to draw."""
         return self.step == self.last or self.due(self.recipe.save_every) or self.due(self.recipe.sample_every)
@@ -175,108 +171,3 @@ class Run:
             "skip_nan=true would skip and count such steps."
         )  # fmt: skip
         raise TrainingError(f"The {what}, on the samples {listed(outcome.positions, most=16)}. {good} {hint}")
-
-    # --- Checkpoints -------------------------------------------------------------------------------------------------
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the run was asked to stop before its last step."""
-        return bool(self.asked_to_stop) and self.step < self.last
-
-    def stop(self) -> None:
-        """Save a checkpoint of a run that was asked to stop.
-
-        Raises:
-            TrainingError: it cannot be written.
-            KeyboardInterrupt: the run was stopped by Ctrl-C.
-        """
-        if not self.save() and self.folder is not None:
-            raise TrainingError(f"Stopped after step {self.step}, and its checkpoint could not be written.")
-        if self.asked_to_stop == signal.SIGINT:
-            raise KeyboardInterrupt(f"Stopped after step {self.step}, with a checkpoint in {self.folder}.")
-
-    def save(self) -> bool:
-        """Write a checkpoint; False where that fails, which does not end the run."""
-        if self.folder is None:
-            return False
-        tensors, facts = self.weights.state_dict()
-        facts |= {"recipe": asdict(self.recipe), "data": self.data, **self.history.state_dict()}
-        written = True
-        if self.accelerator.is_main_process:
-            try:
-                if not all(weight.isfinite().all() for weight in tensors["model"].values()):
-                    raise OSError("the weights are not finite.")
-                checkpoint = Checkpoint(self.step, tensors, facts, self._empty_pipeline())
-                save_checkpoint(self.folder, checkpoint, self.recipe.keep_last)
-            except OSError as error:
-                logger.error("No checkpoint at step %d: %s Training continues.", self.step, error)
-                written = False
-        self.accelerator.wait_for_everyone()
-        return written
-
-    def resume(self) -> None:
-        """Continue from the last checkpoint, if there is one.
-
-        Raises:
-            ValueError: it belongs to another recipe or other data, or is damaged, or is not on every machine.
-        """
-        kept = checkpoints(self.folder) if self.folder else []
-        if kept:
-            checkpoint = load_checkpoint(kept[-1])
-            check_same_recipe(kept[-1], checkpoint.facts, self.recipe, self.data)
-            try:
-                self.weights.load_state_dict(checkpoint.tensors, checkpoint.facts)
-                self.history.load_state_dict(checkpoint.facts)
-                self.step = checkpoint.step
-            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-                raise damaged(kept[-1], error) from None
-        step = torch.tensor([self.step], device=self.accelerator.device)
-        steps: list[int] = cast(Any, self.accelerator.gather(step)).tolist()
-        if len(set(steps)) > 1:
-            raise ValueError(f"The processes find checkpoints of the steps {', '.join(map(str, steps))}: {self.folder} "
-                             "must lie on a disk that all machines share.")  # fmt: skip
-
-    def _empty_pipeline(self) -> DiTPipeline | None:
-        """A pipeline without weights, to describe a checkpoint; None with adapters, which are not merged yet."""
-        if self.recipe.lora_rank:
-            return None
-        with torch.device("meta"):
-            model = DiTTransformer(self.weights.plain.config)
-        return DiTPipeline(model, make_scheduler(self.recipe, model.config), None, self.dataset.id2label or None)
-
-    # --- The result --------------------------------------------------------------------------------------------------
-
-    def result(self) -> TrainingResult:
-        """The result so far. All processes must call it, since sharded weights are gathered."""
-        weights, decays = self.weights, self.recipe.ema_decays
-        model = weights.whole_model(weights.averaged(decays[0] if decays else None))
-        averages = {ema_variant(decay): weights.averaged(decay) for decay in decays[1:]}
-        adapted = None
-        if self.recipe.lora_rank:
-            adapted = None if self.recipe.merge_adapters else copy.deepcopy(model)
-            merge_adapters(model)
-            averages = {variant: merged_state(weights.whole_model(state)) for variant, state in averages.items()}
-        scheduler = make_scheduler(self.recipe, weights.plain.config)
-        pipeline = DiTPipeline(model, scheduler, self._decoder(), self.dataset.id2label or None)
-        if self.base is not None:  # the licence stays with the weights
-            pipeline.origin = self.base.origin
-        return TrainingResult(
-            pipeline,
-            self.recipe,
-            self.dataset,
-            epoch_losses=self.history.mean_losses(),
-            seconds=time.perf_counter() - self.started,
-            finished=self.step == self.last,
-            main_process=self.accelerator.is_main_process,
-            processes=self.accelerator.num_processes,
-            skipped=self.history.skipped,
-            averages=averages,
-            adapted=adapted,
-            logs=None if self.folder is None else self.folder / LOGS_FOLDER,
-        )
-
-    def _decoder(self) -> Any:
-        """The decoder of the pipeline; loaded when it is needed, so that training has its memory."""
-        if self.recipe.vae and self.accelerator.is_main_process:
-            return AutoencoderKL.from_pretrained(self.recipe.vae)
-        return None if self.base is None else self.base.vae
