@@ -158,4 +158,4 @@ def test_the_command_says_how_many_classes_are_kept(tmp_path: Path) -> None:
     run = dit_hub("train", "toy", *settings, "--out", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     said = " ".join((run.stdout + run.stderr).split())
-    assert "1 of 2 classes start from the class of the same name in dit-toy-shapes; the others start anew." in said
+    assert "1 of 2 classes start from the class of the same name in dit-toy-shapes; the others are new." in said

@@ -153,7 +153,7 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the trained pipeline; default: outputs/RECIPE.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: resume from the last checkpoint of a run that was cut; never: start anew.")
+        str, typer.Option(help="auto: resume from the last checkpoint of a run that was cut; never: start over.")
     ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:

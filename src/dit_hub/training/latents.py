@@ -114,7 +114,7 @@ def _cache_shards(
 
 
 def _plan(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the plan of a folder: what its shards are made of. Where a run that was cut wrote one, compare with it."""
+    """Write the plan of a folder, the facts about its shards, or compare it with that of a run that was cut."""
     plan, text = folder / PLAN_FILE, json.dumps(facts, sort_keys=True)
     names = [file.name for file in folder.iterdir()]
     if foreign := [name for name in names if not _OURS.fullmatch(name)]:

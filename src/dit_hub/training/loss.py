@@ -1,4 +1,4 @@
-"""The loss of a training step: what is drawn for it, and the objective that a recipe names."""
+"""The training loss of a recipe: its random draws and its objective."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -92,7 +92,7 @@ def _draw(result: TrainingResult, folder: Path) -> None:
 
 @contextmanager
 def _warn_on_error(problem: str) -> Iterator[None]:
-    """Turn an error in the block into a warning: what it adds must not cost the weights."""
+    """Turn an error in the block into a warning: its work must not cost the weights."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:

@@ -64,7 +64,7 @@ class Run:
         self.history = History(steps_per_epoch)
         self.step, self.last = 0, recipe.steps or recipe.epochs * steps_per_epoch
         self.asked_to_stop, self.started = 0, time.perf_counter()
-        self.pending: deque[StepOutcome] = deque()  # steps that were started and whose outcome is not known
+        self.pending: deque[StepOutcome] = deque()  # of steps that were started and are not settled
         each = recipe.gradient_accumulation_steps
         self.micro_batches = each * accelerator.num_processes
         self.own = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
@@ -106,7 +106,7 @@ class Run:
         positions = [position for batch in batches for position in batch.positions]
         outcome = StepOutcome(self.accelerator, self.step + 1, positions, total, self.weights.clip(),
                               len(self.history.unreadable), asked_to_stop)  # fmt: skip
-        # Only skip_nan has to wait for the outcome; without it, weights that are not finite end the run.
+        # Only skip_nan waits for the outcome here: without it, a step that is not finite ends the run anyway.
         if not self.recipe.skip_nan or self._is_finite(outcome):
             self.weights.step(self.learning_rate(self.step))
         else:
@@ -117,8 +117,8 @@ class Run:
     def settled(self) -> Iterator[tuple[int, float]]:
         """The steps whose outcome is known by now, and their losses, the mean over all processes.
 
-        These are all but the last one started, which a GPU still computes; that one too before a pause and when the run
-        is to stop. All processes stop after the same step.
+        These are all but the one started last, which a GPU is still computing; before a pause or a stop, they are all.
+        All processes stop after the same step.
 
         Raises:
             TrainingError: a loss or gradients that are not finite.

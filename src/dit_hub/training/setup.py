@@ -85,7 +85,7 @@ def adopt_classes(model: DiTTransformer, id2label: dict[int, str], known: dict[i
         model.resize_class_labels(classes, same, torch.Generator().manual_seed(recipe.seed))
         kept = sum(old is not None for old in same)
         say(
-            "%d of %d classes start from the class of the same name in %s; the others start anew.",
+            "%d of %d classes start from the class of the same name in %s; the others are new.",
             kept,
             classes,
             source,
@@ -229,7 +229,7 @@ def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, data: d
     different = [name for name in data if name in known and known[name] != data[name]]
     if different and (name := different[0]) == "processes":
         raise ValueError(f"{path} belongs to a stream shared by {known[name]} processes, and now there are "
-                         f"{data[name]}; resume with {known[name]}, or start anew with --resume never.")  # fmt: skip
+                         f"{data[name]}; resume with {known[name]}, or start over with --resume never.")  # fmt: skip
     if different and name != "fingerprint":
         raise ValueError(f"{path} belongs to other data: {name} {known[name]} there, {data[name]} here.")
     # A setting that an older release did not know has its default.
@@ -237,11 +237,11 @@ def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, data: d
     names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
     if names:
         differences = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in names)
-        raise ValueError(f"{path} belongs to another recipe: {differences}. Train to another --out, or start anew with "
+        raise ValueError(f"{path} belongs to another recipe: {differences}. Train to another --out, or start over with "
                          "--resume never.")  # fmt: skip
     if different:
         raise ValueError(f"{path} belongs to other data: as many images, but with other content. Train to another "
-                         "--out, or start anew with --resume never.")  # fmt: skip
+                         "--out, or start over with --resume never.")  # fmt: skip
 
 
 # Settings that change where and when work is done, not its result.
