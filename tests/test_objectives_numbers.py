@@ -127,7 +127,7 @@ def test_the_bound_is_the_divergence_of_two_normal_distributions(timestep: int, 
 
 
 def first_step(mean: float, fraction: float) -> tuple[Tensor, float]:
-    """The bound of each value of an image at t = 0, in bits, where the model expects `mean`; and its standard deviation."""
+    """The bound of each value of an image at t = 0, in bits, where the model expects `mean`; and its std."""
     noisy = torch.full((256, 1), mean * math.sqrt(LEVELS[0]))
     zeros = torch.zeros(256, 1)
     bits = variational_bound(
