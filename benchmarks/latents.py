@@ -40,8 +40,8 @@ class Peak(NamedTuple):
     cache: int
 
 
-class RandomPictures:
-    """Pictures that are drawn when they are read, so that the data set itself takes no memory."""
+class RandomImages:
+    """Images that are drawn when they are read, so that the data set itself takes no memory."""
 
     id2label, sample_shape, is_latent, scaling_factor = CLASSES, (3, 32, 32), False, 1.0
     shift_factor, description, license, notes = 0.0, "", "unknown", ()
@@ -81,7 +81,7 @@ def loading(recipe: Recipe) -> float:
 
     dataset = CachedLatents(Path(recipe.data))
     batches = PASSES * (len(dataset) // recipe.batch_size)
-    loader = make_loader(dataset, recipe, parts=1, mine=[0], first=0, last=batches)
+    loader = make_loader(dataset, recipe, micro_batches=1, own=[0], first=0, last=batches)
     start = time.perf_counter()
     for _ in loader:
         pass
@@ -113,7 +113,7 @@ def caching(count: int) -> Peak:
     vae = AutoencoderKL(**small).eval()
     start = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
-        cache_latents(RandomPictures(count), vae, folder, shard_size=SHARD_SIZE)
+        cache_latents(RandomImages(count), vae, folder, shard_size=SHARD_SIZE)
         cache = sum(file.stat().st_size for file in Path(folder).iterdir())
     return Peak(start, peak_memory(), cache)
 
@@ -134,7 +134,7 @@ def speed_table(rounds: int, steps: int, shards: int) -> Table:
     """Loader and training in turn."""
     with tempfile.TemporaryDirectory() as folder:
         make_latents(Path(folder), shards)
-        recipe = Recipe(model="DiT-S/2", data=folder, mirror=True, steps=steps, batch_size=32,
+        recipe = Recipe(model="DiT-S/2", data=folder, random_flip=True, steps=steps, batch_size=32,
                         num_train_timesteps=1000, mixed_precision="bf16")  # fmt: skip
         rates = [(alone(loading, recipe), alone(training, recipe)) for _ in range(rounds)]
     title = f"Latents of 4x32x32, batch {recipe.batch_size}, {rounds} rounds"

@@ -31,7 +31,7 @@ from rich.table import Table
 from dit_hub import DiTTransformer
 from dit_hub.flops import matmul_peak, measure
 from dit_hub.objectives import noise_and_variance
-from dit_hub.training.data import Pictures
+from dit_hub.training.data import InMemoryImages
 from dit_hub.training.recipe import Recipe
 
 TOY: dict[str, Any] = {"sample_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -63,7 +63,7 @@ class Speed(NamedTuple):
 Speeds = dict[str, list[Speed]]  # of each contender, in the order of its turns
 
 
-class RandomLatents(Pictures):
+class RandomLatents(InMemoryImages):
     """Means and deviations in memory, as read from a cache."""
 
     is_latent, scaling_factor = True, 0.18215
@@ -176,7 +176,7 @@ def compete(turn: Turn, rounds: int) -> Speeds:
 def largest_fit(model: str | dict[str, Any], batch: int, options: argparse.Namespace) -> tuple[Recipe, Speeds]:
     """The recipe and speeds of the batch, or of the first of its halves that fits both contenders."""
     paper = Recipe(model=model, steps=options.warm_up + options.steps, learning_rate=1e-4, max_grad_norm=0,
-                   learning_rate_schedule="constant", num_train_timesteps=1000, ema_decay=0.9999,
+                   lr_scheduler="constant", num_train_timesteps=1000, ema_decay=0.9999,
                    mixed_precision="bf16", compile=options.compile)  # fmt: skip
     while batch:
         recipe = replace(paper, batch_size=batch)

@@ -1,7 +1,7 @@
-"""All classes of the embedded model from seeds 0 to 9 as one picture, and how far each is from real ones.
+"""All classes of the embedded model from seeds 0 to 9 as one image, and how far each is from real ones.
 
-The distance is the mean square over pixels of -1 to 1, to the nearest of 400 pictures of the class that the model was
-not trained on. They have position and size in steps, so that fresh pictures are not at 0 either.
+The distance is the mean square over pixels of -1 to 1, to the nearest of 400 images of the class that the model was
+not trained on. They have position and size in steps, so that fresh images are not at 0 either.
 """
 
 import argparse
@@ -20,10 +20,10 @@ SEEDS = range(10)
 CLEAN = 0.01  # a misplaced corner is more
 
 
-def distances(pictures: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """To the nearest real picture of each one's own class (P,), and the class of the nearest of all (P,)."""
+def distances(images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """To the nearest real image of each one's own class (P,), and the class of the nearest of all (P,)."""
     real, labels = shapes(400, seed=7)
-    squares = torch.cdist(pictures.flatten(1), real.flatten(1)).square() / real[0].numel()  # (P, 6400)
+    squares = torch.cdist(images.flatten(1), real.flatten(1)).square() / real[0].numel()  # (P, 6400)
     own = torch.where(labels == classes[:, None], squares, torch.inf)
     return own.amin(1), labels[squares.argmin(1)]
 
@@ -40,14 +40,14 @@ def main() -> None:
     pipeline.scheduler = switch_scheduler(pipeline.scheduler, options.scheduler)
     classes = torch.arange(len(ID2LABEL)).repeat_interleave(len(SEEDS))
     generators = [torch.Generator().manual_seed(seed) for _ in ID2LABEL for seed in SEEDS]
-    pictures = pipeline(classes, num_inference_steps=options.steps, generator=generators, output_type="pt").images
+    images = pipeline(classes, num_inference_steps=options.steps, generator=generators, output_type="pt").images
     image_grid(
-        pipeline.numpy_to_pil(pictures.permute(0, 2, 3, 1).numpy()),
+        pipeline.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()),
         columns=len(SEEDS),
         min_side=48,
         row_names=list(ID2LABEL.values()),
     ).save(options.out)
-    for name, drawn, own in (("drawn", pictures * 2 - 1, classes), ("fresh", *shapes(len(SEEDS), seed=11))):
+    for name, drawn, own in (("drawn", images * 2 - 1, classes), ("fresh", *shapes(len(SEEDS), seed=11))):
         away, nearest = distances(drawn, own)
         right, clean = int((nearest == own).sum()), int((away < CLEAN).sum())
         print(f"{name}: {right} of {len(own)} of their class, {clean} nearer than {CLEAN} to a real one; "

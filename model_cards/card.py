@@ -37,7 +37,16 @@ _TOY_LIMITS = (
 # Values of a recipe's settings that mean that something is off, and settings that say how a run was kept, not what it
 # made.
 _OFF = ("", 0, None, "no", "none", [])  # 0 is False too
-_HOUSEKEEPING = {"keep_last", "push_to_hub", "sample_every", "save_every", "streaming", "tracker", "workers"}
+_HOUSEKEEPING = {
+    "keep_last",
+    "push_to_hub",
+    "sample_every",
+    "save_every",
+    "streaming",
+    "tracker",
+    "num_workers",
+    "workers",
+}
 
 
 def is_own_card(path: str | os.PathLike) -> bool:
@@ -105,7 +114,8 @@ def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
         "epochs": recipe.get("steps"),
         "model": recipe.get("init_from"),
         "images_per_class": recipe.get("data", "shapes") != "shapes",
-        "gradient_accumulation": recipe.get("gradient_accumulation") == 1,
+        "gradient_accumulation_steps": recipe.get("gradient_accumulation_steps") == 1,
+        "gradient_accumulation": recipe.get("gradient_accumulation") == 1,  # its name in older results
         "merge_adapters": not recipe.get("lora_rank"),
         **dict.fromkeys(("beta_start", "beta_end"), recipe.get("objective") == "flow"),
     }

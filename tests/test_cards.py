@@ -83,14 +83,14 @@ def test_1000_classes_of_something_else_are_not_called_imagenets(
 @pytest.mark.parametrize(
     ("changes", "shown", "hidden"),
     [
-        ({}, {"model", "epochs", "images_per_class", "beta_start", "seed", "learning_rate_schedule"},
+        ({}, {"model", "epochs", "images_per_class", "beta_start", "seed", "lr_scheduler"},
          {"steps", "mixed_precision", "ema_decay"}),
-        ({"steps": 9, "data": "digits", "gradient_accumulation": 2},
-         {"steps", "data", "gradient_accumulation"}, {"epochs", "images_per_class"}),
+        ({"steps": 9, "data": "digits", "gradient_accumulation_steps": 2},
+         {"steps", "data", "gradient_accumulation_steps"}, {"epochs", "images_per_class"}),
         ({"objective": "flow", "ema_decay": [0.9, 0.99]}, {"objective", "ema_decay"},
          {"beta_start", "beta_end"}),
-        ({"init_from": "org/name", "lora_rank": 4, "mixed_precision": "bf16", "save_every": 5, "workers": 2},
-         {"init_from", "lora_rank", "merge_adapters", "mixed_precision"}, {"model", "save_every", "workers"}),
+        ({"init_from": "org/name", "lora_rank": 4, "mixed_precision": "bf16", "save_every": 5, "num_workers": 2},
+         {"init_from", "lora_rank", "merge_adapters", "mixed_precision"}, {"model", "save_every", "num_workers"}),
     ],
 )  # fmt: skip
 def test_only_settings_that_say_something_are_listed(

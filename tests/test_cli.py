@@ -94,7 +94,7 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_p
     settings = ("images_per_class=8", "epochs=6", "batch_size=64", "ema_decay=0.9")  # 12 steps
     run = dit_hub("train", "toy", *settings, "--out", "run/toy", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert " pictures/s, " in run.stdout
+    assert " images/s, " in run.stdout
     assert "% of peak" in run.stdout
     assert "Mean loss" in run.stdout
     for name in ("README.md", "training.json", "samples.png", "loss.png", "trajectory.png", "model_index.json"):

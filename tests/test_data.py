@@ -117,10 +117,10 @@ KINDS: dict[str, tuple[str, bytes, tuple, tuple]] = {
 }
 
 
-def check(picture: torch.Tensor, left: tuple, right: tuple) -> None:
+def check(image: torch.Tensor, left: tuple, right: tuple) -> None:
     """Compare with halves, to 2 of 255: GIF's and AVIF's colours are rounded."""
-    picture = (picture + 1) * 127.5
-    for side, colour in ((picture[:, :, : SIZE // 2], left), (picture[:, :, SIZE // 2 :], right)):
+    image = (image + 1) * 127.5
+    for side, colour in ((image[:, :, : SIZE // 2], left), (image[:, :, SIZE // 2 :], right)):
         torch.testing.assert_close(side, torch.tensor(colour)[:, None, None].expand_as(side).float(), atol=2, rtol=0)
 
 
@@ -192,7 +192,7 @@ def fill(folder: Path, *files: str) -> Path:
 
 
 def numbers(dataset: Dataset) -> list[int]:
-    """The places of `fill` that a data set's pictures come from."""
+    """The places of `fill` that a data set's images come from."""
     batch = dataset.read([(position, False) for position in range(len(dataset))])
     return ((batch.data[:, 0, 0, 0] + 1) * 12.75).round().int().tolist()
 
@@ -210,7 +210,7 @@ def test_what_is_no_image_is_counted_in_one_sentence(tmp_path: Path) -> None:
     assert dataset.id2label == {0: "cats", 1: "dogs"}
     assert numbers(dataset) == [0, 1, 2, 3]
     assert notes(dataset) == [
-        f"{folder} has 4 files that are no images and are left out: 2 .heic, 1 .txt, 1 without a suffix."
+        f"{folder} has 4 files that are not images and are left out: 2 .heic, 1 .txt, 1 without a suffix."
     ]
     assert "4 images of 2 classes" in dataset.description
 
@@ -243,7 +243,7 @@ def test_images_that_are_enlarged_are_said_once(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(folder / "dogs" / "2.png")
     assert notes(open_dataset(str(folder), SIZE, 1, 0)) == []
     assert notes(open_dataset(str(folder), 30, 1, 0)) == [
-        "21 of 22 images that were looked at are smaller than 30x30 and are enlarged."
+        "21 of 22 images that were checked are smaller than 30x30 and are enlarged."
     ]
 
 
@@ -253,14 +253,14 @@ def test_images_that_are_enlarged_are_said_once(tmp_path: Path) -> None:
         (("cats/1.png", "empty/", "void/1.txt"),
          "data has class folders without images: empty, void. Remove or fill them."),
         (("1.png", "2.png", "cats/3.png"),
-         "data has images of its own (1.png and 1 more) and folders (cats): with classes "
-         "each image goes into the folder of its class, without classes all go into data itself."),
+         "data has images of its own (1.png and 1 more) and folders (cats): with classes, "
+         "each image goes into the folder of its class; without, all go into data itself."),
         (("train/1.png", "val/2.png"),
-         "data has splits (train, val) in place of classes; name one, such as data/train."),
+         "data has splits (train, val) in place of classes; give one of them, such as data/train."),
         (("1.heic", "2.heic", "3.txt"), "data has no images (.jpg, "),
         ((), "data has no images (.jpg, "),
         (("latents/plan.json", "plan.json"),
-         "data holds latents that are not finished; the same dit-hub latents goes on."),
+         "data holds latents that are not finished; run the same dit-hub latents again, which resumes."),
     ],
 )  # fmt: skip
 def test_a_folder_that_is_no_data_is_refused(
@@ -309,7 +309,7 @@ UINT8 = np.arange(6 * 8 * 8 * 3, dtype=np.uint8).reshape(6, 8, 8, 3)
         ({"images": UINT8 / 255}, "it has float64 (6, 8, 8, 3)"),
         ({"images": UINT8[..., 0]}, "it has uint8 (6, 8, 8)"),
         ({"images": UINT8[:0]}, "it has uint8 (0, 8, 8, 3)"),
-        ({"images": np.array([{}], object)}, "data.npz is no archive of images: Object arrays cannot be loaded"),
+        ({"images": np.array([{}], object)}, "data.npz is not an archive of images: Object arrays cannot be loaded"),
         ({"images": UINT8, "labels": np.arange(5)}, "and int64 (5,)"),
         ({"images": UINT8, "labels": np.arange(6) / 2}, "and float64 (6,)"),
         ({"images": UINT8, "labels": np.array([0, 1, -1, 0, 1, 1])}, "data.npz has negative labels."),
@@ -324,7 +324,7 @@ def test_an_archive_that_is_none_says_why(tmp_path: Path, arrays: dict[str, Any]
 
 def test_a_text_named_npz_is_one_sentence_without_numpys_advice(tmp_path: Path) -> None:
     (tmp_path / "data.npz").write_text("images")
-    with pytest.raises(ValueError, match=r"data\.npz is no archive of images: it is not what numpy\.savez writes\.$"):
+    with pytest.raises(ValueError, match=r"is not an archive of images: it is not what numpy\.savez writes\.$"):
         open_dataset(str(tmp_path / "data.npz"), SIZE, 1, 0)
 
 
@@ -334,8 +334,8 @@ def test_a_text_named_npz_is_one_sentence_without_numpys_advice(tmp_path: Path) 
         ("nowhere", "There is no data 'nowhere'"),
         ("nowhere/", "There is no data 'nowhere/'"),
         ("", "There is no data ''"),
-        ("pets.png", "pets.png is a file, and no .npz archive."),
-        ("pets.npy", "pets.npy is a file, and no .npz archive."),
+        ("pets.png", "pets.png is a file, but not an .npz archive."),
+        ("pets.npy", "pets.npy is a file, but not an .npz archive."),
     ],
 )
 def test_what_is_no_data_says_what_it_is(
@@ -413,7 +413,7 @@ def test_latents_without_classes_train_an_unconditional_model(
     [
         ("flat", {"init_from": "dit-toy-shapes"}, "The data have no classes, and dit-toy-shapes has 16"),
         ("flat", {"model": {**FIELDS, "num_classes": 3}}, "The data have 0 classes and the model 3."),
-        ("one", {"model": FIELDS}, "one class only"),
+        ("one", {"model": FIELDS}, "only one class"),
     ],
 )
 def test_classes_that_do_not_fit_are_refused(
@@ -438,18 +438,18 @@ def test_notes_are_said_at_the_start_of_training_and_of_latents(tmp_path: Path, 
     (tmp_path / "mine.yaml").write_text(json.dumps({"model": FIELDS, "data": "pets", "steps": 1, "batch_size": 2}))
     run = dit_hub("train", "mine.yaml", "--out", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    sentence = "has 1 file that is no image and is left out: 1 .heic."
+    sentence = "has 1 file that is not an image and is left out: 1 .heic."
     assert run.stderr.count(sentence) == 1
     run = dit_hub("latents", folder, "latents", "--vae", "vae", "--size", "16", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count(sentence) == 1
-    assert run.stdout.count("2 of 2 images that were looked at are smaller than 16x16 and are enlarged.") == 1
+    assert run.stdout.count("2 of 2 images that were checked are smaller than 16x16 and are enlarged.") == 1
 
 
 # --- Latents ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_loses_no_latents_and_the_same_command_goes_on(
+def test_a_full_disk_loses_no_latents_and_the_same_command_resumes(
     tmp_path: Path, flat: Path, make_vae: Callable[..., Any]
 ) -> None:
     make_vae().save_pretrained(tmp_path / "vae")
@@ -457,7 +457,7 @@ def test_a_full_disk_loses_no_latents_and_the_same_command_goes_on(
     run = dit_hub(*arguments, cwd=tmp_path, file_limit=2000)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
     assert "shard-00000.safetensors could not be written" in run.stderr
-    assert "the same command goes on" in run.stderr
+    assert "the same command resumes" in run.stderr
     assert [file.name for file in (tmp_path / "latents").iterdir()] == ["plan.json"]
     run = dit_hub(*arguments, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -504,7 +504,7 @@ def test_latents_go_nowhere_where_something_else_is(tmp_path: Path, flat: Path, 
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file is a file, and latents go to a folder"):
         cache_latents(dataset, vae, tmp_path / "file")
-    with pytest.raises(ValueError, match="flat holds something else than latents"):
+    with pytest.raises(ValueError, match="flat holds other files than latents"):
         cache_latents(dataset, vae, flat)
     assert len(list(flat.iterdir())) == 12
 
@@ -520,33 +520,33 @@ def test_the_size_of_an_archive_is_said(tmp_path: Path, make_vae: Callable[..., 
     make_vae().save_pretrained(tmp_path / "vae")
     run = dit_hub("latents", "data.npz", "latents", "--vae", "vae", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "The pictures of data.npz are 8x8, whatever --size." in run.stdout
+    assert "The images of data.npz are 8x8, whatever --size." in run.stdout
 
 
 def test_too_many_damaged_images_end_the_encoding_early(
     tmp_path: Path, flat: Path, make_vae: Callable[..., Any]
 ) -> None:
     for number in range(3):
-        (flat / f"{number}.png").write_bytes(b"no picture")
+        (flat / f"{number}.png").write_bytes(b"no image")
     done = []
-    with pytest.raises(ValueError, match="2 of 12 pictures cannot be read"):
+    with pytest.raises(ValueError, match="2 of 12 images cannot be read"):
         cache_latents(open_dataset(str(flat), 16, 1, 0), make_vae(), tmp_path / "latents", 2, 4,
                       progress=lambda at, count: done.append(at))  # fmt: skip
     assert max(done) <= 4
 
 
-def test_pictures_that_are_left_out_are_counted_when_a_cut_run_goes_on(
+def test_images_that_are_left_out_are_counted_when_a_cut_run_resumes(
     tmp_path: Path, flat: Path, make_vae: Callable[..., Any]
 ) -> None:
     (flat / "1.png").rename(flat / "[red]1.png")  # which is no colour
-    (flat / "[red]1.png").write_bytes(b"no picture")
+    (flat / "[red]1.png").write_bytes(b"no image")
     make_vae().save_pretrained(tmp_path / "vae")
     arguments = ("latents", flat, "latents", "--vae", "vae", "--size", "16")
     run = dit_hub(*arguments, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert f"{flat / '[red]1.png'} cannot be read and is left out." in run.stdout
     for _ in range(2):
-        assert "11 pictures are encoded in latents" in run.stdout
+        assert "11 images are encoded in latents" in run.stdout
         (tmp_path / "latents" / "latents.json").unlink()
         run = dit_hub(*arguments, cwd=tmp_path)
 

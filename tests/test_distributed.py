@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from dit_hub.training.data import Batch, Key, Pictures
+from dit_hub.training.data import Batch, InMemoryImages, Key
 from dit_hub.training.loop import Progress, train
 from dit_hub.training.recipe import Recipe, get_recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
@@ -98,7 +98,7 @@ def test_two_machines_train_as_one(tmp_path: Path, alone: Path) -> None:
     assert not (tmp_path / "machine-1").exists()  # the first machine writes
 
 
-def test_machines_that_share_no_disk_do_not_go_on_differently(tmp_path: Path) -> None:
+def test_machines_that_share_no_disk_do_not_resume_differently(tmp_path: Path) -> None:
     """The first machine has a checkpoint and the second has not."""
 
     def cut(progress: Progress) -> None:
@@ -119,7 +119,7 @@ def test_a_share_that_cannot_be_read_keeps_nobody_waiting(tmp_path: Path) -> Non
         (folder / name).mkdir(parents=True)
         for index in range(4):
             Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(folder / name / f"{index}.png")
-    (folder / "dogs" / "0.png").write_bytes(b"no picture")
+    (folder / "dogs" / "0.png").write_bytes(b"no image")
     for settings in ((), ("fsdp=true",)):
         out = tmp_path / f"out{len(settings)}"
         run_together(
@@ -128,7 +128,7 @@ def test_a_share_that_cannot_be_read_keeps_nobody_waiting(tmp_path: Path) -> Non
         assert out.is_dir()
 
 
-def test_sharded_and_killed_and_gone_on_with_by_other_numbers_of_processes(tmp_path: Path, alone: Path) -> None:
+def test_sharded_and_killed_and_resumed_by_other_numbers_of_processes(tmp_path: Path, alone: Path) -> None:
     out = tmp_path / "two"
     processes = start_together([out, out], "fsdp=true", "save_every=2")
     while processes[0].running() and not list(tmp_path.glob("two.run/step-*")):
@@ -153,9 +153,9 @@ FEW = {
     "ema_decay": 0.9,
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "parts": {"gradient_accumulation": 4},
+    "parts": {"gradient_accumulation_steps": 4},
     "sharded": {"fsdp": True},
-    "sharded parts": {"fsdp": True, "gradient_accumulation": 4},
+    "sharded parts": {"fsdp": True, "gradient_accumulation_steps": 4},
     "checkpointing": {"fsdp": True, "gradient_checkpointing": True},
     "compiled": {"fsdp": True, "compile": True},
     "adapters": {"fsdp": True, "lora_rank": 2},
@@ -169,10 +169,10 @@ COUNTED = ("parts", "sharded", "sharded parts")
 SUMS = ("gloo:all_reduce", "gloo:reduce_scatter", "gloo:_reduce_scatter_base")
 
 
-def other_classes() -> Pictures:
+def other_classes() -> InMemoryImages:
     """The shapes; half of the classes are others than the embedded model's."""
     names = {index: name if index % 2 else f"thing {index}" for index, name in ID2LABEL.items()}
-    return Pictures(*shapes(4), names, "", "")
+    return InMemoryImages(*shapes(4), names, "", "")
 
 
 def run_of(settings: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -227,7 +227,7 @@ def test_processes_sum_gradients_once_a_step(ways: dict[str, Any]) -> None:
     assert ways["sharded parts"]["sums"] == ways["sharded"]["sums"] > 0
 
 
-class Failing(Pictures):
+class Failing(InMemoryImages):
     """Data that one process cannot read any more after two steps."""
 
     def read(self, keys: Sequence[Key]) -> Batch:

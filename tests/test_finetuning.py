@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.labels import same_classes
-from dit_hub.training.data import Pictures
+from dit_hub.training.data import InMemoryImages
 from dit_hub.training.loop import train
 from dit_hub.training.recipe import Recipe
 from dit_hub.training.shapes import ID2LABEL, shapes
@@ -43,12 +43,12 @@ def base(folder: Path, **fields: Any) -> str:
     [
         (
             {"beta_schedule": "scaled_linear"},
-            "with beta_schedule scaled_linear, and recipes train with linear ones alone",
+            "with beta_schedule scaled_linear, and recipes train with linear betas only",
         ),
         ({"beta_schedule": "squaredcos_cap_v2"}, "with beta_schedule squaredcos_cap_v2, and"),
         ({"trained_betas": [0.01] * 200}, "with betas of its own, and"),
         ({"rescale_betas_zero_snr": True}, "with betas of its own, and"),
-        ({"prediction_type": "sample"}, "predicts 'sample', which no objective trains; there are noise and v"),
+        ({"prediction_type": "sample"}, "predicts 'sample', which no objective trains; only noise and v do"),
         ({"prediction_type": "v_prediction"}, "predicts 'v_prediction', .* another target; set objective=v"),
         (
             {"beta_start": 1e-4, "beta_end": 0.02},
@@ -64,7 +64,7 @@ def test_a_base_whose_noise_or_target_is_not_trained_is_refused(
         train(replace(START, init_from=base(tmp_path, **fields)))
 
 
-def test_a_base_that_predicts_v_goes_on_with_v_and_one_that_predicts_noise_does_not(tmp_path: Path) -> None:
+def test_a_base_that_predicts_v_is_trained_with_v_and_one_that_predicts_noise_is_not(tmp_path: Path) -> None:
     recipe = replace(START, objective="v")
     result = train(replace(recipe, init_from=base(tmp_path, prediction_type="v_prediction")))
     assert result.pipeline.scheduler.config["prediction_type"] == "v_prediction"
@@ -72,7 +72,7 @@ def test_a_base_that_predicts_v_goes_on_with_v_and_one_that_predicts_noise_does_
         train(recipe)
 
 
-def test_a_flow_model_goes_on_with_its_own_times(tmp_path: Path, make_pipeline: MakePipeline) -> None:
+def test_a_flow_model_is_trained_with_its_own_timesteps(tmp_path: Path, make_pipeline: MakePipeline) -> None:
     fields = {"sample_size": 16, "in_channels": 3, "num_classes": 16, "learn_sigma": False, "parameterization": "flow"}
     make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(1000), **fields).save_pretrained(tmp_path / "flow")
     recipe = replace(START, init_from=str(tmp_path / "flow"), objective="flow")
@@ -89,7 +89,7 @@ def test_a_flow_model_goes_on_with_its_own_times(tmp_path: Path, make_pipeline: 
 def table_after(names: list[str], **settings: Any) -> Tensor:
     """The rows of the classes, the null class last, of a model that starts from the embedded one."""
     labels = torch.arange(16) % len(names)
-    dataset = Pictures(shapes(1)[0], labels, dict(enumerate(names)), "", "")
+    dataset = InMemoryImages(shapes(1)[0], labels, dict(enumerate(names)), "", "")
     model = train(replace(START, **settings), dataset=dataset).pipeline.transformer
     return model.state_dict()["y_embedder.embedding_table.weight"]
 
@@ -101,7 +101,7 @@ def rows() -> Tensor:
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}])
-def test_classes_that_the_base_knows_by_name_go_on_and_others_start_anew(rows: Tensor, settings: dict) -> None:
+def test_classes_that_the_base_knows_by_name_are_kept_and_others_start_anew(rows: Tensor, settings: dict) -> None:
     table = table_after(["my cat", "RED-Square", "blue-cross"], **settings)
     known = {name: index for index, name in ID2LABEL.items()}
     assert table[1].equal(rows[known["red-square"]])
@@ -147,7 +147,7 @@ def test_the_same_class_is_found_by_any_of_its_names_and_never_guessed() -> None
     assert same_classes(["crane", "my cat", "crane"], known) == [None, None, None]
 
 
-def test_the_command_says_how_many_classes_go_on(tmp_path: Path) -> None:
+def test_the_command_says_how_many_classes_are_kept(tmp_path: Path) -> None:
     for name in ("my cat", "red-circle"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for index in range(8):
@@ -158,4 +158,4 @@ def test_the_command_says_how_many_classes_go_on(tmp_path: Path) -> None:
     run = dit_hub("train", "toy", *settings, "--out", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     said = " ".join((run.stdout + run.stderr).split())
-    assert "1 of 2 classes go on from the class of the same name in dit-toy-shapes; the others start anew." in said
+    assert "1 of 2 classes start from the class of the same name in dit-toy-shapes; the others are new." in said

@@ -16,7 +16,7 @@ STATUS = Path("/proc/self/status")
 
 
 class RandomPictures:
-    """Pictures that are drawn when they are read, so that the data set itself takes no memory."""
+    """Images that are drawn when they are read, so that the data set itself takes no memory."""
 
     id2label, sample_shape, is_latent, scaling_factor = {0: "even", 1: "odd"}, (3, 32, 32), False, 1.0
     shift_factor, description, license, notes = 0.0, "", "unknown", ()
@@ -30,8 +30,8 @@ class RandomPictures:
     def read(self, keys: Sequence[Key]) -> Batch:
         positions = [position for position, _ in keys]
         generator = torch.Generator().manual_seed(positions[0])
-        pictures = 2 * torch.rand(len(positions), *self.sample_shape, generator=generator) - 1
-        return Batch(pictures, torch.tensor(positions) % 2, positions, [])
+        images = 2 * torch.rand(len(positions), *self.sample_shape, generator=generator) - 1
+        return Batch(images, torch.tensor(positions) % 2, positions, [])
 
 
 def peak_memory() -> int:
@@ -55,6 +55,6 @@ def test_memory_of_caching_does_not_depend_on_the_amount_of_data(tmp_path: Path)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # 32 channels: 66 kB of latents for each picture at hardly any cost, so that holding on to them would show.
+    # 32 channels: 66 kB of latents for each image at hardly any cost, so that holding on to them would show.
     cache_latents(RandomPictures(int(sys.argv[1])), small_vae(latent_channels=32), sys.argv[2], shard_size=128)
     print(peak_memory())

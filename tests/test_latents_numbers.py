@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit_hub.training import latents
-from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
+from dit_hub.training.data import Batch, CachedLatents, InMemoryImages, Key
 from dit_hub.training.latents import cache_latents
 
 
@@ -37,15 +37,15 @@ class HalvingVAE:
         self.batches: list[int] = []
         self.with_gradients = False
 
-    def encode(self, pictures: Tensor) -> Any:
-        self.batches.append(len(pictures))
+    def encode(self, images: Tensor) -> Any:
+        self.batches.append(len(images))
         self.with_gradients |= torch.is_grad_enabled()
-        four = torch.cat([pictures, pictures.mean(1, keepdim=True)], dim=1)
+        four = torch.cat([images, images.mean(1, keepdim=True)], dim=1)
         return SimpleNamespace(latent_dist=SimpleNamespace(mean=four[..., ::2, ::2], std=four[..., 1::2, 1::2].abs()))
 
 
-class Unreadable(Pictures):
-    """Pictures of which some cannot be read."""
+class Unreadable(InMemoryImages):
+    """Images of which some cannot be read."""
 
     def __init__(self, *args: Any, lost: Sequence[int]):
         super().__init__(*args)
@@ -53,18 +53,18 @@ class Unreadable(Pictures):
 
     def read(self, keys: Sequence[Key]) -> Batch:
         positions = [position for position, _ in keys if position not in self.lost]
-        lost = [f"picture {position}" for position, _ in keys if position in self.lost]
+        lost = [f"image {position}" for position, _ in keys if position in self.lost]
         index = torch.tensor(positions, dtype=torch.long)
         return Batch(self.data[index], self.labels[index], positions, lost)
 
 
-def pictures(count: int = 10, kind: Any = Pictures, **options: Any) -> Pictures:
+def images(count: int = 10, kind: Any = InMemoryImages, **options: Any) -> InMemoryImages:
     data, labels = torch.rand(count, 3, 4, 6) * 2 - 1, torch.arange(count) % 3
-    return kind(data, labels, {0: "a", 1: "b", 2: "c"}, "Ten pictures.", "cc0-1.0", **options)
+    return kind(data, labels, {0: "a", 1: "b", 2: "c"}, "Ten images.", "cc0-1.0", **options)
 
 
-def test_shards_hold_means_and_deviations_of_each_picture_and_its_mirror_image(tmp_path: Path) -> None:
-    dataset, vae, seen = pictures(), HalvingVAE(), []
+def test_shards_hold_means_and_deviations_of_each_image_and_its_mirror_image(tmp_path: Path) -> None:
+    dataset, vae, seen = images(), HalvingVAE(), []
     folder = cache_latents(
         dataset, vae, tmp_path / "a" / "b", batch_size=3, shard_size=4, progress=lambda *done: seen.append(done)
     )
@@ -86,7 +86,7 @@ def test_shards_hold_means_and_deviations_of_each_picture_and_its_mirror_image(t
     assert {count for _, count in seen} == {10}
 
     facts = json.loads((folder / "latents.json").read_text())
-    assert (facts["shape"], facts["picture_shape"], facts["count"]) == ([4, 2, 3], [3, 4, 6], 10)
+    assert (facts["shape"], facts["image_shape"], facts["count"]) == ([4, 2, 3], [3, 4, 6], 10)
     assert (facts["vae"], facts["scaling_factor"], facts["license"]) == ("halving", 0.25, "cc0-1.0")
     digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
     assert facts["shards"] == [
@@ -101,7 +101,7 @@ def test_shards_hold_means_and_deviations_of_each_picture_and_its_mirror_image(t
 
 
 def test_only_what_is_missing_or_damaged_is_encoded_again(tmp_path: Path) -> None:
-    dataset = pictures()
+    dataset = images()
     folder = cache_latents(dataset, HalvingVAE(), tmp_path, shard_size=3)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     for damage in ("missing", "torn", "foreign"):
@@ -119,51 +119,51 @@ def test_only_what_is_missing_or_damaged_is_encoded_again(tmp_path: Path) -> Non
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
-def test_a_batch_is_sixteen_pictures_and_a_shard_1024_unless_told(tmp_path: Path) -> None:
+def test_a_batch_is_sixteen_images_and_a_shard_1024_unless_told(tmp_path: Path) -> None:
     vae = HalvingVAE()
-    folder = cache_latents(pictures(1030), vae, tmp_path)
+    folder = cache_latents(images(1030), vae, tmp_path)
     assert vae.batches == [16] * 128 + [6, 6]
     assert [shard["count"] for shard in json.loads((folder / "latents.json").read_text())["shards"]] == [1024, 6]
 
 
-def test_pictures_that_cannot_be_read_are_named_and_left_out(tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_named_and_left_out(tmp_path: Path) -> None:
     names: list[str] = []
     # A whole batch of two among them, of which nothing is left to encode.
-    dataset = pictures(400, Unreadable, lost=[2, 3, 301])
+    dataset = images(400, Unreadable, lost=[2, 3, 301])
     folder = cache_latents(
         dataset, HalvingVAE(), tmp_path / "some", batch_size=2, shard_size=200, left_out=names.append
     )
-    assert names == ["picture 2", "picture 3", "picture 301"]
+    assert names == ["image 2", "image 3", "image 301"]
     shards = json.loads((folder / "latents.json").read_text())["shards"]
     assert [shard["count"] for shard in shards] == [198, 199]
     first = load_file(folder / "shard-00000.safetensors")
     assert {len(tensor) for tensor in first.values()} == {198}
     assert torch.equal(first["labels"], torch.cat([dataset.labels[:2], dataset.labels[4:200]]))
-    with pytest.raises(ValueError, match=r"5 of 400 pictures cannot be read, more than 1%"):
-        cache_latents(pictures(400, Unreadable, lost=range(5)), HalvingVAE(), tmp_path / "many")
-    with pytest.raises(ValueError, match=r"None of the pictures 4 to 7 can be read\."):
-        cache_latents(pictures(10, Unreadable, lost=range(4, 8)), HalvingVAE(), tmp_path / "none", shard_size=4)
+    with pytest.raises(ValueError, match=r"5 of 400 images cannot be read, more than 1%"):
+        cache_latents(images(400, Unreadable, lost=range(5)), HalvingVAE(), tmp_path / "many")
+    with pytest.raises(ValueError, match=r"None of the images 4 to 7 can be read\."):
+        cache_latents(images(10, Unreadable, lost=range(4, 8)), HalvingVAE(), tmp_path / "none", shard_size=4)
 
 
-def test_other_pictures_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_other_images_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     vae = HalvingVAE()
     vae.config.in_channels = 1
-    with pytest.raises(ValueError, match=r"The pictures have 3 channels, and the VAE takes 1\."):
-        cache_latents(pictures(), vae, tmp_path / "out")
-    odd = pictures()
+    with pytest.raises(ValueError, match=r"The images have 3 channels, and the VAE takes 1\."):
+        cache_latents(images(), vae, tmp_path / "out")
+    odd = images()
     odd.sample_shape = (3, 4, 5)
     with pytest.raises(ValueError, match=r"sides are divisible by 2, not of 4x5\."):
         cache_latents(odd, HalvingVAE(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    ten = pictures()
+    ten = images()
     folder = cache_latents(ten, HalvingVAE(), tmp_path / "out", shard_size=5)
-    for dataset, size in ((ten, 4), (pictures(9), 5)):
+    for dataset, size in ((ten, 4), (images(9), 5)):
         with pytest.raises(ValueError, match="holds latents of other data, of another size or VAE"):
             cache_latents(dataset, HalvingVAE(), folder, shard_size=size)
 
 
 def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset, written = pictures(), []
+    dataset, written = images(), []
 
     def save(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path)
@@ -184,17 +184,17 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path: Path, monkeypatch: pyte
 def test_a_shift_of_the_latents_is_noted(tmp_path: Path) -> None:
     vae = HalvingVAE()
     vae.config.shift_factor = 0.125
-    assert CachedLatents(cache_latents(pictures(), vae, tmp_path)).shift_factor == 0.125
+    assert CachedLatents(cache_latents(images(), vae, tmp_path)).shift_factor == 0.125
 
 
-def test_latents_of_an_older_release_go_on(tmp_path: Path) -> None:
-    """Its plan had neither a fingerprint nor a shift; what it encoded is the same."""
-    dataset, vae = pictures(), HalvingVAE()
+def test_latents_of_an_older_release_are_resumed(tmp_path: Path) -> None:
+    """Its plan had neither a fingerprint nor a shift, and another name for the shape."""
+    dataset, vae = images(), HalvingVAE()
     cache_latents(dataset, vae, tmp_path, shard_size=4)
     plan = tmp_path / "plan.json"
     noted = json.loads(plan.read_text())
     del noted["fingerprint"]
-    plan.write_text(json.dumps(noted))
+    plan.write_text(json.dumps(noted).replace("image_shape", "picture_shape"))
     (tmp_path / "shard-00001.safetensors").unlink()
     (tmp_path / "latents.json").unlink()
     vae.config.shift_factor, vae.batches = 0.125, []
@@ -202,7 +202,7 @@ def test_latents_of_an_older_release_go_on(tmp_path: Path) -> None:
     assert (len(cached), cached.shift_factor, vae.batches) == (10, 0.125, [4, 4])
     assert json.loads(plan.read_text()).keys() == noted.keys() | {"fingerprint", "shift_factor"}
     with pytest.raises(ValueError, match="latents of other data"):
-        cache_latents(pictures(), vae, tmp_path, shard_size=4)
+        cache_latents(images(), vae, tmp_path, shard_size=4)
     noted["count"] = 11
     plan.write_text(json.dumps(noted))
     with pytest.raises(ValueError, match="latents of other data"):

@@ -25,7 +25,7 @@ from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
 from dit_hub.objectives import min_snr_weight, noise_and_variance, v_prediction
 from dit_hub.training import loop, publish
 from dit_hub.training.checkpoints import STATE_FILE
-from dit_hub.training.data import Batch, CachedLatents, Key, Pictures
+from dit_hub.training.data import Batch, CachedLatents, InMemoryImages, Key
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loop import Progress, TrainingError, train
 from dit_hub.training.recipe import Recipe, get_recipe
@@ -53,7 +53,7 @@ def test_a_step_is_looked_at_when_the_next_one_is_under_way(save_every: int, tmp
     """So that a GPU never waits for what is said; a checkpoint does, since it must hold nothing that is not finite."""
     events: list[str] = []
 
-    class Watched(Pictures):
+    class Watched(InMemoryImages):
         def read(self, keys: Sequence[Key]) -> Batch:
             events.append("read")
             return super().read(keys)
@@ -99,7 +99,7 @@ def test_a_run_that_is_to_stop_does_not_wait_for_the_hub(tmp_path: Path) -> None
     assert run.stdout.splitlines()[-1] == "False ['Step 4']"
 
 
-class Stuck(Pictures):
+class Stuck(InMemoryImages):
     """What is read ahead of the first batch waits for a network."""
 
     def read(self, keys: Sequence[Key]) -> Batch:
@@ -115,7 +115,7 @@ def test_a_process_that_reads_and_is_stuck_ends_with_the_run(monkeypatch: pytest
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(replace(SHORT, save_every=1, workers=2), stop, dataset=Stuck(*shapes(8), ID2LABEL, "", ""))
+        train(replace(SHORT, save_every=1, num_workers=2), stop, dataset=Stuck(*shapes(8), ID2LABEL, "", ""))
     left = multiprocessing.active_children()
     for process in left:
         process.kill()
@@ -137,7 +137,7 @@ class Moved(Tensor):
 def test_data_that_are_not_pinned_are_waited_for() -> None:
     """They are for CUDA alone."""
 
-    class Watched(Pictures):
+    class Watched(InMemoryImages):
         def read(self, keys: Sequence[Key]) -> Batch:
             batch = super().read(keys)
             return replace(batch, data=batch.data.as_subclass(Moved))
@@ -203,7 +203,7 @@ def test_a_schedule_that_ends_in_pure_noise_is_not_taken_for_a_linear_one() -> N
 # --- Losses that are not finite --------------------------------------------------------------------------------------
 
 
-class Spoilt(Pictures):
+class Spoilt(InMemoryImages):
     """Data of which some steps alone are finite."""
 
     def __init__(self, finite: Collection[int]) -> None:
@@ -238,7 +238,7 @@ def test_steps_that_are_skipped_in_half_precision_leave_the_scaler_ready(monkeyp
     result = train(recipe, dataset=Spoilt(finite={*range(1, 13)} - {2, 6, 10}))
     assert result.skipped == 3
     assert all(weight.isfinite().all() for weight in result.pipeline.transformer.parameters())
-    finite = losses_of(recipe, dataset=Pictures(*shapes(8), ID2LABEL, "", ""))
+    finite = losses_of(recipe, dataset=InMemoryImages(*shapes(8), ID2LABEL, "", ""))
     assert finite[-1] < finite[0]
 
 
@@ -246,22 +246,22 @@ def test_steps_that_are_skipped_in_half_precision_leave_the_scaler_ready(monkeyp
 
 
 class Latents:
-    """Latents of one mean and one deviation, as `CachedLatents` reads them."""
+    """Latents of one mean and one standard deviation, as `CachedLatents` reads them."""
 
     id2label: dict[int, str] = {}
     sample_shape, is_latent = (4, 8, 8), True
     description = license = ""
     notes: Sequence[str] = ()
 
-    def __init__(self, mean: float, deviation: float, scale: float = 1.0, shift: float = 0.0):
-        self.mean, self.deviation, self.scaling_factor, self.shift_factor = mean, deviation, scale, shift
+    def __init__(self, mean: float, std: float, scale: float = 1.0, shift: float = 0.0):
+        self.mean, self.std, self.scaling_factor, self.shift_factor = mean, std, scale, shift
 
     def __len__(self) -> int:
         return 64
 
     def read(self, keys: Sequence[Key]) -> Batch:
         data = torch.full((len(keys), 8, 8, 8), self.mean)
-        data[:, 4:] = self.deviation
+        data[:, 4:] = self.std
         return Batch(data, torch.zeros(len(keys), dtype=torch.long), [position for position, _ in keys], [])
 
 
@@ -272,24 +272,24 @@ FLOW = Recipe(model={**TINY, "sample_size": 8, "in_channels": 4, "num_classes": 
 
 def test_training_sees_latents_with_the_noise_of_the_vae() -> None:
     # The mean of 16,384 squares of variance s^2 spreads by s^2 * sqrt(2 / 16384) = 0.011 s^2.
-    for deviation in (0.0, 1.0, 3.0):
-        loss = losses_of(FLOW, dataset=Latents(mean=0.0, deviation=deviation))[0]
-        assert loss == pytest.approx(1 + deviation**2, rel=0.06)
+    for std in (0.0, 1.0, 3.0):
+        loss = losses_of(FLOW, dataset=Latents(mean=0.0, std=std))[0]
+        assert loss == pytest.approx(1 + std**2, rel=0.06)
 
 
 def test_training_sees_latents_shifted_and_then_scaled() -> None:
-    plain = losses_of(FLOW, dataset=Latents(mean=2.0, deviation=0.5))[0]
-    moved = losses_of(FLOW, dataset=Latents(mean=0.75, deviation=0.125, scale=4.0, shift=0.25))[0]
+    plain = losses_of(FLOW, dataset=Latents(mean=2.0, std=0.5))[0]
+    moved = losses_of(FLOW, dataset=Latents(mean=0.75, std=0.125, scale=4.0, shift=0.25))[0]
     assert moved == pytest.approx(plain, rel=1e-5)
 
 
 def test_the_cache_knows_the_shift_of_its_vae(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
-    pictures, labels = shapes(1)
-    dataset = Pictures(pictures, labels, ID2LABEL, "", "")
+    images, labels = shapes(1)
+    dataset = InMemoryImages(images, labels, ID2LABEL, "", "")
     for name, fields, shift in (("old", {}, 0.0), ("new", {"shift_factor": 0.25}, 0.25)):
         folder = cache_latents(dataset, make_vae(**fields), tmp_path / name)
         assert CachedLatents(folder).shift_factor == shift
-        # A folder that was begun by a release that knew no shifts is gone on with.
+        # A folder that was begun by a release that knew no shifts is resumed.
         assert ("shift_factor" in json.loads((folder / "plan.json").read_text())) == bool(shift)
 
 
@@ -303,7 +303,7 @@ def test_min_snr_weighs_the_loss_of_a_run(objective: str, weight: float) -> None
 
 @pytest.mark.parametrize("name", ["imagenet-256", "imagenet-256-flow", "finetune"])
 def test_recipes_of_large_data_read_ahead(name: str) -> None:
-    assert get_recipe(name).workers > 0
+    assert get_recipe(name).num_workers > 0
 
 
 # --- Steps that are left out, and shares that hold nothing -----------------------------------------------------------
@@ -318,7 +318,7 @@ def test_where_all_is_finite_no_step_is_left_out() -> None:
     assert all(careful[name].equal(weight) for name, weight in plain.items())
 
 
-class Holed(Pictures):
+class Holed(InMemoryImages):
     """Data of which a step can read nothing."""
 
     def read(self, keys: Sequence[Key]) -> Batch:
@@ -328,11 +328,11 @@ class Holed(Pictures):
 
 
 @pytest.mark.parametrize("classes", [16, 0])
-def test_a_step_without_pictures_has_no_loss_and_trains_nothing(classes: int) -> None:
-    pictures, labels = shapes(8)
+def test_a_step_without_images_has_no_loss_and_trains_nothing(classes: int) -> None:
+    images, labels = shapes(8)
     names = ID2LABEL if classes else {}
     recipe = replace(SHORT, model={**TINY, "num_classes": classes}, steps=2, ema_decay=0.0)
-    options = {"dataset": Holed(pictures, labels if classes else labels * 0, names, "", "")}
+    options = {"dataset": Holed(images, labels if classes else labels * 0, names, "", "")}
     losses = losses_of(recipe, **options)
     assert losses[0] > 0
     assert losses[1] == 0
@@ -373,7 +373,7 @@ def test_the_learning_rate_falls_as_pytorchs_schedule_does(schedule: str, monkey
 
     pytorchs_step = AdamW.step
     monkeypatch.setattr(AdamW, "step", step)
-    train(replace(SHORT, learning_rate=0.02, learning_rate_schedule=schedule))
+    train(replace(SHORT, learning_rate=0.02, lr_scheduler=schedule))
     optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
     expected = CosineAnnealingLR(optimizer, SHORT.steps) if schedule == "cosine" else ConstantLR(optimizer, factor=1.0)
     for rate in rates:
@@ -398,7 +398,7 @@ def test_a_velocity_leaves_the_channels_of_a_variance_alone(tmp_path: Path) -> N
 def test_a_step_in_parts_has_the_mean_of_their_gradients() -> None:
     """With a bound that the gradients of some steps pass, so that their size counts, which Adam does not see."""
     recipe = replace(SHORT, objective="flow", steps=8, learning_rate=5e-3, max_grad_norm=0.3, num_train_timesteps=1000)
-    whole, parts = (weights_of(replace(recipe, gradient_accumulation=count)) for count in (1, 4))
+    whole, parts = (weights_of(replace(recipe, gradient_accumulation_steps=count)) for count in (1, 4))
     for name, weight in whole.items():  # 1.2e-6 here; sums in place of means: 1.7e-3
         torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-4)
 
@@ -438,7 +438,7 @@ def train_to_the_fifth_step(run_folder: Path) -> None:
         train(SAVED, stop, run_folder=run_folder)
 
 
-def test_a_run_goes_on_from_the_last_checkpoint_which_is_a_pipeline(tmp_path: Path) -> None:
+def test_a_run_resumes_from_the_last_checkpoint_which_is_a_pipeline(tmp_path: Path) -> None:
     train_to_the_fifth_step(tmp_path)
     assert DiTPipeline.from_pretrained(tmp_path / "step-00000004").id2label == ID2LABEL
     assert losses_of(SAVED, run_folder=tmp_path) == losses_of(SHORT)[4:]
@@ -471,9 +471,9 @@ def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(tmp_path: Path) -> 
 
 
 def test_what_data_leave_out_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pictures, "notes", ["3 files are no images."])
+    monkeypatch.setattr(InMemoryImages, "notes", ["3 files are not images."])
     train(replace(SHORT, steps=1))
-    assert "3 files are no images." in caplog.messages
+    assert "3 files are not images." in caplog.messages
 
 
 # The last is pushed with its result.

@@ -1,4 +1,4 @@
-"""What is seen of a run while it goes on: logs, rates, pictures."""
+"""Watching a run: logs, rates, samples."""
 
 import io
 import re
@@ -31,23 +31,23 @@ def events(folder: Path) -> EventAccumulator:
     return log
 
 
-def test_losses_rates_and_pictures_are_logged(tmp_path: Path) -> None:
+def test_losses_rates_and_samples_are_logged(tmp_path: Path) -> None:
     run = dit_hub("train", "toy", *SHORT_SETTINGS, "sample_every=15", "--out", "toy", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     log = events(tmp_path / "toy" / "runs")
     losses = [(event.step, event.value) for event in log.Scalars("loss")]
     assert [step for step, _ in losses] == [10, 20]
     assert losses[1][1] < losses[0][1]
-    assert log.Scalars("pictures per second")[1].value > 0
-    assert 0 < log.Scalars("model-flops utilisation")[1].value < 1
+    assert log.Scalars("images_per_second")[1].value > 0
+    assert 0 < log.Scalars("mfu")[1].value < 1
     assert [event.step for event in log.Images("samples")] == [15, 20]
     for step in (15, 20):
-        picture = Image.open(tmp_path / "toy" / "runs" / f"samples-{step:08d}.png")
-        assert picture.width > 300  # four columns of captioned pictures
+        image = Image.open(tmp_path / "toy" / "runs" / f"samples-{step:08d}.png")
+        assert image.width > 300  # four columns of captioned images
     assert not (tmp_path / "toy.run").exists()
 
 
-def test_pictures_change_nothing_of_the_training(tmp_path: Path) -> None:
+def test_samples_change_nothing_in_the_training(tmp_path: Path) -> None:
     plain, drawn = train(SHORT), train(replace(SHORT, sample_every=3), run_folder=tmp_path / "run")
     assert plain.epoch_losses == drawn.epoch_losses
     state = drawn.pipeline.transformer.state_dict()
@@ -58,9 +58,9 @@ def test_pictures_change_nothing_of_the_training(tmp_path: Path) -> None:
 def test_progress_tells_the_rate_and_the_share_of_the_peak() -> None:
     seen: list[Progress] = []
     train(SHORT, seen.append)
-    assert seen[0].pictures_per_second == 0
-    assert seen[-1].pictures_per_second > 10
-    assert 0 < seen[-1].utilisation < 1
+    assert seen[0].images_per_second == 0
+    assert seen[-1].images_per_second > 10
+    assert 0 < seen[-1].mfu < 1
     assert (seen[-1].step, seen[-1].last, seen[-1].epoch) == (20, 20, 5)
 
 
@@ -78,9 +78,9 @@ def shown(width: int, last: int, terminal: bool = True) -> list[str]:
     ("width", "last", "end"),
     [
         (60, 400_000, " 400000/400000 0:00:00<0:00:00 4321/s"),
-        (80, 400_000, " 400000/400000 0:00:00<0:00:00 4321 pictures/s"),
-        (80, 750, " 750/750 0:00:00<0:00:00 4321 pictures/s, 12% of peak"),
-        (120, 400_000, " 400000/400000 0:00:00<0:00:00 4321 pictures/s, 12% of peak"),
+        (80, 400_000, " 400000/400000 0:00:00<0:00:00 4321 images/s"),
+        (80, 750, " 750/750 0:00:00<0:00:00 4321 images/s, 12% of peak"),
+        (120, 400_000, " 400000/400000 0:00:00<0:00:00 4321 images/s, 12% of peak"),
     ],
 )
 def test_the_progress_line_is_whole_at_any_width(width: int, last: int, end: str) -> None:
@@ -94,7 +94,7 @@ def test_the_progress_line_is_whole_at_any_width(width: int, last: int, end: str
 def test_a_run_that_writes_to_a_file_leaves_whole_lines() -> None:
     assert shown(40, 400_000, terminal=False) == [
         "epoch 0 loss 0.1235 1/400000 0:00:00<-:--:--",
-        "epoch 80 loss 0.1235 400000/400000 0:00:00<0:00:00 4321 pictures/s, 12% of peak",
+        "epoch 80 loss 0.1235 400000/400000 0:00:00<0:00:00 4321 images/s, 12% of peak",
     ]
 
 
@@ -105,7 +105,7 @@ def test_the_command_shows_a_whole_line_in_80_columns(tmp_path: Path, monkeypatc
     assert run.returncode == 0, run.stderr
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", run.stdout)
     assert "…" not in text.replace("Drawing samples…", "")
-    assert re.search(r"epoch 5 loss \d\.\d{4} ━+ 20/20 \d:\d\d:\d\d<0:00:00 \d+ pictures/s, \d+% of peak", text)
+    assert re.search(r"epoch 5 loss \d\.\d{4} ━+ 20/20 \d:\d\d:\d\d<0:00:00 \d+ images/s, \d+% of peak", text)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_loss_plot_says_what_it_shows(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tracker": "paper"}, "There is no tracker 'paper'; there are none, aim,"),
+        ({"tracker": "paper"}, "There is no tracker 'paper'; the known ones are none, aim,"),
         ({"tracker": "wandb"}, "The tracker wandb needs its package: pip install wandb"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_log_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, caplog:
     result = train(replace(SHORT, sample_every=5), run_folder=tmp_path)
     assert result.finished
     assert [record.message for record in caplog.records if "Nothing more is logged" in record.message][1:] == []
-    assert "Training goes on." in caplog.text
+    assert "Training continues." in caplog.text
 
 
 def test_several_averages_are_kept_as_variants_and_survive_a_resume(tmp_path: Path) -> None:

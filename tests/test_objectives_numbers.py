@@ -23,7 +23,7 @@ from dit_hub.objectives import (
 OFFICIAL = DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear")
 BETAS = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
 LEVELS = (1 - BETAS).cumprod(0)  # alpha bar
-GRID = torch.linspace(-1, 1, 256, dtype=torch.float64)  # the values of a picture
+GRID = torch.linspace(-1, 1, 256, dtype=torch.float64)  # the values of an image
 
 
 class Recorder:
@@ -127,7 +127,7 @@ def test_the_bound_is_the_divergence_of_two_normal_distributions(timestep: int, 
 
 
 def first_step(mean: float, fraction: float) -> tuple[Tensor, float]:
-    """The bound of each value of a picture at t = 0, in bits, where the model expects `mean`; and its deviation."""
+    """The bound of each value of an image at t = 0, in bits, where the model expects `mean`; and its std."""
     noisy = torch.full((256, 1), mean * math.sqrt(LEVELS[0]))
     zeros = torch.zeros(256, 1)
     bits = variational_bound(
@@ -141,7 +141,7 @@ def first_step(mean: float, fraction: float) -> tuple[Tensor, float]:
 
 @pytest.mark.parametrize("mean", [-1.003, -0.1, 0.5, 1.003])
 @pytest.mark.parametrize("fraction", [-1.0, 0.4, 1.0])
-def test_at_the_first_step_the_bound_is_the_likelihood_of_a_picture(mean: float, fraction: float) -> None:
+def test_at_the_first_step_the_bound_is_the_likelihood_of_an_image(mean: float, fraction: float) -> None:
     bits, deviation = first_step(mean, fraction)
     expected = Normal(mean, deviation, validate_args=False)
     edges = torch.cat([torch.tensor([-torch.inf]), GRID[1:] - 1 / 255, torch.tensor([torch.inf])]).double()

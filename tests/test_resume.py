@@ -1,4 +1,4 @@
-"""Runs that are killed, and go on as if nothing had happened."""
+"""Runs that are killed, and resume as if nothing had happened."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from dit_hub.training import fingerprint as fingerprint_module
 from dit_hub.training.checkpoints import checkpoints
-from dit_hub.training.data import Batch, CachedLatents, Dataset, ImageFolder, Key, Pictures
+from dit_hub.training.data import Batch, CachedLatents, Dataset, ImageFolder, InMemoryImages, Key
 from dit_hub.training.fingerprint import fingerprint
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loop import Progress, train
@@ -100,9 +101,9 @@ def test_a_checkpoint_is_a_pipeline_of_the_average(tmp_path: Path) -> None:
 
 def test_another_number_of_workers_ends_in_the_same_bits(tmp_path: Path) -> None:
     out = tmp_path / "toy"
-    assert run_and_kill(out, 0.1, "epochs=40", "workers=2") == -signal.SIGKILL
-    assert run_and_kill(out, 0.1, "epochs=40", "workers=1") == -signal.SIGKILL
-    same_outcome(finished(out, "epochs=40"), finished(tmp_path / "whole", "epochs=40", "workers=1"))
+    assert run_and_kill(out, 0.1, "epochs=40", "num_workers=2") == -signal.SIGKILL
+    assert run_and_kill(out, 0.1, "epochs=40", "num_workers=1") == -signal.SIGKILL
+    same_outcome(finished(out, "epochs=40"), finished(tmp_path / "whole", "epochs=40", "num_workers=1"))
 
 
 def test_sigterm_saves_and_ends_well(tmp_path: Path) -> None:
@@ -114,14 +115,14 @@ def test_sigterm_saves_and_ends_well(tmp_path: Path) -> None:
     command.send_signal(signal.SIGTERM)
     run = command.wait()
     assert run.returncode == 0, run.stderr
-    assert "goes on from it" in run.stdout
+    assert "resumes from it" in run.stdout
     steps = [json.loads(path.read_text())["step"] for path in tmp_path.glob("toy.run/step-*/state.json")]
     assert max(steps) > 50
     assert max(steps) < 320
     same_outcome(finished(out, *settings), finished(tmp_path / "whole", *settings))
 
 
-def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_of_another_recipe_is_not_resumed(tmp_path: Path) -> None:
     out = tmp_path / "toy"
     run_and_kill(out, 0.0, "epochs=40")
     for settings, words in (
@@ -147,8 +148,8 @@ def test_a_run_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
     assert "is damaged" in run.stderr
 
 
-def test_a_run_of_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
-    pictures, labels = shapes(16, 0)
+def test_a_run_of_other_data_is_not_resumed(tmp_path: Path) -> None:
+    images, labels = shapes(16, 0)
     recipe = Recipe(images_per_class=16, epochs=3, batch_size=64, save_every=1)
 
     def cut(progress: Progress) -> None:
@@ -157,10 +158,39 @@ def test_a_run_of_other_data_is_not_gone_on_with(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe, cut, run_folder=tmp_path)
-    fewer = Pictures(pictures[:-64], labels[:-64], ID2LABEL, "", "")
-    with pytest.raises(ValueError, match="is of other data: pictures 256 there, 192 here"):
+    fewer = InMemoryImages(images[:-64], labels[:-64], ID2LABEL, "", "")
+    with pytest.raises(ValueError, match="belongs to other data: images 256 there, 192 here"):
         train(recipe, run_folder=tmp_path, dataset=fewer)
     assert train(recipe, run_folder=tmp_path).finished
+
+
+def test_a_checkpoint_of_an_older_release_is_resumed(tmp_path: Path) -> None:
+    """One whose facts have the names of the release before."""
+    recipe = Recipe(images_per_class=16, epochs=2, batch_size=64, save_every=2, random_flip=True, ema_decay=0.9)
+
+    def cut(progress: Progress) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, cut, run_folder=tmp_path)
+    state = checkpoints(tmp_path)[-1] / "state.json"
+    facts = json.loads(state.read_text())
+    for part, old_names in (
+        ("recipe", {"random_flip": "mirror", "gradient_accumulation_steps": "gradient_accumulation",
+                    "lr_scheduler": "learning_rate_schedule", "num_workers": "workers"}),
+        ("data", {"images": "pictures"}),
+    ):  # fmt: skip
+        assert facts[part].keys() >= old_names.keys()
+        facts[part] = {old_names.get(name, name): value for name, value in facts[part].items()}
+    state.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="random_flip is True there and False here"):
+        train(replace(recipe, random_flip=False), run_folder=tmp_path)
+    steps: list[int] = []
+    resumed = train(recipe, lambda progress: steps.append(progress.step), run_folder=tmp_path).pipeline.transformer
+    assert steps == [3, 4, 5, 6, 7, 8]
+    whole = train(recipe).pipeline.transformer.state_dict()
+    assert all(weight.equal(whole[name]) for name, weight in resumed.state_dict().items())
 
 
 def test_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
@@ -184,15 +214,15 @@ def terminal() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, workers: int) -> None:
-    command = start(tmp_path / "toy", "epochs=800", f"workers={workers}")
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path, workers: int) -> None:
+    command = start(tmp_path / "toy", "epochs=800", f"num_workers={workers}")
     while command.running() and not list(tmp_path.glob("toy.run/step-*")):
         time.sleep(0.005)
     command.send_signal(signal.SIGINT)
     run = command.wait()
     assert run.returncode == 130, run.stderr
     last = checkpoints(tmp_path / "toy.run")[-1]
-    assert f"Stopped. The checkpoint {last} stays, and the same command goes on from it." in run.stdout
+    assert f"Stopped. The checkpoint {last} stays, and the same command resumes from it." in run.stdout
     assert "Ctrl-C again stops at once." in run.stderr
     assert not (tmp_path / "toy").exists()
 
@@ -215,7 +245,7 @@ def press_ctrl_c(at: int, *pauses: float) -> Callable[[Progress], None]:
 
 @pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("pauses", [(), (0.01,)])  # the second: a launcher passes the signal on
-def test_ctrl_c_ends_within_the_next_steps_and_the_run_goes_on_from_there(tmp_path: Path, pauses: tuple[float]) -> None:
+def test_ctrl_c_ends_within_the_next_steps_and_the_run_resumes_from_there(tmp_path: Path, pauses: tuple[float]) -> None:
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"Stopped after step [456], with a checkpoint"):
         train(SHORT, press_ctrl_c(3, *pauses), run_folder=tmp_path)
@@ -255,8 +285,8 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
         time.sleep(0.005)
     run = start(tmp_path / "toy", "epochs=800").wait()
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
-    assert f"Another training is at work in {tmp_path / 'toy.run'}; wait for it to end" in run.stderr
-    with pytest.raises(ValueError, match="Another training is at work"):
+    assert f"Another training is running in {tmp_path / 'toy.run'}; wait for it to end" in run.stderr
+    with pytest.raises(ValueError, match="Another training is running"):
         train(SHORT, run_folder=tmp_path / "toy.run", resume=False)
     assert first.running()
     first.send_signal(signal.SIGKILL)
@@ -294,8 +324,8 @@ def test_what_others_put_into_the_folder_of_a_run_stays(tmp_path: Path) -> None:
 
 def test_a_result_that_the_disk_does_not_hold_is_not_lost(tmp_path: Path) -> None:
     """The checkpoints fit under the limit, the decoder of the pipeline does not."""
-    pictures, labels = shapes(4, 0)
-    cache_latents(Pictures(pictures, labels, ID2LABEL, "", ""), small_vae(), tmp_path / "latents")
+    images, labels = shapes(4, 0)
+    cache_latents(InMemoryImages(images, labels, ID2LABEL, "", ""), small_vae(), tmp_path / "latents")
     small_vae(block_out_channels=(64, 128)).save_pretrained(tmp_path / "vae")
     model = {"sample_size": 8, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_classes": 16}
     recipe = {"model": model, "data": "latents", "vae": "vae", "epochs": 2, "batch_size": 16, "tracker": "none"}
@@ -304,7 +334,7 @@ def test_a_result_that_the_disk_does_not_hold_is_not_lost(tmp_path: Path) -> Non
     run = dit_hub(*command, cwd=tmp_path, file_limit=1_000_000)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
     assert "out could not be written: the disk is full or a limit is reached. The checkpoint " in run.stderr
-    assert "out.run/step-00000008 stays, and the same command goes on from it." in run.stderr
+    assert "out.run/step-00000008 stays, and the same command resumes from it." in run.stderr
     losses = json.loads((tmp_path / "out.run" / "step-00000008" / "state.json").read_text())["epoch_losses"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latents", "mine.yaml", "out.run", "vae"]
     run = dit_hub(*command, cwd=tmp_path)
@@ -327,16 +357,16 @@ def test_a_finished_run_without_a_result_is_not_trained_again(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("terminal")
-def test_a_run_goes_on_with_the_same_content_only(tmp_path: Path) -> None:
-    pictures, labels = shapes(16, 0)
+def test_a_run_resumes_with_the_same_content_only(tmp_path: Path) -> None:
+    images, labels = shapes(16, 0)
     with pytest.raises(KeyboardInterrupt):
         train(SHORT, press_ctrl_c(3), run_folder=tmp_path)
-    other = pictures.clone()
+    other = images.clone()
     other[7] = -other[7]
-    with pytest.raises(ValueError, match="is of other data: as many, but with another content"):
-        train(SHORT, run_folder=tmp_path, dataset=Pictures(other, labels, ID2LABEL, "", ""))
-    with pytest.raises(ValueError, match="is of other data: as many, but with another content"):
-        train(SHORT, run_folder=tmp_path, dataset=Pictures(pictures, labels.flip(0), ID2LABEL, "", ""))
+    with pytest.raises(ValueError, match="belongs to other data: as many images, but with other content"):
+        train(SHORT, run_folder=tmp_path, dataset=InMemoryImages(other, labels, ID2LABEL, "", ""))
+    with pytest.raises(ValueError, match="belongs to other data: as many images, but with other content"):
+        train(SHORT, run_folder=tmp_path, dataset=InMemoryImages(images, labels.flip(0), ID2LABEL, "", ""))
     state = checkpoints(tmp_path)[-1] / "state.json"
     facts = json.loads(state.read_text())
     del facts["data"]["fingerprint"]  # as in a checkpoint of an older release
@@ -344,7 +374,7 @@ def test_a_run_goes_on_with_the_same_content_only(tmp_path: Path) -> None:
     assert train(SHORT, run_folder=tmp_path).finished
 
 
-def picture_folder(folder: Path) -> Path:
+def image_folder(folder: Path) -> Path:
     for name in ("cats", "dogs"):
         (folder / name).mkdir(parents=True)
         for index in range(3):
@@ -362,7 +392,7 @@ def test_the_fingerprint_of_files_is_of_names_and_content(tmp_path: Path) -> Non
     def of(folder: Path) -> str:
         return fingerprint(ImageFolder(folder, 16))
 
-    folder = picture_folder(tmp_path / "pets")
+    folder = image_folder(tmp_path / "pets")
     before = of(folder)
     copied = shutil.copytree(folder, tmp_path / "copied", copy_function=shutil.copyfile)  # with times of its own
     assert of(Path(copied)) == before
@@ -381,16 +411,16 @@ def test_the_fingerprint_of_files_is_of_names_and_content(tmp_path: Path) -> Non
     assert of(folder)  # what cannot be read is left out while training
 
 
-def test_the_fingerprint_of_latents_and_of_pictures(tmp_path: Path) -> None:
-    pictures, labels = shapes(4, 0)
-    whole = (pictures + 1) * 127.5
-    data = [Pictures(values, labels, ID2LABEL, "", "") for values in (pictures, pictures + 1e-7, pictures.flip(0))]
+def test_the_fingerprint_of_latents_and_of_images(tmp_path: Path) -> None:
+    images, labels = shapes(4, 0)
+    whole = (images + 1) * 127.5
+    data = [InMemoryImages(values, labels, ID2LABEL, "", "") for values in (images, images + 1e-7, images.flip(0))]
     assert fingerprint(data[0]) == fingerprint(data[1]) != fingerprint(data[2])  # rounding is no change
-    of_bytes = Pictures(whole.byte(), labels, ID2LABEL, "", "")
-    assert fingerprint(of_bytes) == fingerprint(Pictures(of_bytes.data / 127.5 - 1, labels, ID2LABEL, "", ""))
+    of_bytes = InMemoryImages(whole.byte(), labels, ID2LABEL, "", "")
+    assert fingerprint(of_bytes) == fingerprint(InMemoryImages(of_bytes.data / 127.5 - 1, labels, ID2LABEL, "", ""))
     prints = set()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        drawn = Pictures(*shapes(4, seed), ID2LABEL, "", "")
+        drawn = InMemoryImages(*shapes(4, seed), ID2LABEL, "", "")
         prints.add(fingerprint(CachedLatents(cache_latents(drawn, small_vae(), tmp_path / name))))
     assert len(prints) == 2
 
@@ -415,13 +445,13 @@ def test_the_fingerprint_of_a_large_archive_is_of_some_of_it(monkeypatch: pytest
     monkeypatch.setattr(hashlib, "sha256", Counted)
     monkeypatch.setattr(fingerprint_module, "_NUMBERS", 2**20)
     data, labels = torch.zeros(1000, 3, 64, 64, dtype=torch.uint8), torch.zeros(1000, dtype=torch.long)
-    before = fingerprint(Pictures(data, labels, {}, "", ""))
+    before = fingerprint(InMemoryImages(data, labels, {}, "", ""))
     hashed.clear()
     data[999] = 1
-    other = fingerprint(Pictures(data, labels, {}, "", ""))
+    other = fingerprint(InMemoryImages(data, labels, {}, "", ""))
     hashed.clear()
     labels[123] = 1
-    assert len({before, other, fingerprint(Pictures(data, labels, {}, "", ""))}) == 3
+    assert len({before, other, fingerprint(InMemoryImages(data, labels, {}, "", ""))}) == 3
 
 
 class Own:
@@ -449,9 +479,9 @@ def test_the_fingerprint_of_data_of_ones_own() -> None:
 
 
 def test_latents_are_not_written_among_other_files(tmp_path: Path) -> None:
-    drawn = Pictures(*shapes(1, 0), ID2LABEL, "", "")
+    drawn = InMemoryImages(*shapes(1, 0), ID2LABEL, "", "")
     (tmp_path / "shard-00000.safetensors").write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"plan\.json is damaged, and does not say what its latents are of"):
+    with pytest.raises(ValueError, match=r"plan\.json is damaged, and does not say which data its latents belong to"):
         cache_latents(drawn, small_vae(), tmp_path)
     assert (tmp_path / "shard-00000.safetensors").read_bytes() == b"precious"
     assert len(list(tmp_path.iterdir())) == 1

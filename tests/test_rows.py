@@ -28,7 +28,7 @@ COUNT = 40
 CARD = """---
 dataset_info:
   features:
-  - name: picture
+  - name: photo
     dtype: image
   - name: kind
     dtype:
@@ -60,21 +60,21 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write(folder: Path, pictures: list[bytes]) -> None:
-    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["dark", "light"])})
+def write(folder: Path, images: list[bytes]) -> None:
+    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["dark", "light"])})
     rows = {
-        "picture": [{"bytes": picture, "path": None} for picture in pictures],
-        "kind": [number * 2 // len(pictures) for number in range(len(pictures))],
+        "photo": [{"bytes": image, "path": None} for image in images],
+        "kind": [number * 2 // len(images) for number in range(len(images))],
     }
     table = datasets.Dataset.from_dict(rows, features=features)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for part in range(2):
         table.shard(2, part, contiguous=True).to_parquet(str(folder / "data" / f"train-{part:05d}-of-00002.parquet"))
-    (folder / "README.md").write_text(CARD.format(count=len(pictures)))
+    (folder / "README.md").write_text(CARD.format(count=len(images)))
 
 
 def numbers(data: torch.Tensor) -> list[int]:
-    """Which pictures a batch holds."""
+    """Which images a batch holds."""
     return ((data[:, 0, 0, 0] + 1) * 127.5 / 5).round().int().tolist()
 
 
@@ -90,7 +90,7 @@ def test_rows_are_read_with_their_classes(repository: Path) -> None:
 def test_a_stream_is_the_same_for_the_same_seed_wherever_it_starts(repository: Path) -> None:
     rows = open_dataset(f"hf:{repository}", 8, 1, 0, streaming=True)
     assert isinstance(rows, StreamedRows)
-    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=True, batch_size=12, mirror=True)
+    recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=True, batch_size=12, random_flip=True)
 
     def batches(first: int, last: int, parts: int = 1, mine: tuple[int, ...] = (0,)) -> list[list[int]]:
         return [numbers(batch.data) for batch in make_loader(rows, recipe, parts, mine, first, last)]
@@ -147,7 +147,7 @@ def test_a_part_that_ends_early_starts_over(repository: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_trains_and_goes_on_where_it_was_cut(repository: Path, tmp_path: Path, streaming: bool) -> None:
+def test_a_data_set_trains_and_resumes_where_it_was_cut(repository: Path, tmp_path: Path, streaming: bool) -> None:
     recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=streaming, batch_size=10, epochs=4, save_every=3)
     whole = train(recipe)
     assert whole.pipeline.id2label == {0: "dark", 1: "light"}
@@ -163,7 +163,7 @@ def test_a_data_set_trains_and_goes_on_where_it_was_cut(repository: Path, tmp_pa
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_stream_is_gone_on_with_by_as_many_processes(repository: Path, streaming: bool) -> None:
+def test_a_stream_is_resumed_by_as_many_processes(repository: Path, streaming: bool) -> None:
     """Others would have other parts of it, and so see some rows twice and some never."""
     recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=streaming, batch_size=8)
     rows = open_dataset(recipe.data, 8, 1, 0, streaming)
@@ -175,15 +175,15 @@ def test_a_stream_is_gone_on_with_by_as_many_processes(repository: Path, streami
         check_same_recipe(Path("step-1"), facts, recipe, describe(rows, 4))
         return
     with pytest.raises(
-        ValueError, match=r"step-1 is of a stream that 2 processes shared, and here are 4; go on with 2"
+        ValueError, match=r"step-1 belongs to a stream shared by 2 processes, and now there are 4; resume with 2"
     ):
         check_same_recipe(Path("step-1"), facts, recipe, describe(rows, 4))
 
 
 def test_a_damaged_image_is_named_and_left_out(tmp_path: Path, repository: Path) -> None:
-    pictures = [png(number % 50) for number in range(100)]
-    pictures[7] = b"no picture"
-    write(repository, pictures)
+    images = [png(number % 50) for number in range(100)]
+    images[7] = b"no image"
+    write(repository, images)
     rows = open_dataset(f"hf:{repository}", 8, 1, 0)
     batch = rows.read([(6, False), (7, False), (8, False)])
     assert batch.unreadable == ["Row 7"]
@@ -191,7 +191,7 @@ def test_a_damaged_image_is_named_and_left_out(tmp_path: Path, repository: Path)
     streamed = open_dataset(f"hf:{repository}", 8, 1, 0, streaming=True)
     recipe = Recipe(model=MODEL, data=f"hf:{repository}", streaming=True, batch_size=10)
     named = {name for batch in make_loader(streamed, recipe, 1, [0], 0, 30) for name in batch.unreadable}
-    assert len(named) == 1  # one picture, in each of three passes
+    assert len(named) == 1  # one image, in each of three passes
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_streaming_is_for_data_sets_of_the_hub() -> None:
 def test_a_row_without_an_image_is_left_out(repository: Path) -> None:
     for file in (repository / "data").iterdir():
         file.unlink()
-    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["dark", "light"])})
-    rows = {"picture": [None, {"bytes": png(3), "path": None}], "kind": [0, None]}
+    features = datasets.Features({"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["dark", "light"])})
+    rows = {"photo": [None, {"bytes": png(3), "path": None}], "kind": [0, None]}
     table = datasets.Dataset.from_dict(rows, features=features)
     table.to_parquet(str(repository / "data" / "train-00000-of-00001.parquet"))
     (repository / "README.md").write_text(CARD.format(count=2))
@@ -239,7 +239,7 @@ def test_a_row_without_an_image_is_left_out(repository: Path) -> None:
 def test_small_images_are_said(repository: Path) -> None:
     assert list(open_dataset(f"hf:{repository}", 8, 1, 0).notes) == []
     assert list(open_dataset(f"hf:{repository}", 16, 1, 0).notes) == [
-        f"{COUNT} of {COUNT} images that were looked at are smaller than 16x16 and are enlarged."
+        f"{COUNT} of {COUNT} images that were checked are smaller than 16x16 and are enlarged."
     ]
 
 

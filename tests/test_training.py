@@ -31,7 +31,7 @@ from dit_hub.objectives import (
     v_prediction,
 )
 from dit_hub.sources import EMBEDDED_MODELS
-from dit_hub.training.data import CachedLatents, ImageFolder, Pictures, Schedule
+from dit_hub.training.data import CachedLatents, ImageFolder, InMemoryImages, ResumableSampler
 from dit_hub.training.images import center_crop
 from dit_hub.training.latents import cache_latents
 from dit_hub.training.loader import open_dataset
@@ -49,21 +49,21 @@ SHORT = Recipe(images_per_class=16, epochs=3, batch_size=64)
 
 
 def test_the_shapes_are_16_classes_of_16x16_rgb_and_the_same_for_the_same_seed() -> None:
-    pictures, labels = shapes()
-    assert pictures.shape == (3200, 3, 16, 16)
-    assert pictures.min() >= -1
-    assert pictures.max() <= 1
+    images, labels = shapes()
+    assert images.shape == (3200, 3, 16, 16)
+    assert images.min() >= -1
+    assert images.max() <= 1
     assert torch.bincount(labels).tolist() == [200] * 16
-    assert torch.equal(pictures, shapes()[0])
-    assert not torch.equal(pictures, shapes(seed=1)[0])
-    assert len(torch.unique(pictures.flatten(1), dim=0)) > 2500  # position and size vary
+    assert torch.equal(images, shapes()[0])
+    assert not torch.equal(images, shapes(seed=1)[0])
+    assert len(torch.unique(images.flatten(1), dim=0)) > 2500  # position and size vary
     assert ID2LABEL[0] == "red-circle"
     assert len(set(ID2LABEL.values())) == 16
 
 
 def test_every_class_has_its_colour_and_its_form() -> None:
-    pictures, _ = shapes(images_per_class=50)
-    by_class = pictures.unflatten(0, (len(COLOURS), len(SHAPES), 50))
+    images, _ = shapes(images_per_class=50)
+    by_class = images.unflatten(0, (len(COLOURS), len(SHAPES), 50))
     for row, colour in enumerate(COLOURS.values()):
         expected = torch.tensor(colour) / 127.5 - 1
         centre = by_class[row, :, :, :, 8, 8].flatten(0, 1)  # every shape covers the middle
@@ -74,7 +74,7 @@ def test_every_class_has_its_colour_and_its_form() -> None:
     assert areas["square"] > areas["triangle"] > 30
 
 
-@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 8, 8)], ids=["points", "pictures"])
+@pytest.mark.parametrize("shape", [(5, 2), (5, 3, 8, 8)], ids=["points", "images"])
 def test_the_noise_objective_takes_data_of_any_shape(shape: tuple[int, ...]) -> None:
     scheduler = DDPMScheduler(200)
     clean, noise = torch.randn(shape), torch.randn(shape)
@@ -156,19 +156,19 @@ def test_what_cannot_be_drawn_or_copied_costs_no_result(
     result = train(Recipe(images_per_class=1, epochs=1, batch_size=16))
     save_result(replace(result, logs=logs), tmp_path / "out", "")
     assert "No losses were drawn" in caplog.text
-    assert "The logs were not copied whole" in caplog.text
+    assert "The logs were not copied completely" in caplog.text
     assert (tmp_path / "out" / "runs" / "events").is_file()
     assert DiTPipeline.from_pretrained(tmp_path / "out").id2label == ID2LABEL
 
 
-def test_the_embedded_model_draws_every_class_so_that_the_nearest_training_picture_agrees() -> None:
-    pictures, labels = shapes()
+def test_the_embedded_model_draws_every_class_so_that_the_nearest_training_image_agrees() -> None:
+    known, labels = shapes()
     pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
     pipeline.set_progress_bar_config(disable=True)
     wanted = torch.arange(16).repeat_interleave(4)
     generator = torch.Generator().manual_seed(1)
     images = pipeline(wanted, num_inference_steps=50, generator=generator, output_type="pt").images
-    distances = torch.cdist((images * 2 - 1).flatten(1), pictures.flatten(1))
+    distances = torch.cdist((images * 2 - 1).flatten(1), known.flatten(1))
     recognised = labels[distances.argmin(1)]
     assert (recognised == wanted).float().mean() >= 0.95
     # Negative control: against the labels of other classes the same measure fails.
@@ -179,7 +179,7 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
     folder = EMBEDDED_MODELS["dit-toy-shapes"]
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 2e6
     training = json.loads((folder / "training.json").read_text())
-    assert Recipe(**training["recipe"]) == get_recipe("toy-shapes")
+    assert Recipe().with_settings(training["recipe"]) == get_recipe("toy-shapes")
     assert str(render_card(folder, "dit-toy-shapes")) == (folder / "README.md").read_text()
     pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
     assert sum(weight.numel() for weight in pipeline.transformer.parameters()) == 323_696
@@ -196,20 +196,25 @@ def test_the_embedded_folder_is_complete_small_and_has_the_card_of_its_recipe() 
         ({"beta_start": 0.5}, "beta_start"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be no, tf32, bf16 or fp16, not 'fp8'"),
         ({"objective": "score"}, "objective must be noise, v or flow"),
-        ({"mirror": "perhaps"}, "mirror must be true or false, not 'perhaps'"),
+        ({"random_flip": "perhaps"}, "random_flip must be true or false, not 'perhaps'"),
         ({"epochs": True}, "epochs must be a whole number"),
         ({"epochs": 1.5}, "epochs must be a whole number, not 1.5"),
         ({"model": 3}, "model must be a name or fields of a configuration"),
         ({"objective": "flow", "min_snr_gamma": 5}, "min_snr_gamma is for the objectives noise and v"),
         ({"lora_rank": 2}, "lora_rank adapts a trained model; set init_from"),
-        ({"merge_adapters": False}, "merge_adapters=false needs lora_rank, and one ema_decay at most"),
+        ({"merge_adapters": False}, "merge_adapters=false needs lora_rank, and at most one ema_decay"),
         ({"learning_rate": "inf"}, "learning_rate must be above 0, not inf"),
-        ({"workers": 1_000_000}, "workers must be at most 1024, not 1000000"),
+        ({"num_workers": 1_000_000}, "num_workers must be at most 1024, not 1000000"),
+        ({"epochs": 10**12}, "epochs must be at most 1000000, not 1000000000000"),
+        ({"init_from": "toy", "lora_rank": 10**6}, "lora_rank must be at most 4096, not 1000000"),
+        ({"mirror": True, "random_flip": True}, "mirror is the old name of random_flip, and both are set"),
+        ({"mirrors": True}, "no field 'mirrors'"),
+        ({"pictures": 3}, "no field 'pictures'"),
         ({"num_train_timesteps": 10_000}, "num_train_timesteps 10000 with .* leave no signal"),
         ({"seed": 2**40}, "seed must be from 0 to"),
-        ({"ema_decay": "[0.9"}, "ema_decay is no YAML"),
+        ({"ema_decay": "[0.9"}, "ema_decay is not valid YAML"),
         ({"ema_decay": "[0.9, 0.9]"}, "or a list of different ones"),
-        ({"model": "{a"}, "model is no YAML"),
+        ({"model": "{a"}, "model is not valid YAML"),
         ({1: 2}, "no field '1'"),
         ({"push_to_hub": False}, "push_to_hub must be text, not False"),
         ({"data": ["a"]}, "data must be text, not"),
@@ -228,7 +233,15 @@ def test_words_that_yaml_takes_for_values_are_taken_as_they_are_meant() -> None:
     assert get_recipe("digits").with_settings({"objective": "flow"}).config.parameterization == "flow"
 
 
-def test_a_model_of_other_pictures_is_refused_before_the_work() -> None:
+def test_a_recipe_of_an_older_release_is_read(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("{mirror: true, gradient_accumulation: 2, workers: 1, images_per_class: 8}")
+    recipe = get_recipe(str(tmp_path / "old.yaml")).with_settings({"learning_rate_schedule": "constant"})
+    assert recipe == Recipe(
+        random_flip=True, gradient_accumulation_steps=2, num_workers=1, images_per_class=8, lr_scheduler="constant"
+    )
+
+
+def test_a_model_of_other_images_is_refused_before_the_work() -> None:
     with pytest.raises(ValueError, match=r"The data are 16x16 in 3 channels, and the model takes 32x32 in 4"):
         train(get_recipe("toy").with_settings({"model": "DiT-S/2"}))
 
@@ -350,8 +363,8 @@ def test_the_published_sizes_train_as_the_paper_does(size: str) -> None:
     """Section 4 of the paper."""
     recipe = get_recipe("imagenet-256").with_settings({"model": size})
     assert (recipe.steps, recipe.batch_size, recipe.learning_rate) == (400_000, 256, 1e-4)
-    assert (recipe.ema_decay, recipe.weight_decay, recipe.mirror, recipe.max_grad_norm) == (0.9999, 0, True, 0)
-    assert (recipe.learning_rate_schedule, recipe.objective, recipe.num_train_timesteps) == ("constant", "noise", 1000)
+    assert (recipe.ema_decay, recipe.weight_decay, recipe.random_flip, recipe.max_grad_norm) == (0.9999, 0, True, 0)
+    assert (recipe.lr_scheduler, recipe.objective, recipe.num_train_timesteps) == ("constant", "noise", 1000)
     assert (recipe.beta_start, recipe.beta_end) == (1e-4, 2e-2)
     assert recipe.config.learn_sigma
     assert recipe.config.class_dropout_prob == 0.1
@@ -363,21 +376,21 @@ def test_the_published_sizes_train_as_the_paper_does(size: str) -> None:
     [
         ("epoch: 3", "A recipe has no field 'epoch'. The nearest names: epochs"),
         ("[1, 2]", "must hold fields of a recipe"),
-        ("a: [", "is no YAML"),
+        ("a: [", "is not valid YAML"),
         ("model: {hiden_size: 3}", "A model has no field 'hiden_size'. The nearest names: hidden_size"),
         ("model: {architectures: 3}", "A model has no field 'architectures'. The nearest names: sample_size"),
         ("data: nowhere", "There is no data 'nowhere'"),
         ("batch_size: 5000", "batch_size 5000 is larger than the data set of 3200"),
-        ("gradient_accumulation: 3", "batch_size 128 cannot be shared equally"),
-        ("data: one", "The data have one class only"),
+        ("gradient_accumulation_steps: 3", "batch_size 128 cannot be divided equally"),
+        ("data: one", "The data have only one class"),
         ("data: empty", "has no images"),
         ("{data: mixed.npz}", "must hold images"),
-        ("{data: torn.npz}", "torn.npz is no archive"),
-        ("{data: words.npz}", "whole labels (N,)"),
+        ("{data: torn.npz}", "torn.npz is not an archive"),
+        ("{data: words.npz}", "integer labels (N,)"),
         ("init_from: nowhere", "nowhere"),
         (
             "{init_from: dit-toy-shapes, objective: flow}",
-            "parameterization 'diffusion' is not trained by the objective 'flow'",
+            "parameterization 'diffusion' cannot be trained with the objective 'flow'",
         ),
         ("{init_from: dit-toy-shapes, num_train_timesteps: 1000}", "was trained with num_train_timesteps 200 and beta"),
         ("{vae: vae}", "The decoder vae takes 4 channels, and the data have 3"),
@@ -405,8 +418,8 @@ def test_a_wrong_recipe_is_one_sentence(tmp_path: Path, text: str, words: str) -
     assert not (tmp_path / "out").exists()
 
 
-def picture_folder(folder: Path, count: int = 20, size: int = 24) -> Path:
-    """Two classes of random pictures, wider than high."""
+def image_folder(folder: Path, count: int = 20, size: int = 24) -> Path:
+    """Two classes of random images, wider than high."""
     for name in ("cats", "dogs"):
         (folder / name).mkdir(parents=True)
         for index in range(count):
@@ -416,24 +429,24 @@ def picture_folder(folder: Path, count: int = 20, size: int = 24) -> Path:
 
 
 def test_a_folder_of_images_trains_and_unreadable_ones_are_left_out(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "pets", count=100)
-    picture = (folder / "dogs" / "7.png").read_bytes()  # with a damaged chunk, which PIL calls a syntax error
-    (folder / "dogs" / "7.png").write_bytes(picture.replace(b"IDAT", b"\1\1\1\1"))
+    folder = image_folder(tmp_path / "pets", count=100)
+    image = (folder / "dogs" / "7.png").read_bytes()  # with a damaged chunk, which PIL calls a syntax error
+    (folder / "dogs" / "7.png").write_bytes(image.replace(b"IDAT", b"\1\1\1\1"))
     dataset = ImageFolder(folder, 16)
     assert (len(dataset), dataset.id2label, dataset.sample_shape) == (200, {0: "cats", 1: "dogs"}, (3, 16, 16))
     model = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_classes": 2, "learn_sigma": False}  # fmt: skip
-    recipe = Recipe(model=model, data=str(folder), epochs=2, batch_size=20, mirror=True)
+    recipe = Recipe(model=model, data=str(folder), epochs=2, batch_size=20, random_flip=True)
     result = train(recipe)
     assert len(result.epoch_losses) == 2
     assert result.pipeline.id2label == {0: "cats", 1: "dogs"}
     for index in range(5):
-        (folder / "cats" / f"{index}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"of 200 pictures cannot be read, more than 1%; the last one is .*png"):
+        (folder / "cats" / f"{index}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"of 200 images cannot be read, more than 1%; the last one is .*png"):
         train(recipe)
 
 
-def test_the_crop_is_the_middle_square_and_mirroring_mirrors(tmp_path: Path) -> None:
+def test_the_crop_is_the_middle_square_and_flips_flip(tmp_path: Path) -> None:
     image = Image.new("RGB", (300, 100), (0, 0, 0))
     image.paste((255, 0, 0), (100, 0, 150, 100))  # the left half of the middle square
     cropped = np.asarray(center_crop(image, 20))
@@ -443,13 +456,13 @@ def test_the_crop_is_the_middle_square_and_mirroring_mirrors(tmp_path: Path) -> 
     image.save(tmp_path / "1.png")
     (tmp_path / "pets" / "cats").mkdir(parents=True)
     image.save(tmp_path / "pets" / "cats" / "1.png")
-    upright, mirrored = (ImageFolder(tmp_path / "pets", 20).read([(0, flip)]).data[0] for flip in (False, True))
-    assert torch.equal(upright.flip(2), mirrored)
+    upright, flipped = (ImageFolder(tmp_path / "pets", 20).read([(0, flip)]).data[0] for flip in (False, True))
+    assert torch.equal(upright.flip(2), flipped)
 
 
-def test_a_schedule_is_a_function_of_seed_and_step() -> None:
-    def keys(first: int, last: int, parts: int = 1, mine: tuple[int, ...] = (0,)) -> list:
-        return list(Schedule(50, 12, parts, mine, True, 3, first, last))
+def test_the_samples_are_a_function_of_seed_and_step() -> None:
+    def keys(first: int, last: int, parts: int = 1, own: tuple[int, ...] = (0,)) -> list:
+        return list(ResumableSampler(50, 12, parts, own, True, 3, first, last))
 
     whole = keys(0, 12)
     assert keys(5, 12) == whole[5:]  # resumed
@@ -458,19 +471,19 @@ def test_a_schedule_is_a_function_of_seed_and_step() -> None:
     for epoch in range(3):  # every sample at most once in a pass of four steps
         positions = [position for step in whole[4 * epoch : 4 * epoch + 4] for position, _ in step]
         assert len(set(positions)) == 48
-    assert 0.3 < np.mean([mirrored for step in whole for _, mirrored in step]) < 0.7
+    assert 0.3 < np.mean([flipped for step in whole for _, flipped in step]) < 0.7
 
 
 def test_latents_are_cached_once_and_trained_from(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
-    folder, vae = picture_folder(tmp_path / "pets"), make_vae()
+    folder, vae = image_folder(tmp_path / "pets"), make_vae()
     vae.save_pretrained(tmp_path / "vae")
     run = dit_hub("latents", folder, "latents", "--vae", "vae", "--size", "16", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     cached = CachedLatents(tmp_path / "latents")
     assert (len(cached), cached.sample_shape, cached.id2label) == (40, (4, 8, 8), {0: "cats", 1: "dogs"})
-    pictures = ImageFolder(folder, 16).read([(3, False), (30, True)])
+    images = ImageFolder(folder, 16).read([(3, False), (30, True)])
     with torch.no_grad():
-        latents = vae.encode(pictures.data).latent_dist
+        latents = vae.encode(images.data).latent_dist
     read = cached.read([(3, False), (30, True)])
     torch.testing.assert_close(read.data, torch.cat([latents.mean, latents.std], dim=1), atol=5e-3, rtol=2e-3)
     assert read.labels.tolist() == [0, 1]
@@ -478,7 +491,7 @@ def test_latents_are_cached_once_and_trained_from(tmp_path: Path, make_vae: Call
              "num_classes": 2}  # fmt: skip
     result = train(Recipe(model=model, data=str(tmp_path / "latents"), steps=4, batch_size=8, num_train_timesteps=1000))
     assert result.pipeline.scheduler.config["variance_type"] == "learned_range"
-    # The whole command, which has no decoder to draw pictures with at its end.
+    # The whole command, which has no decoder to draw images with at its end.
     (tmp_path / "mine.yaml").write_text(json.dumps({"model": model, "data": "latents", "steps": 4, "batch_size": 8,
                                                     "objective": "flow", "num_train_timesteps": 1000}))  # fmt: skip
     run = dit_hub("train", "mine.yaml", "--out", "out", cwd=tmp_path)
@@ -486,19 +499,17 @@ def test_latents_are_cached_once_and_trained_from(tmp_path: Path, make_vae: Call
     assert DiTPipeline.from_pretrained(tmp_path / "out").transformer.config.out_channels == 4
 
 
-def test_latents_tell_what_they_leave_out_and_refuse_other_pictures(
-    tmp_path: Path, make_vae: Callable[..., Any]
-) -> None:
-    folder = picture_folder(tmp_path / "pets")
+def test_latents_tell_what_they_leave_out_and_refuse_other_images(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    folder = image_folder(tmp_path / "pets")
     make_vae().save_pretrained(tmp_path / "vae")
-    (folder / "cats" / "3.png").write_bytes(b"no picture")
+    (folder / "cats" / "3.png").write_bytes(b"no image")
     run = dit_hub("latents", folder, "latents", "--vae", "vae", "--size", "16", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "3.png cannot be read and is left out" in run.stdout.replace("\n", "")
-    assert "39 pictures are encoded" in run.stdout
+    assert "39 images are encoded" in run.stdout
     for arguments, words in (
         ((folder, "latents", "--size", "24"), "holds latents of other data, of another size or VAE"),
-        (("digits", "other"), "The pictures have 1 channels, and the VAE takes 3"),
+        (("digits", "other"), "The images have 1 channels, and the VAE takes 3"),
         ((folder, "other", "--device", "cuda:7"), "There is no device 'cuda:7' here"),
     ):
         run = dit_hub("latents", *arguments, "--vae", "vae", cwd=tmp_path)
@@ -509,8 +520,8 @@ def test_latents_tell_what_they_leave_out_and_refuse_other_pictures(
         CachedLatents(tmp_path / "latents")
 
 
-def test_latents_go_on_where_they_stopped(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
-    dataset, vae = ImageFolder(picture_folder(tmp_path / "pets"), 16), make_vae()
+def test_latents_resume_where_they_stopped(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    dataset, vae = ImageFolder(image_folder(tmp_path / "pets"), 16), make_vae()
     whole = cache_latents(dataset, vae, tmp_path / "whole", shard_size=16)
     cut = cache_latents(dataset, vae, tmp_path / "cut", shard_size=16)
     (cut / "latents.json").unlink()
@@ -535,16 +546,16 @@ def test_latents_go_on_where_they_stopped(tmp_path: Path, make_vae: Callable[...
         {"objective": "v"},
         {"objective": "flow", "logit_normal": True, "num_train_timesteps": 1000},
         {"min_snr_gamma": 5.0},
-        {"gradient_accumulation": 4},
+        {"gradient_accumulation_steps": 4},
         {"gradient_checkpointing": True},
-        {"learning_rate_schedule": "constant", "weight_decay": 0.01},
+        {"lr_scheduler": "constant", "weight_decay": 0.01},
     ],
 )
 def test_settings_train_and_their_pipeline_samples(settings: dict[str, Any], tmp_path: Path) -> None:
     recipe = replace(SHORT, **settings)
     result = train(recipe)
     assert result.epoch_losses[-1] < result.epoch_losses[0]
-    if set(settings) & {"gradient_accumulation", "gradient_checkpointing"}:  # the same sums in another order
+    if set(settings) & {"gradient_accumulation_steps", "gradient_checkpointing"}:  # the same sums in another order
         torch.testing.assert_close(
             torch.tensor(result.epoch_losses), torch.tensor(train(SHORT).epoch_losses), atol=1e-4, rtol=0
         )
@@ -555,7 +566,7 @@ def test_settings_train_and_their_pipeline_samples(settings: dict[str, Any], tmp
 
 
 def test_fine_tuning_keeps_what_it_does_not_train(tmp_path: Path) -> None:
-    picture_folder(tmp_path / "pets", size=16)
+    image_folder(tmp_path / "pets", size=16)
     recipe = Recipe(init_from="dit-toy-shapes", data=str(tmp_path / "pets"), steps=3, batch_size=8, lora_rank=2,
                     **TOYS_NOISE)  # fmt: skip
     trained = dict(train(recipe).pipeline.transformer.state_dict())
@@ -594,7 +605,7 @@ def test_one_process_trains_in_one_precision_after_another() -> None:
 
 
 def test_adapters_are_kept_apart_and_merged_when_loaded(tmp_path: Path) -> None:
-    picture_folder(tmp_path / "pets", size=16)
+    image_folder(tmp_path / "pets", size=16)
     settings = ("init_from=dit-toy-shapes", "data=pets", "steps=3", "batch_size=8", "lora_rank=2", *TOYS_NOISE_SETTINGS)
     for name, merge in (("merged", "true"), ("apart", "false")):
         run = dit_hub("train", "toy", *settings, f"merge_adapters={merge}", "--out", name, cwd=tmp_path)
@@ -633,7 +644,7 @@ def test_weights_are_shared_on_the_device_of_the_run(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         weights = Weights(Recipe(fsdp=True), make_model(), Accelerator(cpu=True))
-        assert {cast(Any, weight).device_mesh.device_type for weight in weights.trained} == {"cpu"}
+        assert {cast(Any, weight).device_mesh.device_type for weight in weights.trainable} == {"cpu"}
     finally:
         dist.destroy_process_group()
 
@@ -645,7 +656,7 @@ def test_frozen_parts_stay_as_they_were() -> None:
         frozen = name.startswith(("blocks.0.", "blocks.1.")) or "embedder" in name
         assert trained[name].equal(before) == frozen, name
     for pattern, words in (("nothing", "matches no parameter; they have names like"), (".", "leaves nothing to train"),
-                           ("(", "is no regular expression")):  # fmt: skip
+                           ("(", "is not a regular expression")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             train(replace(recipe, freeze=pattern))
 
@@ -653,7 +664,7 @@ def test_frozen_parts_stay_as_they_were() -> None:
 @pytest.mark.parametrize(
     "settings", [{"freeze": r"^blocks\.0\."}, {"init_from": "dit-toy-shapes", "lora_rank": 2, **TOYS_NOISE}]
 )
-def test_a_run_that_trains_a_part_goes_on_where_it_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_trains_a_part_resumes_where_it_was_cut(settings: dict[str, Any], tmp_path: Path) -> None:
     recipe = replace(SHORT, save_every=4, ema_decay=0.9, **settings)
     whole = train(recipe).pipeline.transformer.state_dict()
 
@@ -670,7 +681,7 @@ def test_a_run_that_trains_a_part_goes_on_where_it_was_cut(settings: dict[str, A
 def test_latents_get_the_decoder_that_the_recipe_names(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
     vae = make_vae()
     vae.save_pretrained(tmp_path / "vae")
-    cache_latents(ImageFolder(picture_folder(tmp_path / "pets"), 16), vae, tmp_path / "latents")
+    cache_latents(ImageFolder(image_folder(tmp_path / "pets"), 16), vae, tmp_path / "latents")
     model = {"sample_size": 8, "in_channels": 4, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_classes": 2}  # fmt: skip
     recipe = Recipe(model=model, data=str(tmp_path / "latents"), steps=4, batch_size=8, sample_every=2)
@@ -684,12 +695,12 @@ def test_latents_get_the_decoder_that_the_recipe_names(tmp_path: Path, make_vae:
 
 
 def test_a_loss_that_is_not_finite_stops_or_is_skipped() -> None:
-    pictures, labels = shapes(16, 0)
-    pictures[37] = float("nan")
-    dataset = Pictures(pictures, labels, ID2LABEL, "", "")
+    images, labels = shapes(16, 0)
+    images[37] = float("nan")
+    dataset = InMemoryImages(images, labels, ID2LABEL, "", "")
     with pytest.raises(TrainingError, match=r"The loss of step \d+ is nan, on the samples .* There is no checkpoint."):
         train(SHORT, dataset=dataset)
-    pictures_without = Pictures(pictures * float("nan"), labels, ID2LABEL, "", "")
+    pictures_without = InMemoryImages(images * float("nan"), labels, ID2LABEL, "", "")
     with pytest.raises(TrainingError, match="20 steps in a row were skipped"):
         train(replace(SHORT, skip_nan=True, epochs=30), dataset=pictures_without)
     result = train(replace(SHORT, skip_nan=True), dataset=dataset)

@@ -33,7 +33,7 @@ def environment(rank: int, processes: int, local_rank: int, local_processes: int
 
 
 def _main(told: dict[str, str], errors: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Be one of the processes; what the user could mend is one sentence and exit status 2, as at the command line."""
+    """Be one of the processes; what the user could fix is one sentence and exit status 2, as at the command line."""
     os.environ.update(told)
     os.dup2(os.open(errors, os.O_WRONLY), 2)
     try:

@@ -153,14 +153,14 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the trained pipeline; default: outputs/RECIPE.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: go on from the last checkpoint of a run that was cut; never: start anew.")
+        str, typer.Option(help="auto: resume from the last checkpoint of a run that was cut; never: start over.")
     ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model and save it as a pipeline folder.
 
-    A run that was stopped goes on when the same command is given again; one that was killed, from its last checkpoint,
-    of which save_every says how often there is one.
+    The same command resumes a run that was stopped, or one that was killed from its last checkpoint; save_every is the
+    number of steps between checkpoints.
     """
     from .files import check_free
 
@@ -171,7 +171,7 @@ def train(
     quiet_libraries()
     from .training.recipe import get_recipe
 
-    for module in ("accelerate", "matplotlib", "tensorboard"):  # before the work: some are needed at its end
+    for module in ("accelerate", "matplotlib", "tensorboard"):  # before the work: some are needed only at its end
         require(module, "train")
 
     changes = dict(_split_setting(setting) for setting in settings or [])
@@ -185,15 +185,15 @@ def train(
 @app.command()
 def latents(
     data: Annotated[
-        str, typer.Argument(help="A folder of images, or of one for each class, an .npz archive or hf:NAME.")
+        str, typer.Argument(help="A folder of images, or of one folder per class, an .npz archive or hf:NAME.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the latents; one that was cut goes on.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the latents; a run that was cut resumes there.")],
     vae: Annotated[str, typer.Option(help="A folder or Hub id of an AutoencoderKL.")] = "stabilityai/sd-vae-ft-mse",
-    size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Pictures at a time.")] = 16,
+    size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
-    """Encode pictures and their mirror images once, to train from without the VAE."""
+    """Encode images and their mirror images once, to train without the VAE."""
     quiet_libraries()
     require("accelerate", "train")
     from diffusers import AutoencoderKL
@@ -212,7 +212,7 @@ def latents(
     encoder: Any = AutoencoderKL.from_pretrained(vae)
     _, height, width = dataset.sample_shape
     if (height, width) != (size, size):
-        print(f"The pictures of {data} are {height}x{width}, whatever --size.")
+        print(f"The images of {data} are {height}x{width}, whatever --size.")
     for note in dataset.notes:
         print(note)
     with Progress() as bar:
@@ -227,7 +227,7 @@ def latents(
                 f"{name} cannot be read and is left out.", markup=False, highlight=False, soft_wrap=True
             ),
         )
-    print(f"{len(CachedLatents(out))} pictures are encoded in {out}; train from them with data={out}")
+    print(f"{len(CachedLatents(out))} images are encoded in {out}; train on them with data={out}")
 
 
 @export_app.command("onnx")

@@ -1,6 +1,6 @@
-"""What training regresses, as pure functions of tensors of any shape (N, ...).
+"""Training objectives, as pure functions of tensors of any shape (N, ...).
 
-Each takes the network, the schedule, clean data, noise and times, and returns the loss of each sample, (N,).
+Each takes the network, the noise schedule, clean data, noise and timesteps, and returns the loss of each sample, (N,).
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-# A network that predicts from noisy data (N, ...) and timesteps (N,), under any further named arguments.
+# A network that predicts from noisy data (N, ...) and timesteps (N,), with any further keyword arguments.
 Denoiser = Callable[..., Tensor]
 
 
@@ -29,11 +29,11 @@ def noise_prediction(
 
     Args:
         denoiser: predicts the noise.
-        scheduler: gives the noise levels.
+        scheduler: its betas are the noise levels.
         clean: data (N, ...).
         noise: standard normal (N, ...).
         timestep: integers (N,) below `scheduler.config.num_train_timesteps`.
-        conditions: passed on to the denoiser.
+        conditions: further arguments of the denoiser.
 
     Returns:
         The loss of each sample, (N,).
@@ -52,8 +52,8 @@ def noise_and_variance(
 ) -> Tensor:
     """L_simple plus the variational bound of a learned variance (Nichol and Dhariwal 2021, Section 3.1; the paper's).
 
-    Arguments as for `noise_prediction`; the denoiser returns twice the channels (dimension 1): the noise, then where
-    the log variance lies between its bounds, in -1..1. The bound trains the variance alone.
+    Arguments as for `noise_prediction`; the denoiser returns twice the channels (dimension 1): the noise, then the
+    position of the log variance between its bounds, in -1..1. The bound trains only the variance.
     """
     noisy = _noisy(scheduler, clean, noise, timestep)
     predicted, fraction = denoiser(noisy, timestep, **conditions).chunk(2, dim=1)
@@ -64,16 +64,16 @@ def noise_and_variance(
 def variational_bound(
     scheduler: DDPMScheduler, clean: Tensor, noisy: Tensor, timestep: Tensor, predicted: Tensor, fraction: Tensor
 ) -> Tensor:
-    """A term of the variational bound, in bits per dimension: (N,).
+    """One term of the variational bound, (N,) in bits per dimension.
 
-    For t > 0 the divergence of the model's step from the true posterior (Ho et al. 2020, equations 5 to 7); at t = 0
-    the likelihood of data in steps of 1/127.5 (their Section 3.3).
+    For t > 0 it is the KL divergence between the true posterior and the model's step (Ho et al. 2020, equations 5 to
+    7); at t = 0 the negative log-likelihood of data in steps of 1/127.5 (their Section 3.3).
 
     Args:
         scheduler, clean, timestep: as for `noise_prediction`.
-        noisy: data at `timestep`.
-        predicted: noise (N, ...).
-        fraction: (N, ...) in -1..1, between the posterior's log variance and that of beta (Nichol and Dhariwal,
+        noisy: the data at `timestep`, (N, ...).
+        predicted: the predicted noise (N, ...).
+        fraction: (N, ...) in -1..1, from the posterior's log variance to the logarithm of beta (Nichol and Dhariwal,
             equation 15).
     """
     tables = _tables(scheduler, clean.device, torch.float32)
@@ -81,10 +81,10 @@ def variational_bound(
     def at(values: Tensor) -> Tensor:
         return _at(values, timestep, clean)
 
-    of_clean, of_noisy = at(tables.of_clean), at(tables.of_noisy)
-    estimate = (noisy - at(tables.deviation) * predicted) / at(tables.signal)
-    mean = of_clean * estimate + of_noisy * noisy
-    true_mean, true_log_variance = of_clean * clean + of_noisy * noisy, at(tables.log_variance)
+    clean_weight, noisy_weight = at(tables.clean_weight), at(tables.noisy_weight)
+    estimate = (noisy - at(tables.noise_scale) * predicted) / at(tables.signal_scale)
+    mean = clean_weight * estimate + noisy_weight * noisy
+    true_mean, true_log_variance = clean_weight * clean + noisy_weight * noisy, at(tables.log_variance)
     share = (fraction + 1) / 2
     model_log_variance = share * at(tables.log_beta) + (1 - share) * true_log_variance
 
@@ -95,9 +95,9 @@ def variational_bound(
         + (true_mean - mean).square() * (-model_log_variance).exp()
         - 1
     )
-    surprise = -_log_likelihood(clean, mean, (0.5 * model_log_variance).exp())
+    negative_log_likelihood = -_log_likelihood(clean, mean, (0.5 * model_log_variance).exp())
     first = (timestep == 0).view(-1, *[1] * (clean.dim() - 1))
-    return torch.where(first, surprise, divergence).flatten(1).mean(dim=1) / math.log(2)
+    return torch.where(first, negative_log_likelihood, divergence).flatten(1).mean(dim=1) / math.log(2)
 
 
 def v_prediction(
@@ -112,8 +112,8 @@ def v_prediction(
 
     Arguments as for `noise_prediction`.
     """
-    signal, deviation = _levels(scheduler, clean, timestep)
-    noisy, target = signal * clean + deviation * noise, signal * noise - deviation * clean
+    signal, sigma = _levels(scheduler, clean, timestep)
+    noisy, target = signal * clean + sigma * noise, signal * noise - sigma * clean
     return _mean_square(denoiser(noisy, timestep, **conditions) - target)
 
 
@@ -136,21 +136,21 @@ def flow_matching(
 
 
 def min_snr_weight(scheduler: DDPMScheduler, timestep: Tensor, gamma: float, prediction: str = "noise") -> Tensor:
-    """(N,) weights that stop easy, nearly clean samples from ruling the loss (Hang et al. 2023, Section 3.4).
+    """Weights (N,) that keep easy, nearly clean samples from dominating the loss (Hang et al. 2023, Section 3.4).
 
     Args:
         scheduler, timestep: as for `noise_prediction`.
-        gamma: bound of the signal-to-noise ratio; the paper takes 5.
+        gamma: bound of the signal-to-noise ratio; 5 in the paper.
         prediction: "noise" or "v".
     """
-    ratio = _tables(scheduler, timestep.device, torch.float32).ratio[timestep]
-    return ratio.clamp(max=gamma) / (ratio if prediction == "noise" else ratio + 1)
+    snr = _tables(scheduler, timestep.device, torch.float32).snr[timestep]
+    return snr.clamp(max=gamma) / (snr if prediction == "noise" else snr + 1)
 
 
 def uniform_timesteps(
     count: int, scheduler: Any, device: torch.device | str = "cpu", generator: torch.Generator | None = None
 ) -> Tensor:
-    """(count,) timesteps, each equally likely."""
+    """Draw (count,) timesteps, int64, each equally likely."""
     steps = scheduler.config["num_train_timesteps"]
     return torch.randint(0, steps, (count,), device=device, generator=generator)
 
@@ -162,22 +162,22 @@ def flow_timesteps(
     generator: torch.Generator | None = None,
     logit_normal: bool = False,
 ) -> Tensor:
-    """(count,) times of `flow_matching`: uniform, or logit-normal, for the middle (Esser et al. 2024, Section 3.1)."""
+    """Draw (count,) float timesteps, uniform or logit-normal (Esser et al. 2024, Section 3.1)."""
     draw = torch.randn if logit_normal else torch.rand
     times = draw(count, device=device, generator=generator)
     return (times.sigmoid() if logit_normal else times) * scheduler.config["num_train_timesteps"]
 
 
 def _noisy(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4)."""
-    signal, deviation = _levels(scheduler, clean, timestep)
-    return signal * clean + deviation * noise
+    """Draw from q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4)."""
+    signal, sigma = _levels(scheduler, clean, timestep)
+    return signal * clean + sigma * noise
 
 
 def _levels(scheduler: DDPMScheduler, clean: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, ...): as the scheduler's, but exact, as in the official code."""
+    """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, ...): the scheduler's, but exact, as in the official code."""
     tables = _tables(scheduler, clean.device, clean.dtype)
-    return _at(tables.signal, timestep, clean), _at(tables.deviation, timestep, clean)
+    return _at(tables.signal_scale, timestep, clean), _at(tables.noise_scale, timestep, clean)
 
 
 def _at(values: Tensor, timestep: Tensor, data: Tensor) -> Tensor:
@@ -187,47 +187,50 @@ def _at(values: Tensor, timestep: Tensor, data: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the objectives look up by timestep, each (T,).
+    """Tables that the objectives look up by timestep, each (T,).
 
     Args:
-        signal, deviation: sqrt(abar) and sqrt(1 - abar).
-        ratio: of signal and noise, abar / (1 - abar).
+        signal_scale, noise_scale: sqrt(abar) and sqrt(1 - abar).
+        snr: the signal-to-noise ratio, abar / (1 - abar).
         log_beta, log_variance: the bounds of a learned log variance; the lower one is the posterior's.
-        of_clean, of_noisy: weights of the posterior's mean (Ho et al. 2020, equation 7).
+        clean_weight, noisy_weight: weights in the posterior's mean (Ho et al. 2020, equation 7).
     """
 
-    signal: Tensor
-    deviation: Tensor
-    ratio: Tensor
+    signal_scale: Tensor
+    noise_scale: Tensor
+    snr: Tensor
     log_beta: Tensor
     log_variance: Tensor
-    of_clean: Tensor
-    of_noisy: Tensor
+    clean_weight: Tensor
+    noisy_weight: Tensor
 
 
 @lru_cache(maxsize=8)
 def _tables(scheduler: DDPMScheduler, device: torch.device, dtype: torch.dtype) -> _Tables:
-    """Of a scheduler; kept, since training looks them up several times a step."""
-    with torch.inference_mode(False), torch.no_grad():  # or a first use without gradients would shut out training
+    """The tables of a scheduler; cached, since training looks them up several times a step."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # tensors of a first use in inference mode could not be trained with
         betas = _exact_betas(scheduler)
         alpha_bar = (1 - betas).cumprod(0)
         before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alpha_bar[:-1]])
         variance = betas * (1 - before) / (1 - alpha_bar)
         values = {
-            "signal": alpha_bar.sqrt(),
-            "deviation": (1 - alpha_bar).sqrt(),
-            "ratio": alpha_bar / (1 - alpha_bar),
+            "signal_scale": alpha_bar.sqrt(),
+            "noise_scale": (1 - alpha_bar).sqrt(),
+            "snr": alpha_bar / (1 - alpha_bar),
             "log_beta": betas.log(),
-            # That of t = 0 is zero: the next one stands for it.
+            # The variance at t = 0 is zero; the next one stands in for it.
             "log_variance": torch.cat([variance[1:2], variance[1:]]).log(),
-            "of_clean": betas * before.sqrt() / (1 - alpha_bar),
-            "of_noisy": (1 - before) * (1 - betas).sqrt() / (1 - alpha_bar),
+            "clean_weight": betas * before.sqrt() / (1 - alpha_bar),
+            "noisy_weight": (1 - before) * (1 - betas).sqrt() / (1 - alpha_bar),
         }
         return _Tables(**{name: value.to(dtype).to(device) for name, value in values.items()})  # MPS has no float64
 
 
 def _exact_betas(scheduler: DDPMScheduler) -> Tensor:
-    """(T,) in float64; the scheduler's are rounded to float32, which moves the bound by 1e-4 at the first step."""
+    """The betas (T,) in float64; the scheduler's float32 ones move the bound by 1e-4 at the first step."""
     config = scheduler.config
     changed = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr")
     if config["beta_schedule"] == "linear" and not changed:
@@ -240,12 +243,12 @@ def _mean_square(difference: Tensor) -> Tensor:
     return difference.square().flatten(1).mean(dim=1)
 
 
-def _log_likelihood(data: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Of data in -1..1 on a grid of 1/127.5, under a normal distribution whose ends take what lies outside."""
+def _log_likelihood(data: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The log-likelihood of data in -1..1 on a grid of 1/127.5 under a normal distribution; the end bins are open."""
 
     def below(edge: Tensor) -> Tensor:
-        """The normal distribution function, in the tanh form that the official numbers have."""
-        scaled = (edge - mean) / deviation
+        """The normal CDF in the tanh approximation, with which the official numbers were made."""
+        scaled = (edge - mean) / std
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (scaled + 0.044715 * scaled**3)))
 
     upper, lower = below(data + 1 / 255), below(data - 1 / 255)

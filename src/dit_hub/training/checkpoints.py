@@ -1,4 +1,8 @@
-"""Checkpoints of a run: whole or absent, and enough to go on as if nothing had happened; its folder, for one run."""
+"""The folder of a run: its lock and its checkpoints, which appear whole or not at all.
+
+`torch.distributed.checkpoint.save` is not used for them: it writes shards in place with pickled metadata, or
+safetensors without the optimizer's settings. These are safetensors and JSON, and open as a pipeline.
+"""
 
 import json
 import re
@@ -18,20 +22,23 @@ from torch import Tensor
 from ..files import locked, new_folder, remove_folder
 from ..manifest import MANIFEST_FILE
 
+# Logs lie beside the checkpoints, and then in the pipeline's folder; the Hub shows TensorBoard's from "runs".
+LOGS_FOLDER = "runs"
+
 STATE_FILE = "state.json"
 _NAME = "step-{:08d}"
 
 
 @dataclass
 class Checkpoint:
-    """A moment of a run.
+    """The state of a run after a step.
 
     Args:
         step: optimizer steps done.
-        tensors: by part ("model", "ema", "optimizer") and name.
-        facts: of JSON: the recipe, the losses so far, counters.
-        pipeline: a `DiTPipeline` of the model's configuration, whose weights are not looked at; with it, the folder is
-            one for `DiTPipeline.from_pretrained` as well. None for none.
+        tensors: by part ("model", "ema-9999", "optimizer") and name.
+        facts: what JSON can hold: the recipe, the losses so far, counters.
+        pipeline: a `DiTPipeline` of the model's configuration, whose weights are not used. With it, the folder is also
+            a pipeline for `DiTPipeline.from_pretrained`; None for adapters.
     """
 
     step: int
@@ -41,30 +48,30 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the last `keep`. The disk is synced before an older one goes.
+    """Write a checkpoint, then remove all but the last `keep`. The disk is synced before an older one is removed.
 
     Raises:
-        OSError: it cannot be written; those that are there stay.
+        OSError: it cannot be written; the older ones stay.
     """
     target = folder / _NAME.format(checkpoint.step)
     try:
         with new_folder(target, overwrite=True) as building:
             for part, tensors in checkpoint.tensors.items():
-                whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-                save_file(whole, building / f"{part}.safetensors", metadata={"format": "pt"})
+                contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(contiguous, building / f"{part}.safetensors", metadata={"format": "pt"})
             if checkpoint.pipeline is not None:
-                _show_as_pipeline(checkpoint, building)
+                _add_pipeline_files(checkpoint, building)
             facts = {"step": checkpoint.step, **checkpoint.facts}
             (building / STATE_FILE).write_text(json.dumps(facts) + "\n")
-    except ValueError as error:  # somebody's files are in its place
+    except ValueError as error:  # the user's files are in its place
         raise OSError(str(error)) from error
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
     return target
 
 
-def _show_as_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
-    """Add what makes a pipeline of the folder; its weights, averaged if there is an average, are a link."""
+def _add_pipeline_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Make a pipeline of a checkpoint's folder; its weights, the first average if there is one, are a link."""
     pipeline = checkpoint.pipeline
     pipeline.save_config(folder)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
@@ -78,7 +85,7 @@ def _show_as_pipeline(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run, the oldest first."""
+    """The checkpoints of a run, the oldest first."""
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if re.fullmatch(r"step-\d{8}", path.name))
@@ -100,12 +107,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def damaged(path: Path, error: Exception) -> ValueError:
-    """What to say of a checkpoint that cannot be gone on from."""
-    return ValueError(f"The checkpoint {path} is damaged ({error}); remove it to go on from an older one.")
+    """The error about a checkpoint from which a run cannot resume."""
+    return ValueError(f"The checkpoint {path} is damaged ({error}); remove it to resume from an older one.")
 
 
 def remove_checkpoints(folder: Path | None) -> None:
-    """Remove those of a run, which would be taken for those of the next. Files that others put there stay."""
+    """Remove the checkpoints of a run, from which the next run would resume. The user's own files stay."""
     for path in checkpoints(folder) if folder else []:
         _remove(path)
 
@@ -113,16 +120,16 @@ def remove_checkpoints(folder: Path | None) -> None:
 def _remove(checkpoint: Path) -> None:
     if (checkpoint / MANIFEST_FILE).is_file():
         remove_folder(checkpoint)
-    else:  # an older release's
+    else:  # written by an older release
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 @contextmanager
 def lock_run(folder: Path | None) -> Iterator[None]:
-    """Keep the folder of a run, if it has one, for this run alone. All processes of a run enter together.
+    """Reserve a run's folder, if it has one, for this run. All processes of the run must enter.
 
     Raises:
-        ValueError: another run has it.
+        ValueError: another run uses it.
     """
     if folder is None:
         yield
@@ -132,7 +139,7 @@ def lock_run(folder: Path | None) -> Iterator[None]:
     with ExitStack() as stack:
         if state.is_main_process:
             try:
-                stack.enter_context(locked(folder, f"Another training is at work in {folder}; wait for it to end, or "
+                stack.enter_context(locked(folder, f"Another training is running in {folder}; wait for it to end, or "
                                            "train to another --out."))  # fmt: skip
             except (OSError, ValueError) as error:
                 problem = [str(error)]
@@ -143,7 +150,7 @@ def lock_run(folder: Path | None) -> Iterator[None]:
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state by names of parameters, as tensors "name/key" and the settings of its groups."""
+    """An optimizer's state, by parameter name, as tensors "name/key" and the settings of its groups."""
     tensors = {f"{name}/{key}": value for name, values in state["state"].items() for key, value in values.items()}
     return tensors, state["param_groups"]
 

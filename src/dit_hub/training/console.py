@@ -1,4 +1,4 @@
-"""Training at the command line: the run, the loss table, the folder."""
+"""Training at the command line: progress, the result's folder, the loss table."""
 
 import os
 import shutil
@@ -11,9 +11,8 @@ from rich.table import Table
 
 from ..files import TakenError, check_free, remove_leftovers
 from ..hub import push_folder
-from .checkpoints import checkpoints, lock_run, remove_checkpoints
+from .checkpoints import LOGS_FOLDER, checkpoints, lock_run, remove_checkpoints
 from .loop import train
-from .monitor import LOGS_FOLDER
 from .output import published_losses, save_result
 from .progress import training_progress
 from .recipe import Recipe
@@ -23,10 +22,10 @@ from .result import TrainingResult
 def train_and_save(
     recipe: Recipe, output_dir: str | os.PathLike, command: str, overwrite: bool = False, resume: bool = True
 ) -> None:
-    """Train with a progress bar, save the pipeline folder and print what was reached; see `train` and `save_result`.
+    """Train with a progress bar, save the pipeline folder and print the losses; see `train` and `save_result`.
 
-    Checkpoints lie beside the output, in `<output_dir>.run`, and go when the pipeline is there. Until then nothing else
-    trains there. Ctrl-C ends with status 130.
+    Checkpoints lie beside the output, in `<output_dir>.run`, which no other run can use meanwhile, and are removed once
+    the pipeline is saved. Ctrl-C ends with status 130.
     """
     check_free(output_dir, overwrite)
     run_folder = Path(f"{Path(output_dir)}.run")
@@ -37,8 +36,8 @@ def train_and_save(
             _train_and_save(recipe, output_dir, command, overwrite, resume, run_folder)
     except KeyboardInterrupt:
         if PartialState().is_main_process:
-            print(f"Stopped. {_where_to_go_on(run_folder)}")
-        sys.exit(130)  # as shells count it, so that a script does not go on
+            print(f"Stopped. {_resume_hint(run_folder)}")
+        sys.exit(130)  # the status of Ctrl-C in shells, so that a script stops too
 
 
 def _train_and_save(
@@ -50,7 +49,7 @@ def _train_and_save(
     if not result.main_process:
         return
     if not result.finished:
-        print(f"Stopped; the checkpoint is in {run_folder}, and the same command goes on from it.")
+        print(f"Stopped; the checkpoint is in {run_folder}, and the same command resumes from it.")
         return
     with console.status("Drawing samples…"):
         _save(result, output_dir, command, overwrite, run_folder)
@@ -65,13 +64,13 @@ def _train_and_save(
             print(f"Pushed: {push_folder(output_dir, recipe.push_to_hub)}")
         except (OSError, ValueError) as error:
             again = f"`dit-hub push {output_dir} {recipe.push_to_hub}` tries again."
-            raise type(error)(f"{error} The result is whole in {output_dir}; {again}") from None
+            raise type(error)(f"{error} The whole result is in {output_dir}; {again}") from None
 
 
 def _save(
     result: TrainingResult, output_dir: str | os.PathLike, command: str, overwrite: bool, run_folder: Path
 ) -> None:
-    """Save the result; the checkpoints go once it is whole, be it under another name."""
+    """Save the result, then remove the checkpoints; also where it had to take another name."""
     try:
         save_result(result, output_dir, command, overwrite, late=True)
     except TakenError:
@@ -79,20 +78,20 @@ def _save(
         raise
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{error} {_where_to_go_on(run_folder)}") from error
+        raise kind(f"{error} {_resume_hint(run_folder)}") from error
     _remove_run(run_folder)
 
 
-def _where_to_go_on(run_folder: Path) -> str:
-    """What is left of a run that did not come to its end, or not to its result."""
+def _resume_hint(run_folder: Path) -> str:
+    """A sentence about the checkpoint of a run that was stopped, or whose result was not saved."""
     kept = checkpoints(run_folder)
-    return f"The checkpoint {kept[-1]} stays, and the same command goes on from it." if kept else (
-        "There is no checkpoint to go on from."
+    return f"The checkpoint {kept[-1]} stays, and the same command resumes from it." if kept else (
+        "There is no checkpoint to resume from."
     )  # fmt: skip
 
 
 def _remove_run(run_folder: Path) -> None:
-    """Remove checkpoints and logs, which the result has; what others put there stays."""
+    """Remove checkpoints and logs, which are in the result; the user's own files stay."""
     remove_leftovers(run_folder)
     remove_checkpoints(run_folder)
     shutil.rmtree(run_folder / LOGS_FOLDER, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What is trained on: pictures with or without labels, from the package, an archive, a folder or cached latents."""
+"""Training data: images with or without labels, built in or from an archive or a folder, and cached latents."""
 
 import json
 import zipfile
@@ -15,24 +15,24 @@ from torch.utils.data import Sampler
 
 from ..checks import listed
 from ..extras import require
-from .images import UNREADABLE, enlarged, find_images, name_of, read_picture
+from .images import UNREADABLE, enlarged, find_images, name_of, read_image
 
-# More unreadable pictures than this share of the data set, and something is wrong with it.
+# The largest share of a data set that may be unreadable; above it, something is wrong with the data.
 _MOST_UNREADABLE = 0.01
 
-# A position in the data set, and whether to mirror the picture there.
+# A position in the data set, and whether to flip the image there.
 Key = tuple[int, bool]
 
 
 @dataclass
 class Batch:
-    """Some samples.
+    """A batch of samples.
 
     Args:
-        data: (N, C, H, W) pictures in -1..1, or (N, 2C, H, W) means and deviations of latents.
-        labels: (N,) integers; zeros for data without classes.
-        positions: in the data set, of each sample.
-        unreadable: files that could not be read and are left out.
+        data: (N, C, H, W) float32 images in -1..1, or (N, 2C, H, W) means and standard deviations of latents.
+        labels: (N,) int64; zeros for data without classes.
+        positions: position of each sample in the data set.
+        unreadable: names of the files that could not be read and are left out.
     """
 
     data: Tensor
@@ -41,28 +41,28 @@ class Batch:
     unreadable: list[str]
 
     def pin_memory(self) -> "Batch":
-        """In memory that a GPU copies from while it computes; torch's loader calls it."""
+        """The batch in memory from which a GPU copies while it computes; torch's loader calls it."""
         return replace(self, data=self.data.pin_memory(), labels=self.labels.pin_memory())
 
 
 def check_unreadable(unreadable: int, count: int, last: str = "") -> None:
-    """Raise ValueError where more of a data set cannot be read than can be left out; `last` names one of them."""
+    """Raise ValueError if more files are unreadable than can be left out; `last` names one of them."""
     if unreadable > max(1, _MOST_UNREADABLE * count):
         named = f"; the last one is {last}" if last else ""
-        raise ValueError(f"{unreadable} of {count} pictures cannot be read, more than {_MOST_UNREADABLE:.0%}{named}.")
+        raise ValueError(f"{unreadable} of {count} images cannot be read, more than {_MOST_UNREADABLE:.0%}{named}.")
 
 
 class Dataset(Protocol):
-    """What the loop needs to know of data.
+    """Data that the loop can train on.
 
-    Args:
+    Attributes:
         id2label: names of the classes by id; empty for data without labels.
-        sample_shape: (C, H, W) of what the model sees.
-        is_latent: whether `read` returns means and deviations of latents.
-        scaling_factor, shift_factor: of latents; the model sees (latents - shift_factor) * scaling_factor.
+        sample_shape: (C, H, W) of the model's input.
+        is_latent: whether `read` returns means and standard deviations of latents.
+        scaling_factor, shift_factor: of latents; the model's input is (latents - shift_factor) * scaling_factor.
         description: a sentence for the card.
-        license: of the data, as the Hub writes it.
-        notes: sentences about what is left out or changed, to be said when work with the data begins.
+        license: the Hub's identifier of the data's licence.
+        notes: sentences about files that are left out or images that are changed, for the start of a run.
     """
 
     id2label: dict[int, str]
@@ -81,8 +81,8 @@ class Dataset(Protocol):
     def read(self, keys: Sequence[Key]) -> Batch: ...
 
 
-class Pictures:
-    """Pictures that are in memory: (N, C, H, W) float in -1..1, or uint8, and (N,) labels."""
+class InMemoryImages:
+    """Images in memory: (N, C, H, W) float32 in -1..1, or uint8, and (N,) int64 labels."""
 
     is_latent, scaling_factor, shift_factor, notes = False, 1.0, 0.0, ()
 
@@ -98,8 +98,8 @@ class Pictures:
         positions = [position for position, _ in keys]
         index = torch.tensor(positions)
         data = self.data[index]
-        if any(mirrored for _, mirrored in keys):
-            flip = torch.tensor([mirrored for _, mirrored in keys])
+        if any(flipped for _, flipped in keys):
+            flip = torch.tensor([flipped for _, flipped in keys])
             data = torch.where(flip[:, None, None, None], data.flip(3), data)
         if data.dtype == torch.uint8:
             data = data.float() / 127.5 - 1
@@ -107,7 +107,7 @@ class Pictures:
 
 
 class ImageFolder:
-    """A folder of images, or of a folder of images for each class; see `find_images` and `to_rgb`."""
+    """A folder of images, or of one folder of images per class; see `find_images` and `to_rgb`."""
 
     is_latent, scaling_factor, shift_factor = False, 1.0, 0.0
 
@@ -115,34 +115,34 @@ class ImageFolder:
         self.files, names, left_out = find_images(folder)
         self.id2label = dict(enumerate(names))
         self.sample_shape, self.size = (3, size, size), size
-        self.description, self.license = described(len(self.files), len(names)), "unknown"
+        self.description, self.license = describe_images(len(self.files), len(names)), "unknown"
         self.notes = [*left_out, *enlarged(len(self.files), lambda at: self.files[at][0], size)]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, keys: Sequence[Key]) -> Batch:
-        pictures, labels, positions, unreadable = [], [], [], []
-        for position, mirrored in keys:
+        images, labels, positions, unreadable = [], [], [], []
+        for position, flipped in keys:
             path, label = self.files[position]
             try:
-                picture = read_picture(path, self.size)
+                image = read_image(path, self.size)
             except UNREADABLE as error:
                 unreadable.append(name_of(path, error))
                 continue
-            pictures.append(picture.flip(2) if mirrored else picture)
+            images.append(image.flip(2) if flipped else image)
             labels.append(label)
             positions.append(position)
-        data = torch.stack(pictures) if pictures else torch.empty(0, *self.sample_shape)
+        data = torch.stack(images) if images else torch.empty(0, *self.sample_shape)
         return Batch(data, torch.tensor(labels, dtype=torch.long), positions, unreadable)
 
 
-# What a folder of latents holds of itself: at its end, and from its start.
+# The facts of a folder of latents: when it is finished, and from the start.
 LATENTS_FILE, PLAN_FILE = "latents.json", "plan.json"
 
 
 class CachedLatents:
-    """What `dit-hub latents` wrote: means and deviations of each picture and of its mirror image, by shard."""
+    """The latents of `dit-hub latents`: means and standard deviations of each image and its mirror image, in shards."""
 
     is_latent, notes = True, ()
 
@@ -159,7 +159,9 @@ class CachedLatents:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{folder / LATENTS_FILE} is damaged; run dit-hub latents again.") from None
         if missing:
-            raise ValueError(f"{folder} lacks {missing[0]}; dit-hub latents goes on where it stopped.")
+            raise ValueError(
+                f"{folder} lacks {missing[0]}; run the same dit-hub latents again, which resumes where it stopped."
+            )
         for shard in self.shards:
             try:
                 with safe_open(folder / shard["file"], "pt") as tensors:
@@ -176,17 +178,17 @@ class CachedLatents:
 
     def read(self, keys: Sequence[Key]) -> Batch:
         data, labels = [], []
-        for position, mirrored in keys:
+        for position, flipped in keys:
             shard = int(np.searchsorted(self.starts, position, side="right")) - 1
             if shard not in self._open:  # memory-mapped: nothing is read until it is needed
                 self._open[shard] = safe_open(self.folder / self.shards[shard]["file"], "pt")
             row = position - int(self.starts[shard])
-            data.append(self._open[shard].get_slice("mirrored" if mirrored else "upright")[row])
+            data.append(self._open[shard].get_slice("mirrored" if flipped else "upright")[row])
             labels.append(self._open[shard].get_slice("labels")[row])
         return Batch(torch.stack(data).float(), torch.stack(labels), [position for position, _ in keys], [])
 
 
-def digits() -> Pictures:
+def digits() -> InMemoryImages:
     """The handwritten digits that come with scikit-learn."""
     bunch: Any = require("sklearn.datasets", "train").load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / 8 - 1  # 0..16 -> -1..1
@@ -194,36 +196,36 @@ def digits() -> Pictures:
         "Its data are the 1,797 handwritten digits of 8x8 pixels that come with scikit-learn (UCI, E. Alpaydin)."
     )
     names = {index: str(index) for index in range(10)}
-    return Pictures(images, torch.from_numpy(bunch.target).long(), names, description, "cc-by-4.0")
+    return InMemoryImages(images, torch.from_numpy(bunch.target).long(), names, description, "cc-by-4.0")
 
 
-def archive(path: Path) -> Pictures:
+def archive(path: Path) -> InMemoryImages:
     """An .npz file; see `open_dataset`."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file}
             names = file.files
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        # numpy takes what is no archive for objects, and advises to load them unsafely.
+        # numpy takes other files for pickled objects, and advises to load them unsafely.
         problem = "it is not what numpy.savez writes" if "pickled" in str(error) else str(error).removesuffix(".")
-        raise ValueError(f"{path} is no archive of images: {problem}.") from None
+        raise ValueError(f"{path} is not an archive of images: {problem}.") from None
     if "images" not in arrays:
         raise ValueError(f"{path} has no images; it has {listed(names) or 'nothing'}.")
     images, labels = arrays["images"], arrays.get("labels")
-    whole = labels is None or (np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1])
-    if images.ndim != 4 or images.dtype != np.uint8 or not whole or not len(images):
+    fitting = labels is None or (np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1])
+    if images.ndim != 4 or images.dtype != np.uint8 or not fitting or not len(images):
         has = "" if labels is None else f" and {labels.dtype} {labels.shape}"
-        raise ValueError(f"{path} must hold images, uint8 (N, H, W, C), and whole labels (N,), or none for a model "
+        raise ValueError(f"{path} must hold images, uint8 (N, H, W, C), and integer labels (N,), or none for a model "
                          f"without classes; it has {images.dtype} {images.shape}{has}.")  # fmt: skip
     id2label = {} if labels is None else class_names(path, labels)
     labels = np.zeros(len(images)) if labels is None else labels
     data = torch.from_numpy(images).permute(0, 3, 1, 2)
-    description = described(len(images), len(id2label))
-    return Pictures(data, torch.from_numpy(labels.astype(np.int64)), id2label, description, "unknown")
+    description = describe_images(len(images), len(id2label))
+    return InMemoryImages(data, torch.from_numpy(labels.astype(np.int64)), id2label, description, "unknown")
 
 
 def class_names(path: Path, labels: np.ndarray) -> dict[int, str]:
-    """Names of the classes of an archive, which are numbers.
+    """The names of an archive's classes, which are their numbers.
 
     Raises:
         ValueError: negative labels, or a class without images.
@@ -234,61 +236,62 @@ def class_names(path: Path, labels: np.ndarray) -> dict[int, str]:
     if len(classes) != (count := int(classes[-1]) + 1):
         empty = sorted(set(range(min(count, 1000))) - set(classes.tolist()))
         raise ValueError(f"{path} has {len(classes)} classes and a label {count - 1}, and no images of the classes "
-                         f"{listed(empty)}; number the classes from 0 without a gap.")  # fmt: skip
+                         f"{listed(empty)}; number the classes from 0 without gaps.")  # fmt: skip
     return {index: str(index) for index in range(count)}
 
 
-def described(images: int, classes: int) -> str:
-    """A sentence for the card."""
+def describe_images(images: int, classes: int) -> str:
+    """A sentence about the data, for the card."""
     return f"Its data are {images} images{f' of {classes} classes' if classes else ''}."
 
 
-class Schedule(Sampler[list[Key]]):
-    """Which samples each step takes: a function of seed and step alone, so that a resumed run sees what the first saw.
+class ResumableSampler(Sampler[list[Key]]):
+    """The samples of each step: a function of seed and step alone, so that a resumed run sees what the first one saw.
 
     A pass visits every sample once, in an order drawn from the seed; a last batch that is not full is left out.
+    accelerate's samplers draw no flips, and resume by iterating over the batches that are done.
 
     Args:
         count: size of the data set.
-        batch_size: samples of a step, in all processes together.
-        parts: equal parts of each step's batch: processes times accumulated passes.
-        mine: which parts this process takes, in turn.
-        mirror: mirror half of the pictures.
-        seed: of the order.
+        batch_size: samples of a step, over all processes.
+        micro_batches: number of equal parts of a step's batch: processes times accumulated passes.
+        own: indices of this process's micro-batches.
+        random_flip: flip half of the images.
+        seed: seed of order and flips.
         first, last: steps, counted from 0; `last` is not included.
-        shuffle: whether to draw the order; else samples come as they lie.
+        shuffle: whether to draw an order; if not, samples come in the order of the data.
     """
 
     def __init__(
         self,
         count: int,
         batch_size: int,
-        parts: int,
-        mine: Sequence[int],
-        mirror: bool,
+        micro_batches: int,
+        own: Sequence[int],
+        random_flip: bool,
         seed: int,
         first: int,
         last: int,
         shuffle: bool = True,
     ):
-        self.count, self.batch_size, self.parts, self.mine = count, batch_size, parts, mine
-        self.mirror, self.seed, self.first, self.last, self.shuffle = mirror, seed, first, last, shuffle
-        self.per_pass = count // batch_size
+        self.count, self.batch_size, self.micro_batches, self.own = count, batch_size, micro_batches, own
+        self.random_flip, self.seed, self.first, self.last, self.shuffle = random_flip, seed, first, last, shuffle
+        self.steps_per_epoch = count // batch_size
 
     def __iter__(self) -> Iterator[list[Key]]:
-        share = self.batch_size // self.parts
-        shown, order, mirrored = -1, torch.empty(0), torch.empty(0)
+        size = self.batch_size // self.micro_batches
+        drawn, order, flipped = -1, torch.empty(0), torch.empty(0)
         for step in range(self.first, self.last):
-            epoch, index = divmod(step, self.per_pass)
-            if epoch != shown:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            if epoch != drawn:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
                 order = torch.randperm(self.count, generator=generator) if self.shuffle else torch.arange(self.count)
-                mirrored = torch.rand(self.count, generator=generator) < (0.5 if self.mirror else 0.0)
-                shown = epoch
-            for part in self.mine:
-                start = index * self.batch_size + part * share
-                positions = order[start : start + share]
-                yield list(zip(positions.tolist(), mirrored[positions].tolist(), strict=True))
+                flipped = torch.rand(self.count, generator=generator) < (0.5 if self.random_flip else 0.0)
+                drawn = epoch
+            for micro_batch in self.own:
+                start = index * self.batch_size + micro_batch * size
+                positions = order[start : start + size]
+                yield list(zip(positions.tolist(), flipped[positions].tolist(), strict=True))
 
     def __len__(self) -> int:
-        return (self.last - self.first) * len(self.mine)
+        return (self.last - self.first) * len(self.own)

@@ -1,4 +1,4 @@
-"""What tells data apart that have the same number, shape and classes: a digest that is cheap to make."""
+"""A digest of data, cheap to compute, that tells data of the same number, shape and classes apart."""
 
 import hashlib
 import itertools
@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import CachedLatents, Dataset, ImageFolder, Pictures
+from .data import CachedLatents, Dataset, ImageFolder, InMemoryImages
 from .rows import Rows, StreamedRows
 
-# Of files, all names count, the sizes of so many, and the bytes of so many.
+# The digest of files covers all names, the sizes of so many files, and the bytes of so many.
 _SIZES, _SAMPLES = 16384, 256
 
-# Of pictures in memory, all labels count, and so many numbers.
+# The digest of images in memory covers all labels, and so many numbers.
 _NUMBERS = 2**26
 
 _FIRST_ROWS = 8
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A digest of the content of data, the same wherever the data lie and whenever they were copied.
+    """A digest of the content of data, which does not depend on where they lie or when they were copied.
 
-    Of large data only a part is read, evenly spread, so that the digest takes seconds at most: a change that leaves all
-    names as they are may go unnoticed where it is small.
+    It takes seconds at most, since only a part of large data is read, evenly spread: a small change that leaves all
+    names as they are may go unnoticed.
     """
     digest = hashlib.sha256()
     for part in _parts(dataset):
@@ -35,7 +35,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def _parts(dataset: Dataset) -> Iterator[bytes]:
-    if isinstance(dataset, Pictures):
+    if isinstance(dataset, InMemoryImages):
         yield dataset.labels.numpy().tobytes()
         most = max(_NUMBERS // dataset.data[0].numel(), 1)
         for positions in torch.tensor(_spread(len(dataset), most)).split(64):
@@ -59,11 +59,11 @@ def _parts(dataset: Dataset) -> Iterator[bytes]:
             yield _levels(batch.data) + batch.labels.numpy().tobytes()
 
 
-def _levels(pictures: Tensor) -> bytes:
-    """Pictures in whole numbers, 64 to a step of 8 bits, so that the last bits of a processor's sums say nothing."""
-    if pictures.dtype == torch.uint8:
-        return (pictures.int() * 64).numpy().tobytes()
-    return ((pictures + 1) * (127.5 * 64)).round().int().numpy().tobytes()
+def _levels(images: Tensor) -> bytes:
+    """Images in whole numbers, 64 to each 8-bit level, so that a processor's rounding does not show."""
+    if images.dtype == torch.uint8:
+        return (images.int() * 64).numpy().tobytes()
+    return ((images + 1) * (127.5 * 64)).round().int().numpy().tobytes()
 
 
 def _of_files(dataset: ImageFolder) -> Iterator[bytes]:
@@ -81,7 +81,7 @@ def _of_row(dataset: Rows, row: dict[str, Any]) -> Iterator[bytes]:
 
 
 def _size(file: Path) -> int:
-    """In bytes; -1 of a file that cannot be read, which training leaves out."""
+    """The size of a file in bytes; -1 if it cannot be read, and so is left out of training."""
     try:
         return file.stat().st_size
     except OSError:
@@ -96,6 +96,6 @@ def _bytes(file: Path) -> bytes:
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Positions, at most so many, from the first to the last."""
+    """At most `most` positions, evenly spread from the first to the last."""
     wanted = min(count, most)
     return [index * (count - 1) // max(wanted - 1, 1) for index in range(wanted)]

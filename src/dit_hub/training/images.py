@@ -1,4 +1,4 @@
-"""Images: finding them in folders, and reading them as they are seen."""
+"""Images: finding them in folders, and reading them as a viewer shows them."""
 
 import contextlib
 import io
@@ -20,35 +20,35 @@ from ..checks import listed
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm",
                   ".avif", ".jp2")  # fmt: skip
 
-# What PIL raises at files that are damaged in one way or another.
+# What PIL raises for damaged files.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, EOFError, struct.error,
               Image.DecompressionBombError)  # fmt: skip
 
-# What transparent pixels are seen on, as on a page.
+# The colour behind transparent pixels, as on a page.
 GROUND = (255, 255, 255, 255)
 
-# The largest value of the modes with more than 8 bits. PIL reads some files of 16 bits as 32; floats go to 1.
+# The largest value of the modes with more than 8 bits. PIL reads some 16-bit files as 32-bit; floats go to 1.
 _LARGEST = {"I": 65535, "F": 1.0}
 
-# Names of folders that are no classes, where there are no others.
+# Folder names that mean splits rather than classes, if there are no others.
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
-# Images that are looked at to see whether they are large enough.
-_LOOKED_AT = 100
+# Number of images that are checked for their size.
+_CHECKED = 100
 
 
 class LeftOutError(ValueError):
-    """An image, or what comes with it, is sound and cannot be trained on; the message is the reason."""
+    """An image that can be read but not trained on; the message is the reason."""
 
 
-def read_picture(file: Path | bytes, size: int) -> Tensor:
-    """(3, size, size) in -1..1, from the middle square of what is seen; `file` is one, or what is in it.
+def read_image(file: Path | bytes, size: int) -> Tensor:
+    """The middle square of an image, (3, size, size) float32 in -1..1; `file` is a path or the content.
 
     Raises:
-        UNREADABLE: the file is damaged, or no image.
+        UNREADABLE: the file is damaged, or not an image.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL's of damage and of many pixels do not name the file
+        warnings.simplefilter("ignore")  # PIL's warnings about damage and size do not name the file
         with _opened(file) as image:
             cropped = center_crop(to_rgb(image), size)
     return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
@@ -59,7 +59,7 @@ def _opened(file: Path | bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB: of several frames the first, turned as its EXIF says, on a white ground.
+    """Convert an image of any mode to 8-bit RGB: its first frame, turned as its EXIF says, on a white ground.
 
     16 bits are scaled to 8, floats from 0..1. Colour profiles are not applied.
 
@@ -67,7 +67,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         LeftOutError: integers outside 0..65535 or floats outside 0..1.
     """
     image.load()
-    with contextlib.suppress(*UNREADABLE):  # EXIF that cannot be read turns nothing
+    with contextlib.suppress(*UNREADABLE):  # EXIF that cannot be read is ignored
         image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bits(image).convert("RGB")
@@ -78,10 +78,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, which PIL would cut off at 255."""
+    """Scale a grey image of more than 8 bits to 8 bits; PIL would cut it off at 255."""
     values, largest = np.asarray(image), _LARGEST.get(image.mode, 65535)
     low, high = values.min(), values.max()
-    if not 0 <= low <= high <= largest:  # so also where some are not a number
+    if not 0 <= low <= high <= largest:  # also catches NaN
         raise LeftOutError(f"its values, {low:g} to {high:g}, do not lie between 0 and {largest:g}")
     grey = np.round(values * (255.0 / largest)).astype(np.uint8)
     if (clear := image.info.get("transparency")) is not None:
@@ -90,7 +90,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, scaled as ADM's evaluation data were (Dhariwal and Nichol 2021, `image_datasets.py`).
+    """Crop the middle square, scaled as ADM's evaluation data were (Dhariwal and Nichol 2021, `image_datasets.py`).
 
     Halved by averaging while the shorter side is at least twice `size`, then scaled with a cubic filter.
     """
@@ -103,22 +103,22 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def name_of(what: object, error: Exception) -> str:
-    """What is said of an image that is left out."""
+    """The name of an image that is left out, with the reason where it is known."""
     if isinstance(error, Image.DecompressionBombError):
         return f"{what} (it has more than {2 * cast(int, Image.MAX_IMAGE_PIXELS):,} pixels)"
     return f"{what} ({error})" if isinstance(error, LeftOutError) else str(what)
 
 
 def enlarged(count: int, source: Callable[[int], Path | bytes], size: int) -> list[str]:
-    """A sentence where images are smaller than `size`, or none; looks at some, evenly spread.
+    """A sentence if images are smaller than `size`, in a list; empty if not. Checks some, evenly spread.
 
     Args:
-        count: images in all.
-        source: the file of each, or what is in it.
-        size: side of the pictures that are made of them.
+        count: number of images.
+        source: path or content of the image at a position.
+        size: side to which they are scaled.
     """
-    looked_at, small = range(0, count, -(-count // _LOOKED_AT) or 1), 0
-    for position in looked_at:
+    checked, small = range(0, count, -(-count // _CHECKED) or 1), 0
+    for position in checked:
         with contextlib.suppress(*UNREADABLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _opened(source(position)) as image:
@@ -126,21 +126,23 @@ def enlarged(count: int, source: Callable[[int], Path | bytes], size: int) -> li
     if not small:
         return []
     verb = "is" if small == 1 else "are"
-    return [f"{small} of {len(looked_at)} images that were looked at {verb} smaller than {size}x{size} and {verb} "
-            "enlarged."]  # fmt: skip
+    return [
+        f"{small} of {len(checked)} images that were checked {verb} smaller than {size}x{size} and {verb} enlarged."
+    ]
 
 
 def find_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[str]]:
-    """What a folder holds: images in a folder for each class, at any depth, or images alone.
+    """Find the images in a folder: in one folder per class, at any depth, or without classes.
 
     Names that begin with a dot are left out. Links are followed, but no folder is entered twice for a class.
 
     Returns:
-        (file, class) of each image; the names of the classes in the order of their ids, or none, and then the class is
-        0; what to say of files that are left out.
+        (file, class id) of each image; the names of the classes by id, empty if there are none (the id is then 0);
+        sentences about files that are left out.
 
     Raises:
-        ValueError: there are no images, classes without any, images outside the class folders, or splits for classes.
+        ValueError: there are no images, classes without images, images outside the class folders, or splits in place of
+            classes.
         OSError: a folder cannot be read.
     """
     _, entered, files = next(os.walk(folder, onerror=_raise))
@@ -152,11 +154,11 @@ def find_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[s
     if own and names:
         more = f" and {len(own) - 1} more" if len(own) > 1 else ""
         raise ValueError(
-            f"{folder} has images of its own ({own[0].name}{more}) and folders ({listed(names)}): with classes each "
-            f"image goes into the folder of its class, without classes all go into {folder} itself."
+            f"{folder} has images of its own ({own[0].name}{more}) and folders ({listed(names)}): with classes, each "
+            f"image goes into the folder of its class; without, all go into {folder} itself."
         )
     if names and _SPLITS.issuperset(name.casefold() for name in names):
-        raise ValueError(f"{folder} has splits ({listed(names)}) in place of classes; name one, such as "
+        raise ValueError(f"{folder} has splits ({listed(names)}) in place of classes; give one of them, such as "
                          f"{folder / max(names, key=lambda name: name.startswith('train'))}.")  # fmt: skip
     if nameless := [ascii(name) for name in names if any("\ud800" <= letter <= "\udfff" for letter in name)]:
         raise ValueError(f"{folder} has class folders whose names are not UTF-8: {listed(nameless)}. Rename them.")
@@ -165,20 +167,20 @@ def find_images(folder: Path) -> tuple[list[tuple[Path, int]], list[str], list[s
     others = Counter(file.suffix.lower() for files in by_class for file in files if not is_image(file))
     if not images:
         has = f"; its files are {_counted(others)}" if others else ""
-        raise ValueError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)}){has}. Data are a folder of images, or "
-                         "of a folder of images for each class.")  # fmt: skip
+        raise ValueError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)}){has}. Data are a folder of images, "
+                         "or one folder of images per class.")  # fmt: skip
     if empty := [name for name, files in zip(names, by_class, strict=False) if not any(map(is_image, files))]:
         raise ValueError(f"{folder} has class folders without images: {listed(empty)}. Remove or fill them.")
     return images, names, _left_out(folder, others)
 
 
 def is_image(file: Path) -> bool:
-    """Judged by its name."""
+    """Whether a file is an image, by its suffix."""
     return file.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _files(folder: Path, without: Path) -> Iterator[Path]:
-    """The files of a folder and of those in it, in none of them twice and not in the folder `without`."""
+    """The files in a folder at any depth; each folder is entered once, and `without` never."""
     seen = {_identity(without)}
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         if _identity(parent) in seen:
@@ -190,7 +192,7 @@ def _files(folder: Path, without: Path) -> Iterator[Path]:
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
-    """The same for all links to a folder."""
+    """An identity of a folder that all links to it share."""
     facts = os.stat(folder)
     return facts.st_dev, facts.st_ino
 
@@ -204,12 +206,12 @@ def _shown(name: str) -> bool:
 
 
 def _counted(suffixes: Counter[str]) -> str:
-    """Of each suffix how many, the most frequent first."""
+    """The number of files with each suffix, the most frequent first."""
     ordered = sorted(suffixes.items(), key=lambda item: (-item[1], not item[0], item[0]))
     return listed([f"{count} {suffix or 'without a suffix'}" for suffix, count in ordered])
 
 
 def _left_out(folder: Path, others: Counter[str]) -> list[str]:
     count = others.total()
-    what = "1 file that is no image and is" if count == 1 else f"{count} files that are no images and are"
+    what = "1 file that is not an image and is" if count == 1 else f"{count} files that are not images and are"
     return [f"{folder} has {what} left out: {_counted(others)}."] if count else []

@@ -1,4 +1,4 @@
-"""Latents cached once: what a VAE makes of each picture and of its mirror image, in shards."""
+"""Caching latents: a VAE's distribution for each image and its mirror image, in shards."""
 
 import hashlib
 import json
@@ -17,8 +17,9 @@ from torch import Tensor
 from ..files import locked
 from .data import LATENTS_FILE, PLAN_FILE, Dataset, check_unreadable
 from .fingerprint import fingerprint
+from .old_names import renamed
 
-# Called with the number of pictures done and of all.
+# Called with the number of images that are done, and of all.
 Progress = Callable[[int, int], None]
 
 
@@ -32,35 +33,35 @@ def cache_latents(
     progress: Progress = lambda done, count: None,
     left_out: Callable[[str], None] = lambda name: None,
 ) -> Path:
-    """Encode a data set; one that was cut goes on with the first shard that is missing or damaged.
+    """Encode a data set; a run that was cut resumes at the first shard that is missing or damaged.
 
     Memory holds one shard, whatever the size of the data set.
 
     Args:
-        dataset: pictures.
+        dataset: images.
         vae: an `AutoencoderKL`, on the device to encode on.
-        output_dir: gets shard-00000.safetensors and so on (`upright` and `mirrored`: (n, 2C, h, w) means and deviations
-            in float16; `labels`), and at the end latents.json.
-        batch_size: pictures at a time.
-        shard_size: pictures of a shard.
+        output_dir: gets shard-00000.safetensors and so on (`upright` and `mirrored`: (n, 2C, h, w) means and standard
+            deviations in float16; `labels`: (n,) int64), and at the end latents.json.
+        batch_size: images per forward pass.
+        shard_size: images per shard.
         progress: called after each batch.
-        left_out: called with the name of each picture that cannot be read.
+        left_out: called with the name of each image that cannot be read.
 
     Returns:
         The folder, which a recipe may name as its data.
 
     Raises:
-        ValueError: the folder holds something else, or latents of other data, or another process is at work in it; the
-            VAE takes other pictures; more than 1 % of the pictures cannot be read.
-        OSError: the disk is full; what is written stays for the next attempt.
+        ValueError: the folder holds other files, or latents of other data, or another process uses it; the VAE takes
+            other images; more than 1 % of the images cannot be read.
+        OSError: the disk is full; the shards that are written stay for the next attempt.
     """
     folder = Path(output_dir)
     if dataset.sample_shape[0] != vae.config.in_channels:
-        raise ValueError(f"The pictures have {dataset.sample_shape[0]} channels, and the VAE takes "
+        raise ValueError(f"The images have {dataset.sample_shape[0]} channels, and the VAE takes "
                          f"{vae.config.in_channels}.")  # fmt: skip
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if any(side % factor for side in dataset.sample_shape[1:]):
-        raise ValueError(f"The VAE takes pictures whose sides are divisible by {factor}, not of "
+        raise ValueError(f"The VAE takes images whose sides are divisible by {factor}, not of "
                          f"{dataset.sample_shape[1]}x{dataset.sample_shape[2]}.")  # fmt: skip
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and latents go to a folder.")
@@ -77,11 +78,11 @@ def _cache_shards(
     progress: Progress,
     left_out: Callable[[str], None],
 ) -> Path:
-    """Encode what is missing; see `cache_latents`."""
+    """Encode the shards that are missing; see `cache_latents`."""
     count = len(dataset)
     facts: dict[str, Any] = {
         "count": count,
-        "picture_shape": list(dataset.sample_shape),
+        "image_shape": list(dataset.sample_shape),
         "vae": vae.config.get("_name_or_path", ""),
         "shard_size": shard_size,
         "id2label": dataset.id2label,
@@ -113,35 +114,35 @@ def _cache_shards(
 
 
 def _plan(folder: Path, facts: dict[str, Any]) -> None:
-    """Note of what the shards of a folder are, or compare with what a run that was cut has noted."""
+    """Write the plan of a folder, the facts about its shards, or compare it with that of a run that was cut."""
     plan, text = folder / PLAN_FILE, json.dumps(facts, sort_keys=True)
     names = [file.name for file in folder.iterdir()]
     if foreign := [name for name in names if not _OURS.fullmatch(name)]:
-        raise ValueError(f"{folder} holds something else than latents ({foreign[0]}); choose another folder.")
+        raise ValueError(f"{folder} holds other files than latents ({foreign[0]}); choose another folder.")
     noted, planned = _noted(plan), json.loads(text)
     if noted is None and any(name.endswith(".safetensors") for name in names):
-        raise ValueError(f"{plan} is damaged, and does not say what its latents are of; delete the folder.")
-    # An older release noted less; what it encoded is the same.
+        raise ValueError(f"{plan} is damaged, and does not say which data its latents belong to; delete the folder.")
+    # An older release noted less about the same latents.
     if noted is not None and any(name not in planned or planned[name] != value for name, value in noted.items()):
         raise ValueError(f"{folder} holds latents of other data, of another size or VAE; choose another folder.")
     if noted != planned:
         _write(plan, lambda path: path.write_text(text))
 
 
-# Files of a folder of latents; those with another ending are being written, or were.
+# Files in a folder of latents; the endings are those of files that are being written, or were when a run was cut.
 _OURS = re.compile(rf"({re.escape(PLAN_FILE)}|{re.escape(LATENTS_FILE)}|shard-\d{{5,}}(\.safetensors)?)(\.part)?|\..*")
 
 
 def _noted(plan: Path) -> dict[str, Any] | None:
-    """What a plan says; None where there is none, or a damaged one."""
+    """The facts in a plan, under today's names; None if it is missing or damaged."""
     try:
-        return dict(json.loads(plan.read_text()))
+        return renamed(dict(json.loads(plan.read_text())))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file, whole or not at all, whatever ends the program meanwhile."""
+    """Write a file whole or not at all, whatever ends the program meanwhile."""
     building = path.with_name(f"{path.name}.part")
     try:
         write(building)
@@ -149,14 +150,14 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         building.replace(path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({error}). What is encoded stays; with room on the disk the same "
-                      "command goes on.") from error  # fmt: skip
+        raise OSError(f"{path} could not be written ({error}). The finished shards stay; with room on the disk, the "
+                      "same command resumes.") from error  # fmt: skip
     finally:
         building.unlink(missing_ok=True)
 
 
 def _finished(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a shard that is whole."""
+    """The tensors of a finished shard; None if it is missing or damaged."""
     try:
         tensors = load_file(path)
         return tensors if tensors.keys() == {"upright", "mirrored", "labels"} else None
@@ -172,6 +173,7 @@ def _encode(
     progress: Callable[[int], None],
     left_out: Callable[[str], None],
 ) -> dict[str, Tensor]:
+    """The tensors of the shard of these positions."""
     parts: dict[str, list[Tensor]] = {"upright": [], "mirrored": [], "labels": []}
     for start in range(positions.start, positions.stop, batch_size):
         end = min(start + batch_size, positions.stop)
@@ -185,5 +187,5 @@ def _encode(
         parts["labels"].append(batch.labels)
         progress(end)
     if not parts["upright"]:
-        raise ValueError(f"None of the pictures {positions.start} to {positions.stop - 1} can be read.")
+        raise ValueError(f"None of the images {positions.start} to {positions.stop - 1} can be read.")
     return {name: torch.cat(values).contiguous() for name, values in parts.items()}

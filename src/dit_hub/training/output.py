@@ -1,4 +1,4 @@
-"""What a training run leaves: the pipeline folder, its training.json, pictures and card."""
+"""The folder that a training run leaves: the pipeline, training.json, images and the card."""
 
 import json
 import logging
@@ -19,44 +19,44 @@ from ..files import new_folder
 from ..hub import SAMPLES_FILE
 from ..sources import CARD_FILE, EMBEDDED_MODELS
 from ..visualize import Trajectory, loss_curve, sample_grid
-from .monitor import LOGS_FOLDER
+from .checkpoints import LOGS_FOLDER
 from .recipe import get_recipe
 from .result import TrainingResult
 
 logger = logging.getLogger(__name__)
 
-# Mean loss by epoch that the published series reports for its toy.
+# Mean loss by epoch, as the published series reports it for its toy.
 PUBLISHED_TOY_LOSSES = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
 
 
 def published_losses(result: TrainingResult) -> dict[int, float]:
-    """The published losses by epoch, where the recipe is the published one."""
+    """The published losses by epoch, if the recipe is the published one."""
     return PUBLISHED_TOY_LOSSES if result.recipe == get_recipe("toy") else {}
 
 
 def save_result(
     result: TrainingResult, output_dir: str | os.PathLike, command: str, overwrite: bool = False, late: bool = False
 ) -> None:
-    """Write everything to a new folder, whole or not at all.
+    """Write the result to a new folder, whole or not at all.
 
     Args:
         result: the trained model.
         output_dir: a pipeline folder, ready for `DiTPipeline.from_pretrained`.
-        command: how the run was started, for the card.
+        command: the command that started the run, for the card.
         overwrite, late: see `new_folder`.
     """
     with new_folder(output_dir, overwrite, late) as folder:
         write_result(result, folder, command)
         _draw(result, folder)
         if result.logs is not None and result.logs.is_dir():
-            with _spared("The logs were not copied whole"):
+            with _warn_on_error("The logs were not copied completely"):
                 shutil.copytree(result.logs, folder / LOGS_FOLDER)
         name = Path(output_dir).name
         render_card(folder, name if name in EMBEDDED_MODELS else str(output_dir)).save(folder / CARD_FILE)
 
 
 def write_result(result: TrainingResult, folder: Path, command: str = "") -> None:
-    """Write the pipeline, or the adapters, and training.json into a folder."""
+    """Write the pipeline, or the adapters, and training.json to a folder."""
     recipe = result.recipe
     if result.adapted is not None:
         save_adapters(result.adapted, recipe.lora_rank, recipe.init_from, result.pipeline.id2label, folder)
@@ -77,22 +77,22 @@ def write_result(result: TrainingResult, folder: Path, command: str = "") -> Non
 
 
 def _draw(result: TrainingResult, folder: Path) -> None:
-    """Add pictures."""
+    """Draw samples, a trajectory and the losses into a folder."""
     pipeline: Any = result.pipeline
     trajectory = Trajectory()
     pipeline.set_progress_bar_config(disable=True)
-    with _spared("No samples were drawn"):
+    with _warn_on_error("No samples were drawn"):
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         if pipeline.draws_quickly:
             sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
             trajectory.picture(pipeline).save(folder / "trajectory.png")
-    with _spared("No losses were drawn"):
+    with _warn_on_error("No losses were drawn"):
         loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result), _title(result))
 
 
 @contextmanager
-def _spared(problem: str) -> Iterator[None]:
-    """A block that adds what must not cost the weights: what goes wrong in it is a warning."""
+def _warn_on_error(problem: str) -> Iterator[None]:
+    """Turn an error in the block into a warning: its work must not cost the weights."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -100,7 +100,7 @@ def _spared(problem: str) -> Iterator[None]:
 
 
 def _title(result: TrainingResult) -> str:
-    """Of pictures of a run: its model and its data."""
+    """The title of a plot: model and data of the run."""
     recipe, count = result.recipe, result.pipeline.transformer.num_parameters()
     known = recipe.init_from or (recipe.model if isinstance(recipe.model, str) else "")
     model = (Path(known).name if Path(known).is_dir() else known) if known else f"DiT of {count:,} parameters"

@@ -1,4 +1,4 @@
-"""How far a run is, at the command line."""
+"""The progress of a run at the command line."""
 
 import time
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from .loop import Report
 # The least width of a terminal with a bar, and the width of the shortest bar with its margins.
 _WIDTH_WITH_BAR, _BAR = 72, 6
 
-# Between the lines of a run that writes to no terminal.
+# Between two lines of a run that does not write to a terminal.
 _SECONDS = 30
 
 
 @contextmanager
 def training_progress(console: Console) -> Iterator[Report]:
-    """What to report steps to: one line that changes on a terminal; else lines now and then, as a log has them."""
+    """A function to report steps to: it redraws one line on a terminal, and prints lines now and then to a log."""
     terminal = console.is_terminal and not console.is_dumb_terminal
     numbers, with_bar = _Numbers(console if terminal else None), console.width >= _WIDTH_WITH_BAR
     columns = [TextColumn("{task.description}", table_column=Column(no_wrap=True)), numbers]
@@ -44,9 +44,12 @@ def training_progress(console: Console) -> Iterator[Report]:
 
 
 class _Numbers(ProgressColumn):
-    """Steps, time passed and time left, and the rate in as many words as a console has room for; any number for None.
+    """Steps, elapsed and remaining time, and the longest form of the rate that fits the console.
 
-    Reads the field `rates` of a task, which holds the texts to choose from, the longest first.
+    rich would cut its own columns off with an ellipsis. The forms are the task's field `rates`, the longest first.
+
+    Args:
+        console: where it must fit; None for no limit.
     """
 
     def __init__(self, console: Console | None):
@@ -64,10 +67,10 @@ class _Numbers(ProgressColumn):
 
 
 def _rates(progress: TrainingProgress) -> list[str]:
-    if not progress.pictures_per_second:
+    if not progress.images_per_second:
         return [""]
-    speed = f"{progress.pictures_per_second:.0f}"
-    return [f"{speed} pictures/s, {progress.utilisation:.0%} of peak", f"{speed} pictures/s", f"{speed}/s"]
+    speed = f"{progress.images_per_second:.0f}"
+    return [f"{speed} images/s, {progress.mfu:.0%} of peak", f"{speed} images/s", f"{speed}/s"]
 
 
 def _clock(seconds: float | None) -> str:

@@ -1,4 +1,8 @@
-"""Pushing what a run has reached to the Hub, while it goes on."""
+"""Pushing checkpoints to the Hub while training continues.
+
+`HfApi.run_as_future` is not used: the interpreter joins its thread at exit, so that a run that was stopped would wait
+for its upload.
+"""
 
 import logging
 import tempfile
@@ -14,13 +18,13 @@ from ..hub import make_repository, push_folder
 from .output import write_result
 from .result import TrainingResult
 
-_SECONDS = 0.5  # between two looks at whether to stop
+_SECONDS = 0.5  # between two checks whether to stop waiting
 
 logger = logging.getLogger(__name__)
 
 
 def open_publisher(repository: str, accelerator: Accelerator) -> "Publisher":
-    """One that pushes from the main process; what it raises, all processes raise."""
+    """A publisher that pushes from the main process; an error in it is raised in all processes."""
     publisher, problem = Publisher(""), [""]
     if repository and accelerator.is_main_process:
         try:
@@ -37,7 +41,7 @@ class Publisher:
     """Pushes pipelines and their cards in the background; a push that fails does not end the run.
 
     Args:
-        repository: "organisation/name", which is made where it does not exist; "" pushes nothing.
+        repository: "organisation/name", which is created if it does not exist; "" pushes nothing.
 
     Raises:
         OSError: the Hub refuses it, or cannot be reached.
@@ -48,9 +52,9 @@ class Publisher:
         self._last: Thread | None = None
 
     def push(self, result: TrainingResult, step: int) -> None:
-        """Start to push, unless the last push still goes on; the next checkpoint is then pushed in its place."""
+        """Start a push; while the last one is still running, this one is left out."""
         if self.repository and (self._last is None or not self._last.is_alive()):
-            # A daemon, for which the end of the process does not wait.
+            # The process does not wait for a daemon thread at its end.
             self._last = Thread(target=self._push, args=(result, step), name="push", daemon=True)
             self._last.start()
 
@@ -60,9 +64,9 @@ class Publisher:
                 write_result(result, Path(folder))
                 push_folder(folder, self.repository, f"Step {step}")
         except Exception as error:  # whatever it is, training is worth more
-            logger.warning("Step %d was not pushed to %s: %s Training goes on.", step, self.repository, error)
+            logger.warning("Step %d was not pushed to %s: %s Training continues.", step, self.repository, error)
 
-    def wait(self, stopping: Callable[[], Any]) -> None:
-        """Wait for the push that goes on, as long as nothing asks to stop."""
-        while self._last is not None and self._last.is_alive() and not stopping():
+    def wait(self, unless: Callable[[], Any]) -> None:
+        """Wait for the push that is running, if any, until `unless` returns true."""
+        while self._last is not None and self._last.is_alive() and not unless():
             self._last.join(_SECONDS)

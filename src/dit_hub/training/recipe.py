@@ -10,13 +10,32 @@ from typing import Any
 import yaml
 
 from ..configuration_dit import DiTConfig, nearest
+from .old_names import OLD_NAMES
 
 OBJECTIVES = ("noise", "v", "flow")
 
-
-_MOST_WORKERS = 1024
-# Of the sum of all betas, the logarithm of the signal's power: float32 ends at exp(-87), and schedulers divide by it.
+# Bound of the sum of all betas. The signal's power is about exp(-sum), which schedulers divide by, and float32 ends at
+# exp(-87).
 _MOST_NOISE = 80
+
+_ABOVE_ZERO = ("images_per_class", "epochs", "batch_size", "gradient_accumulation_steps", "num_train_timesteps",
+               "learning_rate", "keep_last")  # fmt: skip
+_AT_LEAST_ZERO = ("steps", "max_grad_norm", "weight_decay", "min_snr_gamma", "lora_rank", "save_every", "sample_every",
+                  "num_workers")  # fmt: skip
+# Far above any use, so that a slip of the keyboard is refused before the work.
+_AT_MOST = {
+    "epochs": 1_000_000,
+    "steps": 1_000_000_000,
+    "lora_rank": 4096,
+    "num_train_timesteps": 1_000_000,
+    "num_workers": 1024,
+}
+
+_CHOICES = {
+    "mixed_precision": ("no", "tf32", "bf16", "fp16"),
+    "objective": OBJECTIVES,
+    "lr_scheduler": ("cosine", "constant"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,45 +43,48 @@ class Recipe:
     """What a training run does. The defaults are the toy's, after a published build-in-public series.
 
     Args:
-        model: name of a size, as `DiTConfig.from_name` takes it, or fields of `DiTConfig`. Classes that it does not
-            name are those of the data.
-        init_from: start from this pipeline (a folder, Hub id or checkpoint file) rather than `model`.
+        model: name of a size, as `DiTConfig.from_name` takes it, or fields of `DiTConfig`. Unless the fields say
+            `num_classes`, the model has the classes of the data.
+        init_from: start from this pipeline (a folder, Hub id or checkpoint file) rather than from a new `model`.
         data: "shapes", "digits", a folder of images or of class folders, an .npz archive, a folder of `dit-hub
             latents`, or "hf:NAME" or "hf:NAME:SPLIT" for a data set of the Hub (or a folder of its files).
         streaming: read a data set of the Hub while it downloads, rather than download it first.
-        images_per_class: of the shapes.
-        mirror: mirror half of the pictures.
+        images_per_class: number of images of each class of the shapes.
+        random_flip: flip half of the images left to right.
         objective: "noise" (with the variational bound where the model learns its variance), "v" or "flow".
-        logit_normal: draw the times of "flow" from the middle rather than evenly.
-        min_snr_gamma: bound of the signal-to-noise ratio in the loss of "noise" and "v"; 0 for none.
+        logit_normal: draw the timesteps of "flow" from a logit-normal distribution rather than evenly.
+        min_snr_gamma: bound of the signal-to-noise ratio in the loss weights of "noise" and "v"; 0 for no weights.
         epochs: passes over the data.
         steps: optimizer steps, in place of `epochs` where above 0.
-        batch_size: pictures per step, in all processes together.
-        gradient_accumulation: parts in which each process takes its share of a batch, to save memory.
-        learning_rate: AdamW's.
-        learning_rate_schedule: "cosine", which falls to zero at the end, or "constant".
-        weight_decay: AdamW's.
-        max_grad_norm: gradients are clipped to this norm; 0 for not at all.
+        batch_size: images per step, over all processes.
+        gradient_accumulation_steps: micro-batches into which each process divides its share of a batch, to save memory.
+        learning_rate: AdamW's learning rate.
+        lr_scheduler: "cosine", which falls to zero at the end, or "constant".
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         num_train_timesteps: noise levels T.
-        beta_start, beta_end: the linear noise schedule.
-        ema_decay: keep an exponential moving average of the weights, and save it instead; 0 for none. Of several, the
-            first is the pipeline's and the others become variants, such as "ema-9999".
-        lora_rank: train low-rank adapters of the blocks' linear layers and the classes alone; 0 for none.
-        merge_adapters: merge the adapters at the end; else they are saved as files of their own.
+        beta_start, beta_end: ends of the linear noise schedule.
+        ema_decay: keep an exponential moving average of the weights, and save it as the model; 0 for none. Of a list,
+            the first is the pipeline's and the others become variants, such as "ema-9999".
+        lora_rank: train low-rank adapters of the blocks' linear layers and the class table alone; 0 for all weights.
+        merge_adapters: merge the adapters at the end, rather than save them as files of their own.
         freeze: a regular expression; parameters in whose names it is found are not trained.
-        mixed_precision: "no", "tf32" (float32 whose products are faster on NVIDIA GPUs), "bf16" or "fp16".
-        fsdp: shard weights and optimizer among the processes (FSDP2).
-        gradient_checkpointing: compute activations twice, to save memory.
+        mixed_precision: "no", "tf32" (float32 with faster matrix products on NVIDIA GPUs), "bf16" or "fp16".
+        fsdp: shard weights and optimizer state over the processes (FSDP2).
+        gradient_checkpointing: recompute activations in the backward pass, to save memory.
         compile: compile each block.
-        save_every: steps between checkpoints; 0 for none but that of the last step.
-        keep_last: how many checkpoints to keep.
+        save_every: steps between checkpoints; 0 for one after the last step only.
+        keep_last: number of checkpoints to keep.
         skip_nan: skip and count steps whose loss is not finite, rather than stop.
-        tracker: where losses and pictures are logged: "tensorboard", another that accelerate knows, or "none".
-        sample_every: steps between pictures while training; 0 for none.
-        vae: the decoder of the finished pipeline and of pictures while training, for latents: a folder or Hub id.
-        push_to_hub: a repository, "organisation/name"; checkpoints go there while training goes on, and the result.
-        workers: processes that read data, for each process that trains.
-        seed: seeds data, order, weights and noise.
+        tracker: where losses and samples are logged: "tensorboard", another tracker of accelerate's, or "none".
+        sample_every: steps between samples drawn while training; 0 for none.
+        vae: decoder of the finished pipeline and of samples drawn while training, for latents: a folder or Hub id.
+        push_to_hub: a repository, "organisation/name", which gets checkpoints during training, and the result.
+        num_workers: processes that read data, for each process that trains.
+        seed: seed of data, order, weights and noise.
+
+    Raises:
+        ValueError: a value out of range, or fields that do not go together.
     """
 
     model: str | dict[str, Any] = "toy"
@@ -70,16 +92,16 @@ class Recipe:
     data: str = "shapes"
     streaming: bool = False
     images_per_class: int = 200
-    mirror: bool = False
+    random_flip: bool = False
     objective: str = "noise"
     logit_normal: bool = False
     min_snr_gamma: float = 0.0
     epochs: int = 30
     steps: int = 0
     batch_size: int = 128
-    gradient_accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-4
-    learning_rate_schedule: str = "cosine"
+    lr_scheduler: str = "cosine"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     num_train_timesteps: int = 200
@@ -100,55 +122,42 @@ class Recipe:
     sample_every: int = 0
     vae: str = ""
     push_to_hub: str = ""
-    workers: int = 0
+    num_workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        above_zero = (
-            "images_per_class",
-            "epochs",
-            "batch_size",
-            "gradient_accumulation",
-            "num_train_timesteps",
-            "learning_rate",
-            "keep_last",
-        )
-        for name in above_zero:
+        self._check_ranges()
+        self._check_noise()
+        self._check_choices()
+
+    def _check_ranges(self) -> None:
+        for name in _ABOVE_ZERO:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
-        at_least_zero = (
-            "steps",
-            "max_grad_norm",
-            "weight_decay",
-            "min_snr_gamma",
-            "lora_rank",
-            "save_every",
-            "sample_every",
-            "workers",
-        )
-        for name in at_least_zero:
+        for name in _AT_LEAST_ZERO:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or above, not {getattr(self, name)}.")
+        for name, largest in _AT_MOST.items():
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name} must be at most {largest}, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to {2**31 - 1}, not {self.seed}.")
-        if self.workers > _MOST_WORKERS:
-            raise ValueError(f"workers must be at most {_MOST_WORKERS}, not {self.workers}.")
+        decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
+        if not all(0 <= decay < 1 for decay in decays) or len(set(decays)) < len(decays):
+            raise ValueError(
+                f"ema_decay must be 0 (off) or below 1, or a list of different ones, not {self.ema_decay}."
+            )
+
+    def _check_noise(self) -> None:
         betas = self.num_train_timesteps * (self.beta_start + self.beta_end) / 2
         if self.objective != "flow" and betas > _MOST_NOISE:
             raise ValueError(f"num_train_timesteps {self.num_train_timesteps} with beta_start {self.beta_start} and "
                              f"beta_end {self.beta_end} leave no signal at all; lower them.")  # fmt: skip
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start {self.beta_start} and beta_end {self.beta_end} must rise between 0 and 1.")
-        decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
-        if not all(0 <= decay < 1 for decay in decays) or len(set(decays)) < len(decays):
-            raise ValueError(
-                f"ema_decay must be 0 (off) or below 1, or a list of different ones, not {self.ema_decay}."
-            )
-        for name, known in (
-            ("mixed_precision", ("no", "tf32", "bf16", "fp16")),
-            ("objective", OBJECTIVES),
-            ("learning_rate_schedule", ("cosine", "constant")),
-        ):
+
+    def _check_choices(self) -> None:
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, not {getattr(self, name)!r}.")
         if self.min_snr_gamma and self.objective == "flow":
@@ -156,19 +165,19 @@ class Recipe:
         if self.lora_rank and not self.init_from:
             raise ValueError("lora_rank adapts a trained model; set init_from to a folder, a Hub id or a checkpoint.")
         if not self.merge_adapters and (not self.lora_rank or len(self.ema_decays) > 1):
-            raise ValueError("merge_adapters=false needs lora_rank, and one ema_decay at most.")
+            raise ValueError("merge_adapters=false needs lora_rank, and at most one ema_decay.")
         if self.streaming and not self.data.startswith("hf:"):
             raise ValueError(f"streaming is for data sets of the Hub (hf:NAME), not for {self.data!r}.")
 
     @property
     def ema_decays(self) -> list[float]:
-        """The moving averages to keep; that of the pipeline first."""
+        """The decays of the moving averages to keep; the pipeline's first."""
         decays = self.ema_decay if isinstance(self.ema_decay, list) else [self.ema_decay]
         return [decay for decay in decays if decay]
 
     @property
     def config(self) -> DiTConfig:
-        """Of the model.
+        """The configuration of a new model.
 
         Raises:
             ValueError: an unknown size or field.
@@ -184,23 +193,30 @@ class Recipe:
         return DiTConfig(**{**self.model, **parameterization})
 
     def with_settings(self, settings: dict[str, Any]) -> "Recipe":
-        """The recipe with some fields changed; text is read as YAML would.
+        """The recipe with some fields changed; text is read as YAML would read it.
+
+        Args:
+            settings: values by field; names of older releases are understood.
 
         Raises:
             ValueError: a field that does not exist, or a value of the wrong type.
         """
         kinds = {field.name: field.type for field in fields(self)}
         changes = {}
-        for name, value in settings.items():
+        for given, value in settings.items():
+            name = OLD_NAMES.get(given, given)
             if name not in kinds:
-                name = str(name)
-                raise ValueError(f"A recipe has no field {name!r}. The nearest names: {nearest(name, list(kinds))}.")
+                given = str(given)
+                raise ValueError(f"A recipe has no field {given!r}. The nearest names: {nearest(given, list(kinds))}.")
+            if name in changes:
+                old = next(old for old, new in OLD_NAMES.items() if new == name)
+                raise ValueError(f"{old} is the old name of {name}, and both are set; remove {old}.")
             changes[name] = _read(name, value, kinds[name])
         return replace(self, **changes)
 
 
 def _read(name: str, value: Any, kind: Any) -> Any:
-    """A value of a recipe's file or of the command line, as its field's type."""
+    """A value from a recipe's file or the command line, as the type of its field."""
     if isinstance(kind, types.UnionType) and str in kind.__args__:  # the model: a name or fields
         parsed = _parsed(name, value, "{")
         if not isinstance(parsed, (str, dict)):
@@ -210,7 +226,7 @@ def _read(name: str, value: Any, kind: Any) -> Any:
         parsed = _parsed(name, value, "[")
         return [_read(name, item, float) for item in parsed] if isinstance(parsed, list) else _read(name, parsed, float)
     if kind is str:
-        if value is None:  # as YAML's nothing
+        if value is None:  # an empty value in YAML
             return ""
         if value is False and name in ("mixed_precision", "tracker"):  # as YAML reads a bare "no"
             return "no" if name == "mixed_precision" else "none"
@@ -234,13 +250,13 @@ def _read(name: str, value: Any, kind: Any) -> Any:
 
 
 def _parsed(name: str, value: Any, bracket: str) -> Any:
-    """A value of the command line that is more than a word."""
+    """The YAML of a value that begins with a bracket; any other value as it is."""
     if not (isinstance(value, str) and value.lstrip().startswith(bracket)):
         return value
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ValueError(f"{name} is no YAML: {value!r}.") from None
+        raise ValueError(f"{name} is not valid YAML: {value!r}.") from None
 
 
 def shipped_recipes() -> list[str]:
@@ -250,10 +266,10 @@ def shipped_recipes() -> list[str]:
 
 
 def get_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or one of a YAML file.
+    """A shipped recipe by name, or the recipe in a YAML file.
 
     Raises:
-        ValueError: there is none, it is damaged, or it has a field that does not exist.
+        ValueError: there is no such recipe, it is damaged, or it has a field that does not exist.
     """
     shipped = shipped_recipes()
     if name in shipped:
@@ -268,7 +284,7 @@ def get_recipe(name: str) -> Recipe:
     try:
         settings = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is no YAML: {str(error).splitlines()[0]}.") from None
+        raise ValueError(f"{name} is not valid YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{name} must hold fields of a recipe, not {type(settings).__name__}.")
     return Recipe().with_settings(settings)

@@ -1,4 +1,4 @@
-"""What a run has reached."""
+"""The result of a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from .recipe import Recipe
 
 @dataclass
 class TrainingResult:
-    """What a run leaves, or has reached so far.
+    """The result of a run, or what it has reached so far.
 
     Args:
         pipeline: the trained model, ready to sample.
@@ -21,13 +21,13 @@ class TrainingResult:
         dataset: what it was trained on.
         epoch_losses: mean training loss of each epoch.
         seconds: wall time of the steps of this process.
-        finished: whether all steps are done; not so after SIGTERM.
-        main_process: whether this is the process that writes.
-        processes: how many trained.
-        skipped: steps without a finite loss.
-        averages: weights of the further moving averages, by variant ("ema-9999").
-        adapted: the model with its adapters apart, where the recipe does not merge them.
-        logs: what trackers and `sample_every` wrote, a folder.
+        finished: whether all steps are done; False after SIGTERM.
+        main_process: whether this is the process that writes files.
+        processes: number of processes that trained.
+        skipped: number of steps that were skipped, for want of a finite loss.
+        averages: weights of the moving averages after the first, by variant ("ema-9999").
+        adapted: the model with adapters that are not merged, where the recipe keeps them apart.
+        logs: folder with the files of trackers and `sample_every`.
     """
 
     pipeline: DiTPipeline

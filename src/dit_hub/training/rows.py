@@ -1,4 +1,8 @@
-"""Data sets of the Hub through Hugging Face's `datasets`, downloaded first or read while they stream."""
+"""Data sets of the Hub through Hugging Face's `datasets`, downloaded first or streamed.
+
+A stream resumes by reading past the rows it has yielded, without decoding their images, since the `state_dict` of
+`datasets` loses the rows in the shuffle buffer, so that a resumed run would see others.
+"""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,18 +14,18 @@ import torch
 
 from ..extras import require
 from .data import Batch, Key
-from .images import UNREADABLE, LeftOutError, enlarged, name_of, read_picture
+from .images import UNREADABLE, LeftOutError, enlarged, name_of, read_image
 
-# Rows that are shuffled together in a stream; more is better shuffled and takes longer to start.
+# Number of rows that are shuffled together in a stream; a larger buffer shuffles better and starts more slowly.
 SHUFFLE_BUFFER = 2048
 
 
 class Rows:
-    """Rows with an image and, unless there are no classes, a label.
+    """The rows of a data set, each with an image and, unless there are no classes, a label.
 
     Args:
-        name: of the data set, as `datasets.load_dataset` takes it, with ":SPLIT" after it for another split than train.
-        size: side of the pictures.
+        name: name of the data set for `datasets.load_dataset`, followed by ":SPLIT" for another split than train.
+        size: side to which images are scaled.
 
     Raises:
         ValueError: there is no such data set, or it has no image column.
@@ -37,7 +41,7 @@ class Rows:
         datasets.disable_progress_bars()
         try:
             rows = datasets.load_dataset(name, split=split or "train", streaming=self.streaming)
-        except Exception as error:  # it raises what its many readers raise
+        except Exception as error:  # whatever its many readers raise
             raise ValueError(f"The data set {name} cannot be loaded: {str(error).splitlines()[0]}") from None
         features = rows.features or {}
         images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -48,7 +52,7 @@ class Rows:
                 f"it has {', '.join(features) or 'no columns'}."
             )
         self.image, self.label = images[0], labels[0] if labels else None
-        # Decoded here, where a damaged image can be left out.
+        # Decoded by `read_rows`, where a damaged image can be left out.
         self.dataset = rows.select_columns([*images, *labels]).cast_column(self.image, datasets.Image(decode=False))
         self.id2label = dict(enumerate(features[self.label].names)) if self.label else {}
         self.sample_shape, self.size = (3, size, size), size
@@ -70,35 +74,35 @@ class Rows:
         return self.read_rows([self.dataset[position] for position, _ in keys], keys)
 
     def read_rows(self, rows: Sequence[dict[str, Any]], keys: Sequence[Key]) -> Batch:
-        """A batch of rows that lie at these positions."""
-        pictures, labels, positions, unreadable = [], [], [], []
-        for row, (position, mirrored) in zip(rows, keys, strict=True):
+        """A batch of the rows at these positions."""
+        images, labels, positions, unreadable = [], [], [], []
+        for row, (position, flipped) in zip(rows, keys, strict=True):
             encoded, label = row[self.image] or {}, row[self.label] if self.label else 0
             try:
                 if label is None or label < 0:
                     raise LeftOutError("without a class")
-                picture = read_picture(self._content(row), self.size)
+                image = read_image(self._content(row), self.size)
             except UNREADABLE as error:
                 unreadable.append(name_of(self._name(position, encoded), error))
                 continue
-            pictures.append(picture.flip(2) if mirrored else picture)
+            images.append(image.flip(2) if flipped else image)
             labels.append(label)
             positions.append(position)
-        data = torch.stack(pictures) if pictures else torch.empty(0, *self.sample_shape)
+        data = torch.stack(images) if images else torch.empty(0, *self.sample_shape)
         return Batch(data, torch.tensor(labels, dtype=torch.long), positions, unreadable)
 
     def _content(self, row: dict[str, Any]) -> bytes:
-        """Of a row's image file, of which `datasets` has the content or the path; OSError where it has neither."""
+        """The content of a row's image file, in memory or read from its path; OSError if the row has neither."""
         encoded = row[self.image] or {}
         return encoded.get("bytes") or Path(encoded.get("path") or "").read_bytes()
 
     def _name(self, position: int, encoded: dict[str, Any]) -> str:
-        """Of a row that is left out."""
+        """The name of a row that is left out."""
         return f"Row {position}"
 
 
 class StreamedRows(Rows):
-    """Rows in the order of a stream, shuffled within a buffer; positions are places in that order."""
+    """The rows of a data set in the order of a stream, shuffled within a buffer; positions are places in that order."""
 
     streaming = True
 
@@ -110,20 +114,20 @@ class StreamedRows(Rows):
         return known.num_examples
 
     def _notes(self) -> list[str]:
-        return []  # nothing is read ahead
+        return []  # nothing is read before training
 
     def _name(self, position: int, encoded: dict[str, Any]) -> str:
-        """By its content, since a row has another place in each pass."""
+        """A name by content, since a row has another place in each pass."""
         return f"The row whose image has the SHA-1 {hashlib.sha1(encoded.get('bytes') or b'').hexdigest()}"
 
     def rows(self, seed: int, epoch: int, skip: int, part: int = 0, parts: int = 1) -> Iterator[dict[str, Any]]:
-        """The rows of a pass, without the first few; the same for the same seed and pass.
+        """The rows of a pass, after the first `skip`; the same for the same seed and pass.
 
         Args:
-            seed, epoch: of the order.
-            skip: rows to leave out at the start.
-            part, parts: which of several parts: files of its own where their number is a multiple of `parts`, else one
-                row in `parts`. They may differ in size, so a part that ends starts over.
+            seed, epoch: determine the order.
+            skip: number of rows to leave out at the start.
+            part, parts: which of several parts to read: some of the files where their number is a multiple of `parts`,
+                else one row in `parts`. Parts may differ in size, so one that ends starts over.
 
         Raises:
             ValueError: a part that has no rows.

@@ -1,4 +1,4 @@
-"""What a run starts with: its model, its noise schedule, and whether all goes together."""
+"""The start of a run: its model, its noise schedule, and the checks that everything fits together."""
 
 import logging
 import re
@@ -19,6 +19,7 @@ from ..pipeline_dit import DiTPipeline
 from .checkpoints import damaged
 from .data import Dataset
 from .fingerprint import fingerprint
+from .old_names import renamed
 from .recipe import Recipe
 from .rows import StreamedRows
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_start(source: str) -> DiTPipeline:
-    """A pipeline folder, a Hub id or a checkpoint file; in float32, whatever it was stored in."""
+    """Load a pipeline folder, a Hub id or a checkpoint file to start from, in float32."""
     file = Path(source).is_file()
     pipeline = DiTPipeline.from_single_file(source) if file else DiTPipeline.from_pretrained(source)
     if not isinstance(pipeline.transformer, DiTTransformer):
@@ -59,15 +60,15 @@ def make_model(recipe: Recipe, dataset: Dataset, base: DiTPipeline | None) -> Di
 
 
 def adopt_classes(model: DiTTransformer, id2label: dict[int, str], known: dict[int, str], recipe: Recipe) -> None:
-    """Give a model the classes of the data, and say what becomes of its own.
+    """Give a model the classes of the data, and report which of its own it keeps.
 
-    A class that has the name of one of the model's keeps that one's row; the others start as in a new model. Where one
-    side has no names, as many classes are taken for the same ones.
+    A class with the name of one of the model's keeps its row of the table; the others start as in a new model. Where
+    one side has no names, equally many classes are taken for the same ones.
 
     Args:
-        model: knows the classes `known`.
-        id2label, known: names by id.
-        recipe: its seed draws the new rows.
+        model: a model of the classes `known`.
+        id2label, known: names of the data's and the model's classes, by id.
+        recipe: of the run; its seed draws the new rows.
     """
     classes, source = len(id2label), recipe.init_from
     say: Callable[..., None] = logger.warning if PartialState().is_main_process else logger.debug
@@ -84,7 +85,7 @@ def adopt_classes(model: DiTTransformer, id2label: dict[int, str], known: dict[i
         model.resize_class_labels(classes, same, torch.Generator().manual_seed(recipe.seed))
         kept = sum(old is not None for old in same)
         say(
-            "%d of %d classes go on from the class of the same name in %s; the others start anew.",
+            "%d of %d classes start from the class of the same name in %s; the others are new.",
             kept,
             classes,
             source,
@@ -92,20 +93,20 @@ def adopt_classes(model: DiTTransformer, id2label: dict[int, str], known: dict[i
 
 
 def _nameless(id2label: dict[int, str]) -> bool:
-    """Whether classes are known by number alone, as those of an archive."""
+    """Whether classes have numbers for names, as those of an archive."""
     return all(name == str(index) for index, name in id2label.items())
 
 
 def freeze(model: DiTTransformer, pattern: str) -> None:
-    """Take parameters out of training by a regular expression that is found in their names.
+    """Freeze the parameters in whose names a regular expression is found.
 
     Raises:
-        ValueError: it is none, or matches nothing or everything.
+        ValueError: it is not a regular expression, or matches nothing or everything.
     """
     try:
         frozen = [(name, bool(re.search(pattern, name))) for name, _ in model.named_parameters()]
     except re.error as error:
-        raise ValueError(f"freeze {pattern!r} is no regular expression: {error}.") from None
+        raise ValueError(f"freeze {pattern!r} is not a regular expression: {error}.") from None
     if not any(matched for _, matched in frozen):
         raise ValueError(f"freeze {pattern!r} matches no parameter; they have names like {frozen[-1][0]}.")
     for (_, matched), parameter in zip(frozen, model.parameters(), strict=True):
@@ -115,7 +116,7 @@ def freeze(model: DiTTransformer, pattern: str) -> None:
 
 
 def make_scheduler(recipe: Recipe, config: Any) -> Any:
-    """The noise schedule of a recipe; pictures are clipped to -1..1 while sampling, as they were trained."""
+    """The noise schedule of a recipe; in pixel space, sampling clips the predicted image to -1..1."""
     if recipe.objective == "flow":
         return FlowMatchEulerDiscreteScheduler(recipe.num_train_timesteps)
     learned: dict[str, Any] = {}
@@ -135,7 +136,7 @@ def make_scheduler(recipe: Recipe, config: Any) -> Any:
 def check_fit(
     recipe: Recipe, model: DiTTransformer, dataset: Dataset, processes: int, base: DiTPipeline | None
 ) -> None:
-    """Raise ValueError where data, model, batch, processes and decoder do not go together."""
+    """Raise ValueError if data, model, batch, processes and decoder do not fit together."""
     config: Any = model.config
     channels, height, width = dataset.sample_shape
     if (channels, (height, width)) != (config.in_channels, config.sample_height_width):
@@ -143,32 +144,32 @@ def check_fit(
         raise ValueError(f"The data are {height}x{width} in {channels} channels, and the model takes {wanted} in "
                          f"{config.in_channels}.")  # fmt: skip
     if len(dataset.id2label) == 1:
-        raise ValueError("The data have one class only, and a model of classes needs two: add another, or leave "
+        raise ValueError("The data have only one class, and a class-conditional model needs two: add another, or leave "
                          "classes out (images directly in the folder, an archive without labels).")  # fmt: skip
     if len(dataset.id2label) != config.num_classes:
         raise ValueError(f"The data have {len(dataset.id2label)} classes and the model {config.num_classes}.")
     if recipe.batch_size > len(dataset):
-        raise ValueError(f"batch_size {recipe.batch_size} is larger than the data set of {len(dataset)} pictures.")
-    if recipe.batch_size % (processes * recipe.gradient_accumulation):
-        raise ValueError(f"batch_size {recipe.batch_size} cannot be shared equally by {processes} processes with "
-                         f"gradient_accumulation {recipe.gradient_accumulation}.")  # fmt: skip
+        raise ValueError(f"batch_size {recipe.batch_size} is larger than the data set of {len(dataset)} images.")
+    if recipe.batch_size % (processes * recipe.gradient_accumulation_steps):
+        raise ValueError(f"batch_size {recipe.batch_size} cannot be divided equally between {processes} processes with "
+                         f"gradient_accumulation_steps {recipe.gradient_accumulation_steps}.")  # fmt: skip
     if recipe.fsdp and processes == 1:
-        raise ValueError("fsdp shares weights among processes, and this is one; start with `accelerate launch`.")
+        raise ValueError("fsdp shards weights over several processes, and this is one; start with `accelerate launch`.")
     straight = config.parameterization != "diffusion"
     if straight != (recipe.objective == "flow"):
-        raise ValueError(f"A model of parameterization {config.parameterization!r} is not trained by the objective "
-                         f"{recipe.objective!r}.")  # fmt: skip
+        raise ValueError(f"A model of parameterization {config.parameterization!r} cannot be trained with the "
+                         f"objective {recipe.objective!r}.")  # fmt: skip
     if base is not None:
         check_noise_schedule(recipe, base, straight)
     decoder = bool(recipe.vae) or (base is not None and base.vae is not None)
-    if recipe.vae:  # what does not fit shows now, not after days
+    if recipe.vae:  # an error now, not after days of training
         check_decoder(recipe.vae, channels)
     if recipe.sample_every and not decoder and not config.draws_pixels:
-        raise ValueError("sample_every needs a decoder to draw pictures of latents: set vae, or sample_every=0.")
+        raise ValueError("sample_every needs a decoder to make images of latents: set vae, or sample_every=0.")
 
 
 def check_noise_schedule(recipe: Recipe, base: DiTPipeline, straight: bool) -> None:
-    """Raise ValueError where a model would go on with other noise, or another target, than it was trained with."""
+    """Raise ValueError if a model would be trained with other noise, or another target, than it was before."""
     theirs: Any = cast(Any, base).scheduler.config
     names = ("num_train_timesteps",) if straight else ("num_train_timesteps", "beta_start", "beta_end")
     if others := [name for name in names if theirs.get(name) != getattr(recipe, name)]:
@@ -183,23 +184,21 @@ def check_noise_schedule(recipe: Recipe, base: DiTPipeline, straight: bool) -> N
     else:
         kind = f"beta_schedule {theirs.get('beta_schedule')}"
     if kind != "beta_schedule linear":
-        raise ValueError(f"{recipe.init_from} was trained with {kind}, and recipes train with linear ones alone.")
+        raise ValueError(f"{recipe.init_from} was trained with {kind}, and recipes train with linear betas only.")
     prediction = theirs.get("prediction_type", "epsilon")
     if prediction not in _OBJECTIVES:
-        raise ValueError(
-            f"{recipe.init_from} predicts {prediction!r}, which no objective trains; there are noise and v."
-        )
+        raise ValueError(f"{recipe.init_from} predicts {prediction!r}, which no objective trains; only noise and v do.")
     if _OBJECTIVES[prediction] != recipe.objective:
         raise ValueError(f"{recipe.init_from} predicts {prediction!r}, and the objective {recipe.objective!r} would "
                          f"train it for another target; set objective={_OBJECTIVES[prediction]}.")  # fmt: skip
 
 
-# By what diffusers' schedulers call the prediction.
+# The objectives by diffusers' name of the prediction.
 _OBJECTIVES = {"epsilon": "noise", "v_prediction": "v"}
 
 
 def check_decoder(name: str, channels: int) -> None:
-    """Raise ValueError where there is no such VAE, or one of other latents."""
+    """Raise ValueError if there is no such VAE, or its latents have other channels."""
     try:
         config: Any = AutoencoderKL.load_config(name)
         if config["latent_channels"] != channels:
@@ -207,45 +206,44 @@ def check_decoder(name: str, channels: int) -> None:
                              f"{channels}.")  # fmt: skip
     except (OSError, KeyError):
         raise ValueError(f"The decoder {name} cannot be loaded; set vae to a folder or a Hub id, or to nothing for a "
-                         "pipeline that draws latents only.") from None  # fmt: skip
+                         "pipeline that only draws latents.") from None  # fmt: skip
 
 
 def describe(dataset: Dataset, processes: int) -> dict[str, Any]:
-    """What a run that goes on must find again of its data, as JSON has it."""
-    facts = {"pictures": len(dataset), "classes": list(dataset.id2label.values()), "shape": list(dataset.sample_shape)}
+    """The facts about data that a run must find again when it resumes, for JSON."""
+    facts = {"images": len(dataset), "classes": list(dataset.id2label.values()), "shape": list(dataset.sample_shape)}
     parts = {"processes": processes} if isinstance(dataset, StreamedRows) else {}  # each has a part of the stream
     return {**facts, **parts, "fingerprint": fingerprint(dataset)}
 
 
 def check_same_recipe(path: Path, facts: dict[str, Any], recipe: Recipe, data: dict[str, Any]) -> None:
-    """Raise ValueError where a checkpoint's recipe or data would have led elsewhere; the message says what differs.
+    """Raise ValueError if a checkpoint belongs to another recipe or other data; the message says what differs.
 
     Args:
         path, facts: of the checkpoint.
-        recipe, data: of this run; the data as of `describe`.
+        recipe, data: of this run; the data as `describe` returns them.
     """
     if not isinstance(facts.get("recipe"), dict):
-        raise damaged(path, ValueError("it does not say of which recipe"))
-    known = facts.get("data", {})  # an older release noted less
+        raise damaged(path, ValueError("it does not say which recipe it belongs to"))
+    known = renamed(facts.get("data", {}))  # an older release noted less
     different = [name for name in data if name in known and known[name] != data[name]]
     if different and (name := different[0]) == "processes":
-        raise ValueError(f"{path} is of a stream that {known[name]} processes shared, and here are {data[name]}; go on "
-                         f"with {known[name]}, or start anew with --resume never.")  # fmt: skip
+        raise ValueError(f"{path} belongs to a stream shared by {known[name]} processes, and now there are "
+                         f"{data[name]}; resume with {known[name]}, or start over with --resume never.")  # fmt: skip
     if different and name != "fingerprint":
-        raise ValueError(f"{path} is of other data: {name} {known[name]} there, {data[name]} here.")
-    # What an older release did not know was as it is by default.
-    ours, theirs = asdict(recipe), asdict(Recipe()) | facts["recipe"]
+        raise ValueError(f"{path} belongs to other data: {name} {known[name]} there, {data[name]} here.")
+    # A setting that an older release did not know has its default.
+    ours, theirs = asdict(recipe), asdict(Recipe()) | renamed(facts["recipe"])
     names = [name for name in ours if name not in _HARMLESS and theirs.get(name) != ours[name]]
     if names:
         differences = "; ".join(f"{name} is {theirs.get(name)!r} there and {ours[name]!r} here" for name in names)
-        raise ValueError(
-            f"{path} is of another recipe: {differences}. Train to another --out, or start anew with --resume never."
-        )
+        raise ValueError(f"{path} belongs to another recipe: {differences}. Train to another --out, or start over with "
+                         "--resume never.")  # fmt: skip
     if different:
-        raise ValueError(f"{path} is of other data: as many, but with another content. Train to another --out, or "
-                         "start anew with --resume never.")  # fmt: skip
+        raise ValueError(f"{path} belongs to other data: as many images, but with other content. Train to another "
+                         "--out, or start over with --resume never.")  # fmt: skip
 
 
-# Settings that change where and when work is done, not what comes of it.
-_HARMLESS = ("workers", "save_every", "keep_last", "skip_nan", "tracker", "sample_every", "vae", "push_to_hub",
-             "merge_adapters", "fsdp", "gradient_checkpointing", "compile", "gradient_accumulation")  # fmt: skip
+# Settings that change where and when work is done, not its result.
+_HARMLESS = ("num_workers", "save_every", "keep_last", "skip_nan", "tracker", "sample_every", "vae", "push_to_hub",
+             "merge_adapters", "fsdp", "gradient_checkpointing", "compile", "gradient_accumulation_steps")  # fmt: skip

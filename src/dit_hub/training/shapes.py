@@ -1,4 +1,4 @@
-"""The toy's data: 16x16 RGB pictures of a coloured shape on a dark ground, drawn from a seed."""
+"""The toy's data: 16x16 RGB images of a coloured shape on a dark ground, drawn from a seed."""
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +28,16 @@ def shapes(images_per_class: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw the data set.
 
     Args:
-        images_per_class: pictures of each of the 16 classes. Position and size vary by half a pixel.
-        seed: same seed, same pictures.
+        images_per_class: number of images of each of the 16 classes. Position and size vary by half a pixel.
+        seed: seed of position and size.
 
     Returns:
-        Pictures (16 * images_per_class, 3, 16, 16), float32 in -1..1, ordered by class, and their labels, int64.
+        Images (16 * images_per_class, 3, 16, 16), float32 in -1..1, ordered by class, and their labels, int64.
     """
     generator = torch.Generator().manual_seed(seed)
     points = (torch.arange(SIZE * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING
     background = torch.tensor(BACKGROUND, dtype=torch.float32)[:, None, None]
-    pictures = []
+    images = []
     for colour in COLOURS.values():
         foreground = torch.tensor(colour, dtype=torch.float32)[:, None, None]
         for shape in SHAPES:
@@ -46,6 +46,6 @@ def shapes(images_per_class: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:
             y = points[None, :, None] - SIZE / 2 - jitter[1]
             inside = _inside(shape, x, y, 5.5 + jitter[2])[:, None].float()  # (images, 1, 64, 64)
             coverage = F.avg_pool2d(inside, _SUPERSAMPLING)
-            pictures.append(background + coverage * (foreground - background))
+            images.append(background + coverage * (foreground - background))
     labels = torch.arange(len(ID2LABEL)).repeat_interleave(images_per_class)
-    return torch.cat(pictures) / 127.5 - 1, labels
+    return torch.cat(images) / 127.5 - 1, labels

@@ -1,4 +1,4 @@
-"""Processes that train together: what they tell each other of a step, and that none waits for one that has failed."""
+"""Processes that train together: the outcome of a step in all of them, and an error in one that ends all."""
 
 import contextlib
 import itertools
@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 
-class Outcome:
-    """What a step came to in all processes, on its way from the device while the next step is started.
+class StepOutcome:
+    """The outcome of a step in all processes; it is copied from the device while the next step runs.
 
     Args:
         accelerator: of the run.
         step: counted from 1.
-        positions: of the step's samples in this process.
-        loss, norm: of this process, scalars on the device; the norm is that of the gradients.
-        unreadable: files that this process could not read so far.
-        asked_to_stop: the number of the signal by which this process was, or 0.
+        positions: positions in the data set of this process's samples.
+        loss, norm: this process's loss and gradient norm, scalars on the device.
+        unreadable: number of files that this process could not read so far.
+        asked_to_stop: number of the signal that asked this process to stop, or 0.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Outcome:
         asked_to_stop: int,
     ):
         self.step, self.positions = step, positions
-        # Made on the device: a copy from the processor would wait for all that the device has to do.
+        # Made on the device: a copy from the CPU would wait for everything that the device has to do.
         rest = [torch.full((), float(value), device=loss.device) for value in (unreadable, asked_to_stop)]
         mine = torch.stack([loss.float(), norm.float(), *rest])
         everyone: Tensor = cast(Any, accelerator.gather(mine[None]))  # (processes, 4)
@@ -56,47 +56,50 @@ class Outcome:
 
     @property
     def loss(self) -> float:
-        """The mean over all processes."""
+        """The mean loss over all processes."""
         return float(self._columns[0].mean())
 
     @property
     def norm(self) -> float:
-        """Of the gradients of all processes."""
+        """The norm of the gradients, which all processes share."""
         return float(self._columns[1].max())
 
     @property
     def unreadable(self) -> int:
-        """Of the process that could read least."""
+        """The number of unreadable files in the process that has most."""
         return int(self._columns[2].max())
 
     @property
     def asked_to_stop(self) -> int:
-        """The number of the signal by which any process was, or 0."""
+        """The number of the signal that asked any process to stop, or 0."""
         return int(self._columns[3].max())
 
 
-# Between two looks at the others, and for an end of its own where another has failed.
+# Between two checks on the others; a process has three times as long to end by itself after another has failed.
 _SECONDS = 1.0
 
-# Each run has a word of its own to say so; processes start the same runs in the same order.
+# Numbers the runs of a process; all processes start the same runs in the same order.
 _RUNS = itertools.count()
 
 
 @contextlib.contextmanager
 def failing_together(accelerator: Accelerator) -> Iterator[None]:
-    """An error in one process ends the others within seconds, wherever they wait for it.
+    """End all processes within seconds of an error in one of them, wherever they wait for it.
 
-    The one that fails says so in the store where the processes met. The others look there; one that does not come to an
-    end of its own, since it waits for an exchange that will not be, says what happened and exits with status 1.
+    The process that fails writes its error to the store where the processes met, which the others check. One that then
+    does not end by itself, because it waits for an exchange that will never happen, prints the error and exits with
+    status 1. A launcher only ends the others once the failed process has exited, and only on its own machine.
 
     Raises:
-        ConnectionError: an exchange failed, since another process has.
+        ConnectionError: an exchange failed because another process has failed.
     """
     if not dist.is_initialized() or accelerator.num_processes == 1:
         yield
         return
     store: Any = _get_default_store()
-    notes = dist.PrefixStore(f"dit-hub/{next(_RUNS)}", store.clone())  # a connection of its own, never held by others
+    notes = dist.PrefixStore(
+        f"dit-hub/{next(_RUNS)}", store.clone()
+    )  # a connection of its own, which no other call blocks
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(notes, over), daemon=True)
     watcher.start()
@@ -108,7 +111,7 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
             raise ConnectionError(failure) from None
         if not failure:
             what = str(error) or type(error).__name__
-            with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+            with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
                 notes.set(_KEY, f"Process {accelerator.process_index} has failed, and with it the run: {what}")
         raise
     finally:
@@ -120,14 +123,15 @@ _KEY = "failure"
 
 
 def _failure(notes: Any) -> str:
-    """What a process said of its failure; nothing where none has failed."""
+    """The error that a process wrote to the store; empty where none has failed."""
     try:
         return notes.get(_KEY).decode() if notes.check([_KEY]) else ""
-    except RuntimeError:  # the store went with the process that held it
+    except RuntimeError:  # the store is gone with the process that held it
         return ""
 
 
 def _watch(notes: Any, over: threading.Event) -> None:
+    """Exit this process if another fails and this one does not end by itself; returns when `over` is set."""
     while not over.wait(_SECONDS):
         failure = _failure(notes)
         if failure and not over.wait(3 * _SECONDS):
