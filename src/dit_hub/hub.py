@@ -170,10 +170,12 @@ def _check_saveable(name: str, component: Any) -> None:
     modules = component.modules() if isinstance(component, torch.nn.Module) and tuners else ()
     if any(isinstance(module, tuners.BaseTunerLayer) for module in modules):
         whole = hasattr(component, "merge_and_unload")
-        merge = f"pipe.{name} = pipe.{name}.merge_and_unload()" if whole else f"merge_adapters(pipe.{name})"
+        merge = (
+            f"pipe.{name} = pipe.{name}.merge_and_unload()" if whole else "pipe.fuse_lora(); pipe.unload_lora_weights()"
+        )
         raise ValueError(
             f"The {name} holds adapters, which a pipeline folder has no place for, so nothing was written; add them to "
-            f"its weights first: {merge}{'' if whole else ', of dit_hub.adapters'}."
+            f"its weights first: {merge}."
         )
     bases = (
         getattr(sys.modules[library], base, None)

@@ -27,7 +27,7 @@ from dit_hub.conversion.origin import (
 )
 from dit_hub.conversion.single_file import load_single_file
 
-from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
+from .adapters import CONFIG_FILE
 from .configuration_dit import DiTConfig, nearest
 from .labels import imagenet_id2label
 from .modeling_dit import DiTTransformer
@@ -221,7 +221,7 @@ class LoadingPipeline(DiffusionPipeline):
             if (folder.parent / cls.config_name).is_file():
                 raise ValueError(f"{folder} is a part of the pipeline {folder.parent}; give that folder.")
             if (folder / CONFIG_FILE).is_file():
-                raise ValueError(f"{folder} holds adapters; load the model that they adapt, and then load_adapters.")
+                raise ValueError(f"{folder} holds adapters; load the model that they adapt, then load_lora_weights.")
             raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
         try:
             index = json.loads(path.read_text())
@@ -264,28 +264,6 @@ class LoadingPipeline(DiffusionPipeline):
         is_imagenet = pipeline.transformer.config.num_classes == 1000 and self.origin.is_imagenet
         if layout == "diffusers" and not pipeline.config.id2label and is_imagenet:
             pipeline.register_to_config(id2label=imagenet_id2label())
-
-    def load_adapters(self, folder: str | os.PathLike) -> None:
-        """Merge adapters that were trained with `merge_adapters=false`; the classes become theirs.
-
-        Args:
-            folder: of `dit-hub train`, or a Hub id.
-
-        Raises:
-            ValueError, OSError, ImportError: see `dit_hub.adapters.load_adapters`.
-        """
-        pipeline = cast(Any, self)
-        kind = type(pipeline.transformer)
-        if not issubclass(kind, torch.nn.Module):
-            raise ValueError(f"Adapters are merged into a model in PyTorch, and this is a {kind.__name__}; merge them "
-                             "first, and export then.")  # fmt: skip
-        path = Path(folder)
-        if not path.is_dir() and str(folder).count("/") == 1:
-            with plain_hub_errors(f"load {folder} from"):
-                path = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-        id2label = load_adapters(pipeline.transformer, path)
-        if id2label:
-            pipeline.register_to_config(id2label=id2label)
 
 
 # --- Details ---------------------------------------------------------------------------------------------------------
