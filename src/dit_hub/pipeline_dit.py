@@ -97,7 +97,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
         return self._num_timesteps
 
     @property
-    def current_timestep(self) -> Tensor | None:
+    def current_timestep(self) -> Any:
         """For callbacks and caches: the timestep of the step being computed; None outside of a run."""
         return self._current_timestep
 
