@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,13 @@ def test_a_cache_that_never_skips_changes_nothing(make_model: MakeModel) -> None
     expected = draw(pipe)
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
+
+
+@pytest.fixture(autouse=True)
+def own_backend() -> Iterator[None]:
+    """`set_attention_backend` sets diffusers' default for the process as well."""
+    with attention_backend("native"):
+        yield
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
