@@ -13,6 +13,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .extras import require
+
 # In `config._attn_implementation`: attention through diffusers' backends, as its environment variable and its context
 # manager `attention_backend` choose them.
 DIFFUSERS_ATTENTION = "diffusers"
@@ -111,14 +113,13 @@ def check_quantization(config: Any, device_map: Any = None) -> None:
     """
     if type(config).__name__ != "TorchAoConfig":
         return
-    from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
-
+    quantize = require("torchao.quantization", "quantization").quantize_
     kind = config.get_apply_tensor_subclass()
     device = torch.device(device_map if isinstance(device_map, (str, int, torch.device)) and device_map not in _SPREAD
                           else "cuda" if device_map is not None and torch.cuda.is_available() else "cpu")  # fmt: skip
     layer = nn.Linear(1024, 1024, device=device, dtype=torch.bfloat16)
     try:
-        quantize_(layer, kind)
+        quantize(layer, kind)
         layer(torch.zeros(1, 1024, device=device, dtype=torch.bfloat16))
     except (ImportError, AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
