@@ -23,8 +23,8 @@ from rich.table import Table
 # Sizes as stock diffusers can express them: fixed positions, a null class, its own frequencies.
 STOCK = {"timestep_freq_shift": 1.0, "timestep_freq_dim": 256}
 TOY = {"pos_embed": "sincos", "class_dropout_prob": 0.1}
-# Name: (model, fields, batch). Two rows of S/2 are one picture with guidance.
-WORKLOADS = {"toy, batch 16": ("toy", TOY, 16), "S/2, batch 2 (1 picture, guided)": ("DiT-S/2", {}, 2)}
+# Name: (model, fields, batch). Two rows of S/2 are one image with guidance.
+WORKLOADS = {"toy, batch 16": ("toy", TOY, 16), "S/2, batch 2 (1 image, guided)": ("DiT-S/2", {}, 2)}
 
 BASELINE = "diffusers fp32 eager"
 Forward = Callable[..., Any]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
@@ -169,10 +168,8 @@ class Component:
         """Raise ValueError for another height and width than the file's, where it has one."""
         size = self.settings.get("height_width")
         if size is not None and list(latents.shape[2:]) != size:
-            raise ValueError(
-                f"This export takes inputs of {size[0]}x{size[1]}, not {list(latents.shape[2:])}; "
-                "a denoiser and a decoder exported with --dynamic-size take others."
-            )
+            raise ValueError(f"This export takes inputs of {size[0]}x{size[1]}, not {list(latents.shape[2:])}; "
+                             "a denoiser and a decoder exported with --dynamic-size take others.")  # fmt: skip
 
 
 class Denoiser(Component):
@@ -216,10 +213,8 @@ class Denoiser(Component):
                 precomputed = self.precompute(timestep, class_labels)
         if precomputed is not None:
             timestep = class_labels = None
-        inputs = self._place(
-            hidden_states=hidden_states, timestep=timestep, class_labels=class_labels, condition=precomputed
-        )
-        return RuntimeOutput(self._run(inputs).to(hidden_states))
+        condition = {"timestep": timestep, "class_labels": class_labels, "condition": precomputed}
+        return RuntimeOutput(self._run(self._place(hidden_states=hidden_states, **condition)).to(hidden_states))
 
     def evaluate(self, inputs: dict[str, Any]) -> Tensor:
         return self(**inputs).sample
@@ -232,12 +227,7 @@ class Sampler(Component):
     is_loop = True
 
     def sample(
-        self,
-        latents: Tensor,
-        class_labels: Tensor | None,
-        guidance_scale: float,
-        table: np.ndarray | Tensor,
-        noise: Tensor,
+        self, latents: Tensor, class_labels: Tensor | None, guidance_scale: float, table: Any, noise: Tensor
     ) -> Tensor:
         """Denoise from the first row of the table to the last.
 
@@ -245,7 +235,7 @@ class Sampler(Component):
             latents: (N, C, H, W) noise.
             class_labels: (N,) integers, or None for unconditional models.
             guidance_scale: for models with a null class; 1 means no guidance and takes half the time.
-            table: (S, 9) of `dit_hub.solvers.solver_table`.
+            table: (S, 9) of `dit_hub.solvers.solver_table`, an array or a tensor.
             noise: (M, N, C, H, W), of each step of a stochastic solver; the last one stands for all further steps.
 
         Returns:

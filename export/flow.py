@@ -3,13 +3,13 @@
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dit_hub.files import check_free, new_folder
 from dit_hub.pipeline_dit import DiTPipeline
@@ -18,7 +18,7 @@ from .component import MODEL_FILE, Component
 from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
 from .parts import PARTS, Plan, write_decoder, write_denoiser
 from .quantize import calibrate, quantize_dynamic, quantize_static
-from .reference import Parity, measure_parity, read_bounds, read_reference, write_report
+from .reference import Evaluate, Parity, measure_parity, read_bounds, read_reference, write_report
 from .sampler import sample_latents, write_sampler
 
 WEIGHT_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,25 +34,15 @@ ORT_PRECISIONS = ("fp32", "fp16", "int8")
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a pipeline as ONNX files.
+    """A part of a pipeline as ONNX files."""
 
-    Args:
-        name: of its component and folder: "transformer", "vae" or "sampler".
-        role: its kind, of `PARTS`.
-        folder: with its files, config.json and reference.
-        bound: the largest relative error.
-        precision: of the files.
-        rounded: the part in PyTorch with that precision, from the inputs of a case to its output.
-        scheduler: for a pipeline of it.
-    """
-
-    name: str
-    role: str
-    folder: Path
-    bound: float
-    precision: str = "fp32"
-    rounded: Callable[[dict[str, Tensor]], Tensor] | None = None
-    scheduler: Any = None
+    name: str  # of its component and folder: "transformer", "vae" or "sampler"
+    role: str  # of `PARTS`
+    folder: Path  # with the files, config.json and the reference
+    bound: float  # of the relative error
+    precision: str = "fp32"  # of the files
+    rounded: Evaluate | None = None  # the same in PyTorch, with that precision
+    scheduler: Any = None  # for a pipeline of it
 
 
 class Target:
@@ -152,7 +142,7 @@ def staged(pipeline: DiTPipeline) -> Iterator[Part]:
                 yield Part(name, role, component.folder, bounds.get(name, 0.0), scheduler=pipeline.scheduler)
 
 
-def _stand_in(part: Part) -> tuple[Callable[[dict[str, Tensor]], Tensor], str]:
+def _stand_in(part: Part) -> tuple[Evaluate, str]:
     """What measures a part whose target does not run here: ONNX Runtime, or PyTorch for precisions that it lacks."""
     if part.precision in ORT_PRECISIONS:
         component = ORT_COMPONENTS[part.role].from_pretrained(part.folder)

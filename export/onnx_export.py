@@ -121,17 +121,9 @@ def export_onnx(
     pipeline = load_pytorch(model)
     if decode and pipeline.vae is None and pipeline.transformer.config.in_channels not in (1, 3):
         raise ValueError("decode puts a VAE into the sampler's file, and this pipeline has none.")
-    plan = Plan(
-        chosen,
-        precision,
-        weights="fp32" if precision == "bf16" else precision,  # OpenVINO computes in bf16 by itself
-        static=static,
-        opset=opset,
-        precompute=precompute,
-        dynamic_size=dynamic_size,
-        decode=decode,
-        max_error=max_error,
-    )
+    weights = "fp32" if precision == "bf16" else precision  # OpenVINO computes in bf16 by itself
+    plan = Plan(chosen, precision, weights, static, opset, precompute=precompute, dynamic_size=dynamic_size,
+                decode=decode, max_error=max_error)  # fmt: skip
     return export(pipeline, plan, ONNXTarget(plan, runtime), output_dir, overwrite)
 
 

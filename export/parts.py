@@ -34,17 +34,11 @@ _DECODER_BATCHES = (1, 2)  # images of 512 pixels are 3 MB each in the reference
 
 @dataclass(frozen=True)
 class Plan:
-    """What to export and how to write its ONNX files; most fields are arguments of `export_onnx`.
-
-    Args:
-        weights: the precision of the files, where the runtime computes in another one than it reads.
-        sampler_opset: version of the ONNX operators of a sampler.
-        images: whether a sampler returns images where it can, beside latents.
-    """
+    """What to export and how to write its ONNX files: arguments of `export_onnx`, and what targets choose."""
 
     parts: tuple[str, ...]
-    precision: str = "fp32"
-    weights: str = "fp32"
+    precision: str = "fp32"  # in which the denoiser computes
+    weights: str = "fp32"  # of the files; a runtime may compute in another precision than it reads
     static: bool = False
     opset: int = DEFAULT_OPSET
     # Attention as one operator (opset 23) does not build inside a loop in TensorRT, and Scan does not run in OpenVINO;
@@ -53,7 +47,7 @@ class Plan:
     precompute: bool = False
     dynamic_size: bool = False
     decode: bool = False
-    images: bool = True
+    images: bool = True  # whether a sampler returns images where it can, beside latents
     max_error: float | None = None
 
     def bound(self, part: str) -> float:
@@ -70,12 +64,8 @@ class _Denoiser(nn.Module):
         self.transformer = transformer
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        condition: Tensor | None = None,
-    ) -> Tensor:
+        self, hidden_states: Tensor, timestep: Any = None, class_labels: Any = None, condition: Any = None
+    ) -> Any:
         return self.transformer(hidden_states, timestep, class_labels, precomputed=condition).sample
 
 

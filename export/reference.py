@@ -18,6 +18,7 @@ MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2, "int8": 5e-2, "f
 
 # Inputs by name, and what PyTorch in float32 makes of them.
 Case = tuple[dict[str, Tensor], Tensor]
+Evaluate = Callable[[dict[str, Tensor]], Tensor]
 
 
 class UnsupportedShapeError(ValueError):
@@ -89,9 +90,7 @@ def read_reference(folder: Path) -> list[Case]:
     return [(case, case.pop("")) for _, case in sorted(cases.items())]
 
 
-def measure_parity(
-    name: str, evaluate: Callable[[dict[str, Tensor]], Tensor], cases: Sequence[Case], bound: float, measured_on: str
-) -> Parity:
+def measure_parity(name: str, evaluate: Evaluate, cases: Sequence[Case], bound: float, measured_on: str) -> Parity:
     """The distance of a runtime from the expected outputs, on those cases whose shapes it was built for.
 
     Raises:
@@ -116,9 +115,8 @@ def measure_parity(
         norm = expected.double().norm().item() or 1.0  # a fresh model predicts exactly zero
         error = difference.norm().item() / norm
         if not error <= bound:  # also catches NaN
-            raise ValueError(
-                f"The exported {name} differs from PyTorch by {error:.1e} (relative L2), more than {bound:.0e}."
-            )
+            raise ValueError(f"The exported {name} differs from PyTorch by {error:.1e} (relative L2), "
+                             f"more than {bound:.0e}.")  # fmt: skip
         tried.append((error, difference.abs().max().item(), len(expected)))
     if not tried:
         raise refusal

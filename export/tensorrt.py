@@ -21,7 +21,7 @@ from dit_hub.runtime import RuntimeOptions
 from .component import Decoder, Denoiser, Sampler, Session
 from .cuda_graph import CudaGraph, record
 from .reference import UnsupportedShapeError
-from .tensorrt_build import Machine, Manifest, file_sha256, is_rtx, misfit
+from .tensorrt_build import Manifest, file_sha256, is_rtx, misfit
 
 # Shapes that hold a context, buffers and a graph at a time: the guided and the unguided steps of a batch, and those of
 # the last, smaller one.
@@ -86,7 +86,7 @@ class TensorRTSession(Session):
     @classmethod
     def open(cls, path: Path, options: RuntimeOptions, settings: dict[str, Any], is_loop: bool) -> "TensorRTSession":
         manifest = Manifest.read(path.parent)
-        if (reason := misfit(manifest, Machine.this())) is not None:
+        if (reason := misfit(manifest)) is not None:
             raise ValueError(f"{path} does not run here: {reason}.")
         facts = manifest.engines.get(path.name)
         if facts is None or file_sha256(path) != facts.sha256:  # TensorRT itself may crash on a damaged engine
@@ -102,17 +102,13 @@ class TensorRTSession(Session):
         if self._context is None:
             output = self._run_recorded(self._recording(shapes, inputs), inputs, caller)
         else:
-            output = self._run(self._context, inputs, caller)
+            # The caller's stream owns the outputs. It waits for the engine, so nobody gets their memory too early.
+            output, *_others = self._bind(self._context, inputs)
+            with self._after(caller):
+                self._enqueue(self._context)
         self._calls[shapes] += 1
         if self._calls[shapes] <= 2:  # kernels for a shape may be compiled after its first call
             self._save_cache()
-        return output
-
-    def _run(self, context: Any, inputs: dict[str, Tensor], caller: torch.cuda.Stream) -> Tensor:
-        # The caller's stream owns the outputs. It waits for the engine, so nobody gets their memory too early.
-        output, *_others = self._bind(context, inputs)
-        with self._after(caller):
-            self._enqueue(context)
         return output
 
     def _run_recorded(self, recording: _Recording, inputs: dict[str, Tensor], caller: torch.cuda.Stream) -> Tensor:
@@ -216,9 +212,8 @@ def check_shapes(profiles: Mapping[str, list[list[int]]], inputs: Mapping[str, T
             raise ValueError(f"The engine has no input {name}; it takes {', '.join(profiles)}.")
         smallest, _, largest = profiles[name]
         shape = list(value.shape)
-        if len(shape) != len(smallest) or not all(
-            a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)
-        ):
+        fits = (a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
+        if len(shape) != len(smallest) or not all(fits):
             raise UnsupportedShapeError(
                 f"The engine is built for {name} of {smallest} to {largest}, not {shape}; guidance doubles the batch. "
                 "Build it with another --profile, or sample fewer images at a time."

@@ -114,8 +114,9 @@ def _gpu_capability() -> str | None:
     return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
-def misfit(manifest: Manifest, machine: Machine) -> str | None:
-    """Why the engines of a manifest do not run on a machine, in words; None where they do."""
+def misfit(manifest: Manifest, machine: Machine | None = None) -> str | None:
+    """Why the engines of a manifest do not run on a machine, by default this one, in words; None where they do."""
+    machine = machine or Machine.this()
     product, extra = manifest.product, manifest.product.replace("_", "-")
     if product not in PRODUCTS.values():
         return f"it is made for {product}, which is unknown here"
@@ -176,23 +177,13 @@ def choose_capabilities(trt: Any, wanted: tuple[str, ...], precision: str) -> li
 
 @dataclass(frozen=True)
 class EngineBuilder:
-    """Builds engines of ONNX files; all engines of an export share its settings.
+    """Builds engines of ONNX files; all engines of an export share its settings."""
 
-    Args:
-        trt: a module of `load_product`.
-        capabilities: compute capabilities, of `choose_capabilities`.
-        precision: what the manifest says of the files.
-        batch: smallest, usual and largest batch.
-        size: the same of height and width, for files that take any.
-        weight_streaming: keep weights in the host's memory where the GPU's does not hold them.
-        progress: told of each step.
-    """
-
-    trt: Any
-    capabilities: list[str]
-    precision: str
+    trt: Any  # of `load_product`
+    capabilities: list[str]  # of `choose_capabilities`
+    precision: str  # of the files, for the manifest
     batch: Profile
-    size: Profile | None = None
+    size: Profile | None = None  # of height and width, for files that take any
     weight_streaming: bool = False
     progress: Progress | None = None
 

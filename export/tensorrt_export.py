@@ -15,16 +15,7 @@ from .ort import ORTDiTTransformer, ORTSampler
 from .parts import DEFAULT_PARTS, Plan
 from .reference import REFERENCE_FILE, Parity
 from .tensorrt import TensorRTDiTTransformer, TensorRTSampler, TensorRTVAEDecoder
-from .tensorrt_build import (
-    EngineBuilder,
-    Machine,
-    Manifest,
-    Profile,
-    Progress,
-    choose_capabilities,
-    load_product,
-    misfit,
-)
+from .tensorrt_build import EngineBuilder, Manifest, Profile, Progress, choose_capabilities, load_product, misfit
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 _EIGHT_BITS = ("fp8", "int8")
@@ -55,7 +46,7 @@ class TensorRTTarget(Target):
         self.builder.build(engines).write(folder)
 
     def open(self, part: Part, folder: Path) -> Any:
-        return super().open(part, folder) if misfit(Manifest.read(folder), Machine.this()) is None else None
+        return super().open(part, folder) if misfit(Manifest.read(folder)) is None else None
 
     def settings(self) -> dict[str, Any]:
         builder = self.builder
@@ -94,7 +85,6 @@ def export_tensorrt(
         model: a pipeline, what `DiTPipeline.from_pretrained` takes, or an ONNX file. Exports to ONNX are built as they
             are; `parts`, `precision`, `size` and `precompute` are for models in PyTorch.
         output_dir: the new folder; it appears only when all engines are built.
-        parts: as for `export_onnx`.
         precision: of the weights and products of denoiser and sampler, of `PRECISIONS`; None means fp16. Modulation,
             gates and residual sum stay float32. "int8" and "fp8" take their scales from sampling runs in PyTorch and
             compute the rest in float32. The decoder is float32.
@@ -106,8 +96,7 @@ def export_tensorrt(
             the first of these that is installed.
         compute_capabilities: of the GPUs to build for, such as "8.9"; none means 8.0 and later. Only for "rtx".
         weight_streaming: keep weights in the host's memory where the GPU's does not hold them.
-        max_error: bound of the relative error in place of that of `MAX_RELATIVE_ERROR`.
-        overwrite: replace a folder that is there.
+        parts, max_error, overwrite: as for `export_onnx`.
         progress: called with the phase, the steps done and all its steps.
 
     Returns:
@@ -140,17 +129,10 @@ def export_tensorrt(
         with new_folder(output_dir, overwrite) as folder:
             builder.build({Path(str(model)): folder / ENGINE_FILE}).write(folder)
         return {}
-    plan = Plan(
-        chosen,
-        weights,
-        weights,
-        static=weights in _EIGHT_BITS,
-        sampler_opset=22 if weights == "bf16" else 20,  # 22 is the first with convolutions in bf16
-        precompute=precompute,
-        dynamic_size=size is not None,
-        images=False,  # TensorRT has no uint8 within a graph, so images are made of the latents outside
-        max_error=max_error,
-    )
+    opset = 22 if weights == "bf16" else 20  # 22 is the first with convolutions in bf16
+    # TensorRT has no uint8 within a graph, so images are made of the latents outside.
+    plan = Plan(chosen, weights, weights, weights in _EIGHT_BITS, sampler_opset=opset, precompute=precompute,
+                dynamic_size=size is not None, images=False, max_error=max_error)  # fmt: skip
     return export(pipeline, plan, TensorRTTarget(builder), output_dir, overwrite)
 
 

@@ -66,7 +66,7 @@ def sample(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
 
 
 def latents(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
-    """As `sample`, before pictures clamp what a random model draws."""
+    """As `sample`, before images clamp what a random model draws."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(labels, num_inference_steps=5, generator=generator, output_type="latent", **options).images
@@ -350,8 +350,8 @@ def test_static_int8_rounds_all_but_what_is_kept(tmp_path: Path, precompute: boo
     written = json.loads((tmp_path / "onnx" / "report.json").read_text())["parity"]["transformer"]
     assert written["sampling_steps"] == 20
     assert 1e-4 < written["sampling_error"] < 5e-2
-    pictures = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
-    assert (pictures - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
+    images = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
+    assert (images - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -393,8 +393,8 @@ def test_a_sampler_in_other_precisions(tmp_path: Path, options: dict[str, Any], 
     assert verify_export(tmp_path / "onnx").keys() == {"transformer"}
     if options == {"precision": "int8"}:  # whose quantiser notes things of its own in the file
         draw_with_onnxruntime_alone("onnx/transformer/model.onnx", tmp_path)
-    pictures = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
-    assert (pictures - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
+    images = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
+    assert (images - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
 
 
 def test_verify_measures_an_export_again(parts: tuple[Path, dict[str, Parity]], tmp_path: Path) -> None:
@@ -578,8 +578,8 @@ def test_the_sampler_file_draws_in_the_pipeline_and_with_onnxruntime_alone(tmp_p
     for model, name in (("onnx", "ort.png"), ("dit-toy-shapes", "torch.png")):
         run = dit_hub("generate", model, "red-circle", "--steps", 10, "--out", name, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
-    pictures = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("ort.png", "torch.png")]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    images = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("ort.png", "torch.png")]
+    assert np.abs(images[0] - images[1]).max() <= 1
     draw_with_onnxruntime_alone("onnx/transformer/model.onnx", tmp_path)
 
 
@@ -594,8 +594,8 @@ def draw_with_onnxruntime_alone(path: str, folder: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
     drawn = [np.asarray(Image.open(folder / f"sample-{number}.png")) for number in range(3)]
-    for picture, colour in zip(drawn, ([230, 60, 60], [70, 110, 240], [240, 210, 60]), strict=True):
-        assert np.abs(picture[8, 8].astype(int) - colour).max() < 30  # the middle of a shape has its colour
+    for image, colour in zip(drawn, ([230, 60, 60], [70, 110, 240], [240, 210, 60]), strict=True):
+        assert np.abs(image[8, 8].astype(int) - colour).max() < 30  # the middle of a shape has its colour
 
 
 # --- OpenVINO --------------------------------------------------------------------------------------------------------

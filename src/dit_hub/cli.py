@@ -288,7 +288,7 @@ def export_tensorrt_command(
         str | None, typer.Option(help="fp32, fp16, bf16, fp8 or int8; default: fp16, or as the ONNX file.")
     ] = None,
     profile: Annotated[
-        str, typer.Option(help="Smallest, usual and largest batch; with guidance, twice the pictures.")
+        str, typer.Option(help="Smallest, usual and largest batch; with guidance, twice the images.")
     ] = "1,8,64",
     size: Annotated[
         str | None, typer.Option(help="The same of height and width, in (latent) pixels; default: the training size.")
@@ -379,7 +379,7 @@ def verify_command(
 
 
 def _check_device(name: str) -> None:
-    """Raise ValueError where PyTorch has no such device, or one that does not compute pictures."""
+    """Raise ValueError where PyTorch has no such device, or one that does not compute images."""
     import torch
 
     try:
