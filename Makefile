@@ -46,7 +46,7 @@ test-quick: .venv/.installed  ## Run the tests of what computes, between two edi
 
 NUMBERS := $(filter-out tests/test_convert.py::%,$(QUICK)) tests/test_conversion.py tests/test_convert.py \
 	tests/test_export.py::test_every_kind_of_model_exports \
-	tests/test_export.py::test_a_hoisted_denoiser_samples_as_the_plain_one \
+	tests/test_export.py::test_a_denoiser_with_precomputed_modulation_samples_as_the_plain_one \
 	tests/test_resume.py::test_another_number_of_workers_ends_in_the_same_bits
 
 # What makes this processor compute as others do; a plus joins settings. MKL_ENABLE_INSTRUCTIONS=SSE4_2 has products with

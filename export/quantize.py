@@ -74,7 +74,7 @@ def calibrate(pipeline: DiTPipeline) -> dict[str, float]:
     """The largest absolute input of each linear layer that is quantised, over real denoising trajectories.
 
     Args:
-        pipeline: in PyTorch. It samples eight pictures in 20 steps, with guidance where the model has it.
+        pipeline: in PyTorch. It samples eight images in 20 steps, with guidance where the model has it.
     """
     largest: dict[str, float] = {}
 
@@ -124,24 +124,17 @@ def _quantized_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]
 class _QuantizedLinear(nn.Module):
     """A linear layer with a scale for each output channel of the weights and one for the input."""
 
-    weight_q: Tensor
-    weight_scale: Tensor
-    weight_zero: Tensor
-    input_scale: Tensor
-    input_zero: Tensor
-
     def __init__(self, layer: nn.Linear, precision: str, largest_input: float):
         super().__init__()
         self.precision, self.bias = precision, layer.bias
-        self.weight = layer.weight  # for its dtype, which the model asks for
         limit, dtype = _LIMITS[precision], layer.weight.dtype
         weight = layer.weight.detach().float().T.contiguous()  # (in, out)
         scale = (weight.abs().amax(dim=0) / limit).clamp_min(1e-12).to(dtype)
-        self.register_buffer("weight_q", _round(weight / scale.float(), precision))
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_zero", torch.zeros(scale.shape).to(_TYPES[precision]))
-        self.register_buffer("input_scale", torch.tensor(max(largest_input, 1e-12) / limit, dtype=dtype))
-        self.register_buffer("input_zero", torch.zeros(()).to(_TYPES[precision]))
+        self.weight_q = nn.Buffer(_round(weight / scale.float(), precision))
+        self.weight_scale = nn.Buffer(scale)
+        self.weight_zero = nn.Buffer(torch.zeros(scale.shape).to(_TYPES[precision]))
+        self.input_scale = nn.Buffer(torch.tensor(max(largest_input, 1e-12) / limit, dtype=dtype))
+        self.input_zero = nn.Buffer(torch.zeros(()).to(_TYPES[precision]))
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():

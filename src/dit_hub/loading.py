@@ -1,5 +1,6 @@
 """LoadingPipeline: what goes into a pipeline. Folders of every layout, the Hub, single files."""
 
+import importlib
 import inspect
 import json
 import logging
@@ -31,7 +32,7 @@ from .adapters import CONFIG_FILE
 from .configuration_dit import DiTConfig, nearest
 from .labels import imagenet_id2label
 from .modeling_dit import DiTTransformer
-from .runtime import Provider, RuntimeOptions, use_options
+from .runtime import Provider, RuntimeOptions
 from .schedulers import official_scheduler, scheduler_from_dict
 from .sources import CARD_FILE, fetch, fetch_url, is_url, local_folder, plain_hub_errors
 
@@ -124,7 +125,9 @@ class LoadingPipeline(DiffusionPipeline):
             kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
         elif timestep_freq_shift is not None:
             raise ValueError(f"timestep_freq_shift: for diffusers' layout only; {name} has a configuration of its own.")
-        with unsound_values(f"{name} does not load"), use_options(RuntimeOptions(providers, num_threads, cuda_graphs)):
+        options = RuntimeOptions(providers, num_threads, cuda_graphs)
+        with unsound_values(f"{name} does not load"):
+            kwargs |= _load_exported(folder, index, kwargs, options)
             pipeline = super().from_pretrained(folder, **kwargs)
         if not isinstance(pipeline.transformer, torch.nn.Module):  # diffusers does not tell an export
             pipeline.transformer.to(dtype=_transformers_dtype(kwargs))
@@ -308,6 +311,21 @@ def _load_foreign(
     numerics["guidance_channels"] = index.get(GUIDANCE_KEY)
     transformer = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
     return cast(Any, transformer).to(device=options.get("device_map"), dtype=_transformers_dtype(options))
+
+
+def _load_exported(
+    folder: Path, index: dict[str, Any], given: dict[str, Any], options: RuntimeOptions
+) -> dict[str, Any]:
+    """The components of other runtimes, loaded with options that diffusers does not pass on."""
+    named = {name: entry[1] for name, entry in index.items() if _names_a_class(name, entry) and entry[0] == "dit_hub"}
+    types = {
+        name: getattr(importlib.import_module("dit_hub"), kind) for name, kind in named.items() if name not in given
+    }
+    return {
+        name: kind.from_pretrained(folder / name, **vars(options))
+        for name, kind in types.items()
+        if not issubclass(kind, torch.nn.Module)
+    }
 
 
 def _transformers_dtype(options: dict[str, Any]) -> torch.dtype | None:
