@@ -443,7 +443,7 @@ def convert(
     quiet_libraries()
     from rich.console import Console
 
-    from .convert import convert as run
+    from dit_hub.conversion.pipelines import convert as run
 
     console = Console()
     fields = {"num_classes": num_classes, "sample_size": sample_size}
