@@ -347,6 +347,11 @@ def test_the_code_of_a_self_contained_folder_is_what_it_needs(tmp_path: Path) ->
         used = {name.get_name() for scope in scopes for name in scope.get_symbols() if name.is_global()}
         given = {name.get_name() for name in module.get_symbols() if name.is_assigned() or name.is_imported()}
         assert used - given - set(dir(builtins)) - {"__file__", "__name__"} == set(), file
+        # Of two definitions of one name, the modules that are joined would share the last.
+        defined = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        assigned = [node.targets for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+        defined += [target.id for targets in assigned for target in targets if isinstance(target, ast.Name)]
+        assert len(defined) == len(set(defined)), file
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
