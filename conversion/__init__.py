@@ -1,4 +1,4 @@
-"""Foreign checkpoints to ours and back. `DiTPipeline.from_single_file` and `dit_hub.convert` are the doors to it."""
+"""Foreign checkpoints to ours and back. `DiTPipeline.from_single_file` and `pipelines.convert` use it."""
 
 from .diffusers_layout import diffusers_config, from_diffusers, to_diffusers
 from .official import config_from_official, to_official

@@ -1,13 +1,13 @@
-"""A pipeline folder whose code travels with it, for people without dit_hub (`trust_remote_code=True`).
+"""The code that travels with a pipeline folder, for people without dit_hub (`trust_remote_code=True`).
 
-diffusers fetches one file per component, so the modules of this package that a model needs are joined into one file,
-and those that the pipeline needs besides into another.
+Modules of this package are joined into one file for the model and one for the pipeline, since of a repository's code
+diffusers downloads one file for each and no more. transformers' own way, `register_for_auto_class`, copies a module and
+all the modules that it imports, so that only `AutoModel` could load it.
 """
 
-import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -21,12 +21,17 @@ _PIPELINE_MODULES = (
 _MODEL_FILE = "modeling_dit.py"
 _PIPELINE_FILE = "pipeline.py"
 
+_TITLE = '"""Code of dit-hub (Apache-2.0), joined into one file by `dit-hub convert --self-contained`."""\n'
+
 # In place of what the pipeline takes from modules that stay out.
 _PIPELINE_STANDS = """
 from diffusers import DiffusionPipeline as HubPipeline
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 """
+
+# Imports within dit_hub, whose names are in the same file, and registrations with transformers: auto_map replaces them.
+_LEFT_OUT = re.compile(r"^(from (\.|dit_hub)\S* import (\([^)]*\)|.*)|Auto\w+\.register\(.*\))\n", re.MULTILINE)
 
 
 def add_code(folder: Path) -> None:
@@ -46,39 +51,7 @@ def _edit(path: Path, **changes: object) -> None:
 
 
 def _joined(modules: Sequence[str], stands: str = "") -> str:
-    """One source of several modules of dit_hub: what they import from outside once, then their bodies."""
-    imports: list[str] = []
-    bodies = []
-    for module in modules:
-        source = resources.files("dit_hub").joinpath(f"{module}.py").read_text()
-        statements = ast.parse(source).body
-        dropped = [statement for statement in statements if _is_dropped(statement)]
-        imports += [line for statement in dropped for line in _outside(statement) if line not in imports]
-        lines = source.splitlines()
-        for statement in dropped:
-            for number in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
-                lines[number] = ""
-        bodies.append(f"# --- {module}.py\n\n" + "\n".join(lines).strip())
-    code = "\n\n\n".join(bodies)
-    used = [line for line in imports if re.search(rf"\b{line.split()[-1]}\b", code)]
-    title = '"""Code of dit-hub (Apache-2.0), joined into one file by `dit-hub convert --self-contained`."""'
-    return "\n\n\n".join([title, "\n".join(sorted(used)) + stands, code]) + "\n"
-
-
-def _is_dropped(statement: ast.stmt) -> bool:
-    """Imports go to the top; docstrings of modules and registrations, which auto_map stands for, go."""
-    if isinstance(statement, (ast.Import, ast.ImportFrom)):
-        return True
-    value = statement.value if isinstance(statement, ast.Expr) else None
-    registers = isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "register"
-    return registers or isinstance(value, ast.Constant)
-
-
-def _outside(statement: ast.stmt) -> Iterator[str]:
-    """An import as lines of one name each; none for those within dit_hub, whose names are in the same file."""
-    if isinstance(statement, ast.Import):
-        yield from (ast.unparse(ast.Import([alias])) for alias in statement.names)
-    elif isinstance(statement, ast.ImportFrom) and not (
-        statement.level or (statement.module or "").startswith("dit_hub")
-    ):
-        yield from (ast.unparse(ast.ImportFrom(statement.module, [alias], 0)) for alias in statement.names)
+    """The sources of modules of dit_hub, one after the other, as one source."""
+    sources = [resources.files("dit_hub").joinpath(f"{module}.py").read_text() for module in modules]
+    parts = [f"# --- {module}.py\n\n{source}" for module, source in zip(modules, sources, strict=True)]
+    return _TITLE + stands + "".join(f"\n\n{_LEFT_OUT.sub('', part)}" for part in parts)

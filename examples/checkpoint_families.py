@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
 from dit_hub.conversion import diffusers_config, load_single_file, to_diffusers
-from dit_hub.convert import LAYOUTS, convert
+from dit_hub.conversion.pipelines import LAYOUTS, convert
 from dit_hub.extras import quiet_libraries
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "dit_a"

@@ -23,7 +23,7 @@ from dit_hub import DiTConfig, DiTPipeline, DiTTransformer, loading
 from dit_hub.configuration_dit import PUBLISHED_MODELS
 from dit_hub.conversion import config_from_official, from_diffusers, load_single_file, to_diffusers, to_official
 from dit_hub.conversion.diffusers_layout import OFFICIAL_NUMERICS_PATCH, diffusers_config
-from dit_hub.convert import convert
+from dit_hub.conversion.pipelines import convert
 from dit_hub.layers import sincos_positions
 from dit_hub.loading import STOCK_OPTIONS
 

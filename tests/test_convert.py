@@ -19,10 +19,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import dit_hub.convert as convert_module
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
-from dit_hub.conversion import load_single_file, read_origin, to_official
-from dit_hub.convert import convert
+from dit_hub.conversion import load_single_file, pipelines, read_origin, to_official
+from dit_hub.conversion.pipelines import convert
 from dit_hub.export import export_onnx
 from dit_hub.model_cards import render_card
 
@@ -188,14 +187,14 @@ def test_a_conversion_that_changes_numbers_is_refused(
 ) -> None:
     """A fault put into the writing of weights must be found by the check."""
     source = official_file(make_model(**SHARED), tmp_path / "weights.pt")
-    write = convert_module._WRITERS[to]
+    write = pipelines._WRITERS[to]
 
     def faulty(pipeline: Any, folder: Path) -> None:
         with torch.no_grad():
             pipeline.transformer.blocks[1].mlp.fc1.weight[3] *= 1.01
         write(pipeline, folder)
 
-    monkeypatch.setitem(convert_module._WRITERS, to, faulty)
+    monkeypatch.setitem(pipelines._WRITERS, to, faulty)
     with pytest.raises(ValueError, match="The converted model differs by more than 1e-05: before against after"):
         convert(source, tmp_path / "out", to=to, num_attention_heads=4, vae=None)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
@@ -348,6 +347,11 @@ def test_the_code_of_a_self_contained_folder_is_what_it_needs(tmp_path: Path) ->
         used = {name.get_name() for scope in scopes for name in scope.get_symbols() if name.is_global()}
         given = {name.get_name() for name in module.get_symbols() if name.is_assigned() or name.is_imported()}
         assert used - given - set(dir(builtins)) - {"__file__", "__name__"} == set(), file
+        # Of two definitions of one name, the modules that are joined would share the last.
+        defined = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+        assigned = [node.targets for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+        defined += [target.id for targets in assigned for target in targets if isinstance(target, ast.Name)]
+        assert len(defined) == len(set(defined)), file
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -370,7 +374,7 @@ def test_convert_and_card_at_the_command_line(golden_a: Golden, tmp_path: Path) 
     run = dit_hub("convert", "out", "stock", "--to", "diffusers", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "12.8 %" in run.stdout
-    assert convert_module.OFFICIAL_NUMERICS_PATCH in run.stdout
+    assert pipelines.OFFICIAL_NUMERICS_PATCH in run.stdout
     run = dit_hub("convert", "out", "stock", "--to", "official", cwd=tmp_path)
     assert run.returncode == 2
     assert "stock is not empty" in run.stderr

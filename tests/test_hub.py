@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard
 
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.conversion import Origin, diffusers_config, to_diffusers
-from dit_hub.convert import convert
+from dit_hub.conversion.pipelines import convert
 from dit_hub.export import export_onnx
 from local_hub import TOKEN, LocalHub, Repository, local_hub
 

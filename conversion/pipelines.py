@@ -1,4 +1,7 @@
-"""Any checkpoint in, any layout out, checked by a forward pass on both sides."""
+"""Checkpoints of every layout to folders of every layout, checked by a forward pass on both sides.
+
+The one module of this package that knows pipelines, which are built on the others.
+"""
 
 import copy
 import json
@@ -11,23 +14,18 @@ import diffusers
 import torch
 from torch import Tensor
 
-from dit_hub.conversion.diffusers_layout import (
-    OFFICIAL_NUMERICS_PATCH,
-    diffusers_config,
-    to_diffusers,
-)
+from dit_hub.configuration_dit import DiTConfig
+from dit_hub.conversion.diffusers_layout import OFFICIAL_NUMERICS_PATCH, diffusers_config, to_diffusers
 from dit_hub.conversion.official import check_official, to_official
 from dit_hub.conversion.origin import DEFAULT_VAE, Origin
 from dit_hub.conversion.self_contained import add_code
 from dit_hub.conversion.single_file import load_single_file
+from dit_hub.files import check_free, new_folder
+from dit_hub.loading import GUIDANCE_KEY, SHIFT_KEY
 from dit_hub.model_cards import render_card
-
-from .configuration_dit import DiTConfig
-from .files import check_free, new_folder
-from .loading import GUIDANCE_KEY, SHIFT_KEY
-from .modeling_dit import DiTTransformer
-from .pipeline_dit import DiTPipeline
-from .sources import CARD_FILE, is_url, local_folder
+from dit_hub.modeling_dit import DiTTransformer
+from dit_hub.pipeline_dit import DiTPipeline
+from dit_hub.sources import CARD_FILE, is_url, local_folder
 
 LAYOUTS = ("dit-hub", "official", "diffusers")
 

@@ -1,0 +1,181 @@
+"""`dit-hub info`, `convert`, `card` and `push`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..extras import quiet_libraries
+from .common import Overwrite, make_table
+
+
+def info(
+    model: Annotated[str | None, typer.Argument(help="A size (DiT-XL/2), a Hub id, or a folder.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the picture in pixels, for sizes given by name.")] = 256,
+    all_sizes: Annotated[bool, typer.Option("--all", help="All published sizes beside the paper's figures.")] = False,
+) -> None:
+    """Parameters and multiply-accumulates of a model, or of all published sizes."""
+    if (model is None) != all_sizes:
+        raise ValueError("Give a model, or --all for all published sizes.")
+    quiet_libraries()
+    from rich.console import Console
+
+    from ..configuration_dit import PUBLISHED_MODELS, DiTConfig
+    from ..flops import measure
+
+    if all_sizes:
+        _print_all_sizes(image_size)
+        return
+    assert model is not None
+    named = model.casefold() in {name.casefold() for name in (*PUBLISHED_MODELS, "toy")}
+    if named or (model.startswith("DiT-") and not Path(model).exists()):
+        config = DiTConfig.from_name(model, image_size=image_size)
+    else:
+        from ..pipeline_dit import DiTPipeline
+
+        config = DiTPipeline.from_pretrained(model).transformer.config
+    size = measure(config)
+    table = make_table(model, "", "")
+    for name in DiTConfig.__annotations__:
+        table.add_row(name, str(getattr(config, name)))
+    table.add_section()
+    table.add_row("parameters", f"{size.parameters:,}")
+    table.add_row("multiply-accumulates", f"{size.gmacs:.4g} G for one picture")
+    Console().print(table)
+
+
+def _print_all_sizes(image_size: int) -> None:
+    from rich.console import Console
+
+    from ..configuration_dit import DiTConfig
+    from ..flops import PUBLISHED, PUBLISHED_CONDITIONINGS, measure
+
+    names = [(name, name, {}, figures) for name, figures in PUBLISHED.items()]
+    for conditioning, figures in PUBLISHED_CONDITIONINGS.items():
+        names.append((f"DiT-XL/2 {conditioning}", "DiT-XL/2", {"conditioning": conditioning}, figures))
+    columns = ("params (M)", "paper", "GMACs", "paper", "FID (paper)")
+    table = make_table(
+        f"Published models at {image_size}x{image_size}; the paper's figures are for 256x256", "model", *columns
+    )
+    for label, name, fields, (millions, gmacs, fid) in names:
+        if label == "DiT-XL/2 in_context":
+            table.add_section()
+        size = measure(DiTConfig.from_name(name, image_size=image_size, **fields))
+        cells = (f"{size.parameters / 1e6:.1f}", str(millions), f"{size.gmacs:.2f}", f"{gmacs:.2f}", f"{fid:.2f}")
+        table.add_row(label, *cells)
+    Console().print(table)
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint file, a pipeline folder (ours or diffusers'), or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="Layout: dit-hub, official or diffusers.")] = "dit-hub",
+    weights: Annotated[
+        str | None, typer.Option(help="Key of a training checkpoint: ema, model, …; default: ema where there is one.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="dit or sit; default: what the file says.")] = None,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(help="Attention heads; default: those of the published model of this width.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes, without the null class; default: as seen.")] = None,
+    sample_size: Annotated[
+        int | None, typer.Option(help="Side of the input in latent pixels; default: as seen.")
+    ] = None,
+    timestep_freq_shift: Annotated[
+        float | None, typer.Option(help="For diffusers' layout: 0 for official weights, 1 for its own.")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="Decoder of latents: a folder or Hub id, or none; default: Stable Diffusion's.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the weights, where the source does not say.")] = None,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Put the code beside the weights, for people without dit-hub.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Convert a checkpoint of any origin to any layout, checked by a forward pass."""
+    from ..files import check_free
+
+    check_free(out, overwrite)
+    quiet_libraries()
+    from rich.console import Console
+
+    from dit_hub.conversion.pipelines import convert as run
+
+    fields = {"num_classes": num_classes, "sample_size": sample_size}
+    seen = {"weights": weights, "family": family, "num_attention_heads": num_attention_heads, **fields}
+    options: dict[str, Any] = {name: value for name, value in seen.items() if value is not None}
+    if vae is not None:
+        options["vae"] = None if vae == "none" else vae
+    with Console().status("Converting and checking…"):
+        result = run(source, out, to, self_contained, license, timestep_freq_shift=timestep_freq_shift,
+                     overwrite=overwrite, **options)  # fmt: skip
+    _print_conversion(result)
+    print(f"Converted to {out} ({to} layout)")
+
+
+def _print_conversion(result: Any) -> None:
+    from rich.console import Console
+
+    origin, config = result.origin, result.config
+    table = make_table(f"{origin.source}, {origin.layout} layout", "", "")
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size", "sample_size", "in_channels",
+                 "num_classes", "learn_sigma", "pos_embed", "parameterization", "timestep_freq_shift"):  # fmt: skip
+        table.add_row(name, str(getattr(config, name)))
+    table.add_section()
+    table.add_row("weights", origin.weights or "the whole file")
+    table.add_row("license", origin.license)
+    for what, error in result.parity.items():
+        table.add_row(what, f"{error:.1e}")
+    Console().print(table)
+    if result.patch:
+        print(
+            "diffusers' class divides the timestep's frequencies by 127, these weights want 128 (12.8 % of the output "
+            f"of a random model). After loading there, run:\n{result.patch}"
+        )
+    if origin.license == "unknown":
+        print("The licence of these weights is unknown; --license names it for the card.")
+
+
+def card(
+    folder: Annotated[str, typer.Argument(help="A pipeline folder, an export, a conversion, or dit-toy-shapes.")],
+    repository: Annotated[str | None, typer.Option(help="What the card's code loads; default: the folder.")] = None,
+) -> None:
+    """Show the card that a push would make."""
+    quiet_libraries()
+    from dit_hub.model_cards import render_card
+
+    from ..sources import local_folder
+
+    path = local_folder(folder)
+    if path is None:  # what could be a Hub id
+        raise ValueError(f"There is no folder {folder}.")
+    print(render_card(path, repository))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A pipeline folder, an export or a conversion.")],
+    repository: Annotated[str, typer.Argument(help="ORGANISATION/NAME on the Hub; made where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Token of the Hub; default: HF_TOKEN, or the one you logged in with.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw the card's samples first, even where that takes long.")
+    ] = False,
+) -> None:
+    """Push a folder with its card to the Hub."""
+    quiet_libraries()
+    from ..hub import push_folder
+    from ..pipeline_dit import DiTPipeline
+
+    if (folder / "model_index.json").is_file():
+        pipeline = DiTPipeline.from_pretrained(folder)  # also a check that it loads
+        if not pipeline.draw_samples(folder, force=draw):
+            print("No samples.png for the card: drawing it would take long, or needs a decoder; --draw draws it.")
+    url = push_folder(folder, repository, message, private, token, revision=revision)
+    print(f"Pushed to {url}")
