@@ -26,6 +26,7 @@ from dit_hub.model_cards import render_card
 from dit_hub.modeling_dit import DiTTransformer
 from dit_hub.pipeline_dit import DiTPipeline
 from dit_hub.sources import CARD_FILE, is_url, local_folder
+from dit_hub.visualize import draw_samples
 
 LAYOUTS = ("dit-hub", "official", "diffusers")
 
@@ -103,7 +104,7 @@ def convert(
         if to == "official":  # which has no place for these
             facts |= {"scheduler": json.loads(pipeline.scheduler.to_json_string()), "id2label": pipeline.id2label}
         _WRITERS[to](pipeline, folder)
-        pipeline.draw_samples(folder)
+        draw_samples(pipeline, folder)
         del pipeline  # the weights are in memory once
         where = "in diffusers' own class" if to == "diffusers" else "read back"
         parity[f"before against after, {where}"] = _relative_error(expected, _read_back(config, folder, to, size))

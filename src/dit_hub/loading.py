@@ -6,8 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +28,7 @@ from dit_hub.conversion.origin import (
 from dit_hub.conversion.single_file import load_single_file
 
 from .adapters import CONFIG_FILE
+from .checks import unsound_values
 from .configuration_dit import DiTConfig, nearest
 from .labels import imagenet_id2label
 from .modeling_dit import DiTTransformer
@@ -77,6 +77,10 @@ GUIDANCE_KEY = "_guidance_channels"
 class LoadingPipeline(DiffusionPipeline):
     """A `DiffusionPipeline` that loads every layout of a DiT."""
 
+    transformer: Any
+    scheduler: Any
+    vae: Any
+    config: Any
     origin: Origin | None = None
     _facts: dict[str, str] = {}
     _loaded_weights: tuple[int, int] | None = None
@@ -180,6 +184,7 @@ class LoadingPipeline(DiffusionPipeline):
         given = (cache_dir, force_download, local_files_only, revision, token)
         hub_options = {name: value for name, value in zip(_HUB_OPTIONS, given, strict=True) if value is not None}
         file = fetch_url(str(path), hub_options) if is_url(path) else path
+        transformer: Any
         transformer, origin = load_single_file(file, weights, family, num_attention_heads, **overrides)
         beside = official_export(file)
         if scheduler is None and "scheduler" in beside:
@@ -187,14 +192,15 @@ class LoadingPipeline(DiffusionPipeline):
         if id2label is None and "id2label" in beside:
             id2label = {int(index): name for index, name in beside["id2label"].items()}
         if dtype is not None:
-            cast(Any, transformer).to(dtype)
+            transformer.to(dtype=dtype)
         config = transformer.config
         if id2label is None and config.num_classes == 1000 and origin.is_imagenet:
             id2label = imagenet_id2label()
         if isinstance(vae, (str, os.PathLike)):
             hub_options.pop("revision", None)  # of another repository
             vae = _load_vae(str(vae), hub_options) if config.in_channels == 4 else None
-        pipeline = cast(Any, cls)(transformer, scheduler or official_scheduler(config), vae, id2label)
+        make: Any = cls
+        pipeline = make(transformer, scheduler or official_scheduler(config), vae, id2label)
         pipeline.origin = origin
         pipeline._loaded_weights = weights_state(transformer)
         return pipeline
@@ -259,14 +265,13 @@ class LoadingPipeline(DiffusionPipeline):
 
     def _remember(self, name: str, folder: Path, layout: str) -> None:
         """Keep where the pipeline comes from, for the card."""
-        pipeline = cast(Any, self)
-        pipeline.register_to_config(_name_or_path=name)
+        self.register_to_config(_name_or_path=name)
         self.origin = origin_of_repository(name, folder, layout)
         self._facts = {key: (folder / key).read_text() for key in FACT_FILES[1:] if (folder / key).is_file()}
-        self._loaded_weights = weights_state(pipeline.transformer)
-        is_imagenet = pipeline.transformer.config.num_classes == 1000 and self.origin.is_imagenet
-        if layout == "diffusers" and not pipeline.config.id2label and is_imagenet:
-            pipeline.register_to_config(id2label=imagenet_id2label())
+        self._loaded_weights = weights_state(self.transformer)
+        is_imagenet = self.transformer.config.num_classes == 1000 and self.origin.is_imagenet
+        if layout == "diffusers" and not self.config.id2label and is_imagenet:
+            self.register_to_config(id2label=imagenet_id2label())
 
 
 # --- Details ---------------------------------------------------------------------------------------------------------
@@ -309,8 +314,8 @@ def _load_foreign(
         )
     numerics: dict[str, Any] = {"timestep_freq_shift": shift, **({"mlp_norm_eps": None} if shift == 0 else {})}
     numerics["guidance_channels"] = index.get(GUIDANCE_KEY)
-    transformer = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
-    return cast(Any, transformer).to(device=options.get("device_map"), dtype=_transformers_dtype(options))
+    transformer: Any = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
+    return transformer.to(device=options.get("device_map"), dtype=_transformers_dtype(options))
 
 
 def _load_exported(
@@ -366,13 +371,3 @@ def weights_state(transformer: Any) -> tuple[int, int]:
     """Changes when the weights do: another model, or a write to one of its parameters."""
     parameters = transformer.parameters() if isinstance(transformer, torch.nn.Module) else ()
     return id(transformer), sum(parameter._version for parameter in parameters)
-
-
-@contextmanager
-def unsound_values(problem: str) -> Iterator[None]:
-    """ValueError for what libraries do when a folder's JSON files hold values that they do not expect."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{problem}; are its JSON files sound? {type(error).__name__}: {reason}") from error
