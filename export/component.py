@@ -26,7 +26,7 @@ MODEL_FILE, CONDITIONER_FILE = "model.onnx", "conditioner.onnx"
 PAIRS, GRID, STEPS, DRAWS, ROWS = "pairs", ("grid_height", "grid_width"), "steps", "draws", "rows"
 
 # What the runtime must know of the file beyond config.json: "height_width", the only size it takes, or null for every
-# one; "precompute" ("hoist" before 0.2), whether a conditioner lies beside it; and for OpenVINO "precision".
+# one; "precompute" ("hoist" in older exports), whether a conditioner lies beside it; and for OpenVINO "precision".
 SETTINGS_FILE = "runtime.json"
 
 # The largest number of pairs of timestep and class that the conditioner takes at a time; engines are built for as many.
@@ -60,7 +60,7 @@ class RuntimeOutput(NamedTuple):
 
 
 class Component:
-    """A role, of which there is a subclass each: a folder with a file and its config.json, run by `session_type`."""
+    """A folder with a file and its config.json, in a role that a subclass plays, run by a `session_type`."""
 
     session_type: ClassVar[type[Session]]
     is_loop: ClassVar[bool] = False
@@ -123,8 +123,8 @@ class Component:
         """The component itself, for diffusers' `to`: it stays where it was loaded, in its precision.
 
         Args:
-            device, dtype: as for a module; or the dtype alone. "cpu" is fine wherever it computes, since diffusers asks
-                for it after each call of an offloaded pipeline.
+            device, dtype: as for a module; or the dtype alone. "cpu" is always accepted, since diffusers asks for it
+                after each call of an offloaded pipeline.
             kwargs: ignored.
 
         Raises:
@@ -143,20 +143,17 @@ class Component:
         return self
 
     def evaluate(self, inputs: dict[str, Any]) -> Tensor:
-        """The part's output for a case of its reference."""
+        """The component's output for a case of its reference."""
         raise NotImplementedError
 
-    def _path(self, name: str) -> Path:
-        return (self.folder / name).with_suffix(self.session_type.suffix)
-
     def _open(self, name: str) -> Session:
-        path = self._path(name)
+        path = (self.folder / name).with_suffix(self.session_type.suffix)
         if not path.is_file():
             raise ValueError(f"{self.folder} has no {path.name}.")
         return self.session_type.open(path, self.options, self.settings, self.is_loop)
 
     def _place(self, **inputs: Any) -> dict[str, Tensor]:
-        """Those of the inputs that are not None, as a session takes them."""
+        """The inputs that are not None, as a session takes them."""
         types = {"class_labels": torch.int64}
         return {
             name: torch.as_tensor(value, dtype=types.get(name, torch.float32), device=self.device).contiguous()
@@ -180,12 +177,12 @@ class Denoiser(Component):
     def __init__(self, folder: Path, config: DiTConfig, options: RuntimeOptions):
         super().__init__(folder, config, options)
         expected = self.settings.get("precompute") or self.settings.get("hoist")
-        if expected or self._path(CONDITIONER_FILE).is_file():
+        if expected or any(folder.glob("conditioner.*")):
             self._conditioner = self._open(CONDITIONER_FILE)
             self.precompute = self._precompute  # by which the pipeline knows
 
     def _precompute(self, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """As `DiTTransformer.precompute`: (N,) timesteps and labels -> (N, K, D)."""
+        """The same as `DiTTransformer.precompute`: (N,) timesteps and labels -> (N, K, D)."""
         inputs = self._place(timestep=timestep, class_labels=class_labels)
         chunks = [{name: value[i : i + MAX_PAIRS] for name, value in inputs.items()}
                   for i in range(0, len(inputs["timestep"]), MAX_PAIRS)]  # fmt: skip
@@ -199,7 +196,7 @@ class Denoiser(Component):
         precomputed: Tensor | None = None,
         return_dict: bool = True,
     ) -> RuntimeOutput:
-        """As `DiTTransformer.forward`: (N, C, H, W) latents -> `sample` (N, C or 2C, H, W).
+        """The same as `DiTTransformer.forward`: (N, C, H, W) latents -> `sample` (N, C or 2C, H, W).
 
         `precomputed` is for exports with `precompute`. `return_dict` changes nothing: the output is a tuple whose only
         entry has a name.

@@ -46,7 +46,7 @@ class Part:
 
 
 class Target:
-    """What to export for. This one runs the ONNX files as they are on ONNX Runtime; others override what differs."""
+    """A runtime to export for. This one is ONNX Runtime with the files as they are; others override what differs."""
 
     components = ORT_COMPONENTS
 
@@ -59,11 +59,11 @@ class Target:
         return self.components[part.role].from_pretrained(folder)
 
     def details(self, part: Part, component: Any, pipeline: DiTPipeline) -> dict[str, Any]:
-        """What the report says of a part besides its errors."""
+        """Entries of the report about a part, beside its errors."""
         return {}
 
     def settings(self) -> dict[str, Any]:
-        """What the report says of the export as a whole."""
+        """Entries of the report about the export as a whole."""
         return {}
 
     def describe(self, folder: Path, pipeline: DiTPipeline, parts: dict[str, Part], report: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def export(
             cases, place = read_reference(part.folder), folder / part.name
             target.build(part, place)
             component = target.open(part, place)
-            evaluate, runtime = (component.evaluate, component.runtime) if component else _stand_in(part)
+            evaluate, runtime = _stand_in(part) if component is None else (component.evaluate, component.runtime)
             errors[part.name] = measure_parity(part.name, evaluate, cases, part.bound, runtime)
             report[part.name] = asdict(errors[part.name]) | target.details(part, component, pipeline)
             parts[part.name] = part
@@ -172,7 +172,7 @@ def in_float32(module: Any) -> Any:
 
 
 def check_parts(parts: Sequence[str]) -> tuple[str, ...]:
-    """The parts that are meant.
+    """The parts that are asked for, with "all" written out.
 
     Raises:
         ValueError: an unknown one, or none that a pipeline could run.

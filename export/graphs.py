@@ -45,7 +45,7 @@ def export_graph(
         program = torch.onnx.export(module.eval(), kwargs=inputs, dynamic_shapes=dynamic, input_names=list(inputs),
                                     output_names=list(output_names), opset_version=opset, dynamo=True)  # fmt: skip
     assert program is not None
-    # Of a table that became a constant a weight may stay behind that nothing reads, of which runtimes warn.
+    # Weights of tables that became constants may stay behind, unread; runtimes warn of them.
     passes.RemoveUnusedNodesPass()(program.model)
     _strip_metadata(program.model)
     program.model.metadata_props.update(metadata or {})
@@ -73,8 +73,7 @@ def _attention_operator() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention_written_out() -> Iterator[None]:
-    """Export self-attention with one transposition of query, key and value together, not one of each: 11 % of the
-    sampler's time for the toy."""
+    """Export self-attention with one transposition of query, key and value together: 11 % of the toy sampler's time."""
 
     def forward(self: DiTAttention, hidden_states: Tensor) -> Tensor:
         qkv = self.qkv(for_layer(self.qkv, hidden_states))  # (N, T, 3D)

@@ -65,7 +65,9 @@ class ORTSession(Session):
 
         def session(num_threads: int | None) -> Any:
             session_options = onnxruntime.SessionOptions()
-            session_options.log_severity_level = 3  # errors; warnings tell of what its own optimiser removes
+            session_options.log_severity_level = (
+                3  # errors; the warnings are about nodes that its own optimiser removes
+            )
             session_options.intra_op_num_threads = num_threads or 0  # 0: one for each core
             try:
                 return onnxruntime.InferenceSession(path, session_options, providers=configured)
@@ -95,7 +97,7 @@ class ORTSession(Session):
         return torch.cat([first, *(other.result() for other in others)]) if others else first
 
     def _split(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """As many parts as there are sessions, or samples if these are fewer."""
+        """The inputs in as many parts as there are sessions, or samples if these are fewer."""
         axes = {name: axis for name, axis in self._axes.items() if name in inputs}
         batch = min(inputs[name].shape[axis] for name, axis in axes.items())
         parts = [dict(inputs) for _ in range(min(batch, len(self._sessions)))]
@@ -108,7 +110,7 @@ class ORTSession(Session):
         return parts
 
     def _run(self, session: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Bound to the tensors' own memory, so that nothing passes through the host."""
+        """Run a session bound to the tensors' own memory, so that nothing passes through the host."""
         binding, place = session.io_binding(), (self.device.type, self.device.index or 0)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime computes on a stream of its own

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dit_hub.extras import require
 from dit_hub.pipeline_dit import DiTPipeline
 
-# What stays in float: the first and last layers, whose errors reach every token, and what makes the modulation.
+# Layers that stay in float: the first and the last, whose errors reach every token, and those of the modulation.
 _KEPT = ("x_embedder", "t_embedder", "y_embedder", "adaLN_modulation", "final_layer")
 
 # Largest value of a type, to which the largest seen is scaled.
@@ -23,7 +23,7 @@ _CALIBRATION_LABELS, _CALIBRATION_STEPS = 8, 20
 
 
 def quantize_dynamic(path: Path) -> None:
-    """Quantise a file in place: weights ahead per channel, activations while it runs.
+    """Quantise a file in place: weights ahead, per channel, and activations while it runs.
 
     Args:
         path: model.onnx of a denoiser or sampler, whose initializers still carry the names of the weights.
@@ -61,7 +61,7 @@ def quantize_dynamic(path: Path) -> None:
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
-    """Those of a graph and of the loops in it."""
+    """The nodes of a graph and of the loops in it."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:

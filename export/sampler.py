@@ -20,7 +20,7 @@ from .component import DRAWS, MODEL_FILE, ROWS, STEPS
 from .graphs import export_graph
 from .parts import BATCHES, MAX_DECODED, Plan, write_facts
 
-# The table that the file carries for those who bring none.
+# The steps of the table that the file carries for those who bring none.
 DEFAULT_STEPS = 50
 
 _STEPS = 4  # of the reference
@@ -180,9 +180,9 @@ def _table_scheduler(scheduler: Any) -> Any:
     """The scheduler itself, or DPM-Solver++ for the same noise levels where it cannot be written as a table."""
     try:
         solver_table(scheduler, 2)
+        return scheduler
     except ValueError:
         return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
-    return scheduler
 
 
 def sample_latents(pipeline: DiTPipeline, batch: int, steps: int = _STEPS) -> Tensor:

@@ -41,8 +41,8 @@ class _Recording:
 class TensorRTSession(Session):
     """An engine, on PyTorch's stream.
 
-    With CUDA graphs each set of shapes has a context and buffers of its own, as the addresses that a graph holds must
-    stay; inputs are copied in and the output is copied out. The last few sets are held. TensorRT for RTX records by
+    With CUDA graphs each set of shapes has a context and buffers of its own, as the addresses in a graph must stay
+    valid; inputs are copied in and the output is copied out. The last few sets are kept. TensorRT for RTX records by
     itself; TensorRT's launches are recorded after the first call. An engine that cannot be recorded runs without.
     """
 
@@ -67,18 +67,18 @@ class TensorRTSession(Session):
             self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
         self._config = self._engine.create_runtime_config()
         self._records_itself = is_rtx(trt)
-        if cuda_graphs and self._records_itself:
-            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        # tensorrt_rtx compiles for the GPU when it first runs; what it compiled lies beside the engine.
+        # tensorrt_rtx compiles for the GPU when it first runs; the result lies beside the engine.
         self._cache, self._cache_file = None, path.with_suffix(".cache")
         if is_rtx(trt):
+            if cuda_graphs:
+                self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             self._cache = self._config.create_runtime_cache()
             if self._cache_file.is_file():
                 self._cache.deserialize(self._cache_file.read_bytes())
             self._config.set_runtime_cache(self._cache)
         self._outputs = _output_types(trt, self._engine)
         self._stream = torch.cuda.Stream(device)  # on the default one TensorRT synchronises the device each time
-        # Of all shapes; where each has one of its own it would only take memory.
+        # For all shapes; where each has one of its own, this one would only take memory.
         self._context = None if cuda_graphs else self._new_context()
         self._recordings: OrderedDict[tuple, _Recording] = OrderedDict()  # the one used last is the last
         self._calls: Counter[tuple] = Counter()
@@ -127,7 +127,7 @@ class TensorRTSession(Session):
 
     @contextlib.contextmanager
     def _after(self, caller: torch.cuda.Stream) -> Iterator[None]:
-        """The block's work follows what the caller's stream has to do, and what that gets to do later follows it."""
+        """Put the block's work after what the caller's stream has queued, and before what it gets later."""
         self._stream.wait_stream(caller)
         try:
             with torch.cuda.stream(self._stream):
@@ -149,7 +149,7 @@ class TensorRTSession(Session):
         return self._recordings[shapes]
 
     def _record(self, recording: _Recording) -> None:
-        """Record a pass. Where that is refused it would be for all shapes, and one context serves them from now on."""
+        """Record a pass. Where that fails it would for all shapes, so from now on one context serves them."""
         self._stream.synchronize()
         recording.graph = record(self._stream.cuda_stream, lambda: self._enqueue(recording.context), self.device)
         if recording.graph is None:
@@ -206,7 +206,7 @@ def _output_types(trt: Any, engine: Any) -> dict[str, torch.dtype]:
 
 
 def check_shapes(profiles: Mapping[str, list[list[int]]], inputs: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where an input lies outside what the engine is built for."""
+    """Raise ValueError where an engine with these profiles does not take the inputs."""
     for name, value in inputs.items():
         if name not in profiles:
             raise ValueError(f"The engine has no input {name}; it takes {', '.join(profiles)}.")

@@ -1,6 +1,6 @@
 """Engines of TensorRT and of TensorRT for RTX, built from ONNX files.
 
-One code for both products, whose Python interfaces agree in all that is needed here. `tensorrt_rtx` (PyPI) builds for
+One module for both products, whose Python interfaces agree in all that is needed here. `tensorrt_rtx` (PyPI) builds for
 GPUs that need not be there; `tensorrt` (NVIDIA's own index) builds for the GPU of this machine.
 """
 
@@ -30,7 +30,7 @@ PRODUCTS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # by the name of the
 
 
 def is_rtx(trt: Any) -> bool:
-    """Whether a product's module is TensorRT for RTX, by its name: what either offers changes with its version."""
+    """Whether a product's module is TensorRT for RTX, by its name: what either offers depends on its version."""
     return trt.__name__ == PRODUCTS["rtx"]
 
 
@@ -58,7 +58,7 @@ class EngineFacts:
 
 @dataclass
 class Manifest:
-    """What the engines of a folder were built with, and so need."""
+    """How the engines of a folder were built, and so what they need."""
 
     product: str
     version: str
@@ -73,11 +73,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of a folder.
-
-        Raises:
-            ValueError: there is none, or it is damaged.
-        """
+        """The manifest of a folder; ValueError where there is none, or it is damaged."""
         path = folder / MANIFEST_FILE
         try:
             facts = json.loads(path.read_text())
@@ -115,7 +111,7 @@ def _gpu_capability() -> str | None:
 
 
 def misfit(manifest: Manifest, machine: Machine | None = None) -> str | None:
-    """Why the engines of a manifest do not run on a machine, by default this one, in words; None where they do."""
+    """The reason why a manifest's engines do not run on a machine, by default this one; None where they do."""
     machine = machine or Machine.this()
     product, extra = manifest.product, manifest.product.replace("_", "-")
     if product not in PRODUCTS.values():
@@ -203,7 +199,7 @@ class EngineBuilder:
         return manifest
 
     def _build(self, source: Path, target: Path, monitor: Any) -> dict[str, list[list[int]]]:
-        """Build one engine; returns its profiles."""
+        """Build one engine and return its profiles."""
         trt, messages = self.trt, []
 
         class Logger(trt.ILogger):
@@ -225,9 +221,13 @@ class EngineBuilder:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 1e-3 off; fp16 is for those who want less
         if self.weight_streaming:
             config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+        if is_rtx(trt):
+            config.num_compute_capabilities = len(self.capabilities)
+            for index, capability in enumerate(self.capabilities):
+                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
         profiles = self._add_profile(config, builder.create_optimization_profile(), network)
         config.progress_monitor = monitor
-        with self._timings(config, target.parent):
+        with contextlib.nullcontext() if is_rtx(trt) else self._timings(config, target.parent):
             engine = builder.build_serialized_network(network, config)
             if engine is None:
                 reason = messages[-1] if messages else "no reason given"
@@ -251,14 +251,13 @@ class EngineBuilder:
         return profiles
 
     def _extents(self, name: str) -> Profile:
-        """The extents of a dynamic dimension of ours."""
+        """The extents of a dynamic dimension, by its name."""
         base = name.rpartition("*")[2]  # "2*grid_height" is in latent pixels, as `size` is
         known = {"batch": self.batch, ROWS: (self.batch[0], 2 * self.batch[1], 2 * self.batch[2]), **_EXTENTS}
         if base in GRID:
             if self.size is None:
-                raise ValueError(
-                    "The file takes every height and width; say which with size (smallest, usual, largest)."
-                )
+                raise ValueError("The file takes every height and width; say which with size "
+                                 "(smallest, usual, largest).")  # fmt: skip
             return self.size
         if base not in known:
             raise ValueError(f"The file has a dynamic dimension {name!r}, whose extents are unknown.")
@@ -266,17 +265,9 @@ class EngineBuilder:
 
     @contextlib.contextmanager
     def _timings(self, config: Any, folder: Path) -> Iterator[None]:
-        """Build for the chosen GPUs; of tensorrt, with what earlier builds have measured, which is kept in `folder`."""
-        trt = self.trt
-        if is_rtx(trt):
-            config.num_compute_capabilities = len(self.capabilities)
-            for index, capability in enumerate(self.capabilities):
-                member = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""))
-                config.set_compute_capability(member, index)
-            yield
-            return
-        place = cached_assets_path("dit-hub", trt.__name__, f"{trt.__version__}-{self.capabilities[0]}")
-        timings = place / TIMING_CACHE_FILE
+        """Use the timings that tensorrt has measured before, and keep those of this build, in `folder` too."""
+        version = f"{self.trt.__version__}-{self.capabilities[0]}"
+        timings = cached_assets_path("dit-hub", self.trt.__name__, version) / TIMING_CACHE_FILE
         cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
         config.set_timing_cache(cache, ignore_mismatch=True)
         yield

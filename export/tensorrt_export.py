@@ -83,7 +83,7 @@ def export_tensorrt(
 
     Args:
         model: a pipeline, what `DiTPipeline.from_pretrained` takes, or an ONNX file. Exports to ONNX are built as they
-            are; `parts`, `precision`, `size` and `precompute` are for models in PyTorch.
+            are; `parts`, `precision`, `size` and `precompute` apply to models in PyTorch.
         output_dir: the new folder; it appears only when all engines are built.
         precision: of the weights and products of denoiser and sampler, of `PRECISIONS`; None means fp16. Modulation,
             gates and residual sum stay float32. "int8" and "fp8" take their scales from sampling runs in PyTorch and

@@ -26,7 +26,7 @@ from .onnx_export import require_onnx
 from .parts import Plan
 from .reference import Parity
 
-# The package of npm's registry that runs the model, its hash, and what a page needs of it.
+# The npm package that runs the model, its hash, and the files of it that a page needs.
 ORT_WEB_VERSION = "1.30.0"
 _ORT_WEB_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 _ORT_WEB_FILES = (
@@ -36,10 +36,10 @@ _ORT_WEB_FILES = (
     "package.json",  # names its licence, MIT
 )
 
-# What the page must know besides the model.
+# Beside the model: what the page must know.
 FACTS_FILE = "facts.json"
 
-# Numbers of steps to choose from, as far as the training schedule has them.
+# Numbers of steps to choose from, up to those of the training schedule.
 _STEPS, DEFAULT_STEPS = (10, 20, 50, 100, 200), 50
 
 
@@ -85,7 +85,7 @@ class _WebTarget(Target):
         shutil.copyfile(part.folder / MODEL_FILE, folder.parent / MODEL_FILE)
 
     def open(self, part: Part, folder: Path) -> None:
-        """No browser runs here."""
+        """None: no browser runs here."""
 
     def describe(self, folder: Path, pipeline: DiTPipeline, parts: dict[str, Part], report: dict[str, Any]) -> None:
         page = resources.files("dit_hub.export") / "page"

@@ -321,16 +321,14 @@ def _load_foreign(
 def _load_exported(
     folder: Path, index: dict[str, Any], given: dict[str, Any], options: RuntimeOptions
 ) -> dict[str, Any]:
-    """The components of other runtimes, loaded with options that diffusers does not pass on."""
-    named = {name: entry[1] for name, entry in index.items() if _names_a_class(name, entry) and entry[0] == "dit_hub"}
-    types = {
-        name: getattr(importlib.import_module("dit_hub"), kind) for name, kind in named.items() if name not in given
-    }
-    return {
-        name: kind.from_pretrained(folder / name, **vars(options))
-        for name, kind in types.items()
-        if not issubclass(kind, torch.nn.Module)
-    }
+    """The components of other runtimes, loaded here because diffusers does not pass on their options."""
+    loaded = {}
+    for name, entry in index.items():
+        if name not in given and _names_a_class(name, entry) and entry[0] == "dit_hub":
+            kind: Any = getattr(importlib.import_module("dit_hub"), entry[1], None)  # of a higher layer
+            if hasattr(kind, "session_type"):
+                loaded[name] = kind.from_pretrained(folder / name, **vars(options))
+    return loaded
 
 
 def _transformers_dtype(options: dict[str, Any]) -> torch.dtype | None:

@@ -28,7 +28,7 @@ def export_onnx_command(
     opset: Annotated[int, typer.Option(help="Version of the ONNX operators: 23 is fastest, 20 most portable.")] = 23,
     precompute: Annotated[
         bool,
-        typer.Option("--precompute/--no-precompute", help="Compute the modulation ahead, by a file of its own."),
+        typer.Option("--precompute/--no-precompute", help="Precompute the modulation, in a file of its own."),
     ] = False,
     runtime: Annotated[str, typer.Option(help="Of the denoiser: onnxruntime or openvino.")] = "onnxruntime",
     decode: Annotated[bool, typer.Option("--decode", help="Put the VAE into the sampler's file.")] = False,
@@ -75,11 +75,11 @@ def export_tensorrt_command(
         str, typer.Option(help="Smallest, usual and largest batch; with guidance, twice the images.")
     ] = "1,8,64",
     size: Annotated[
-        str | None, typer.Option(help="The same of height and width, in (latent) pixels; default: the training size.")
+        str | None, typer.Option(help="The same for height and width, in (latent) pixels; default: the training size.")
     ] = None,
     precompute: Annotated[
         bool,
-        typer.Option("--precompute/--no-precompute", help="Compute the modulation ahead, by an engine of its own."),
+        typer.Option("--precompute/--no-precompute", help="Precompute the modulation, by an engine of its own."),
     ] = True,
     runtime: Annotated[
         str, typer.Option(help="tensorrt (data-centre GPUs), rtx (builds without a GPU) or auto, what is installed.")
