@@ -42,15 +42,28 @@ def make_model(name: str, fields: dict[str, Any]) -> Any:
     return model
 
 
-def diffusers_eager(model: Any) -> Forward:
+def diffusers_stock(model: Any) -> Any:
+    """diffusers' own model with the same weights."""
     from diffusers import DiTTransformer2DModel
 
     from dit_hub.conversion import diffusers_config, to_diffusers
 
     stock = DiTTransformer2DModel(**diffusers_config(model.config)).eval()
     stock.load_state_dict(to_diffusers(model.state_dict(), model.config.num_hidden_layers), strict=True)
+    return stock
+
+
+def diffusers_eager(model: Any) -> Forward:
+    stock = diffusers_stock(model)
     return lambda hidden_states, timestep, class_labels: (
         stock(hidden_states, timestep=timestep, class_labels=class_labels).sample
+    )
+
+
+def diffusers_compiled(model: Any, dtype: torch.dtype = torch.float32) -> Forward:
+    compiled = torch.compile(diffusers_stock(model).to(dtype))
+    return lambda hidden_states, timestep, class_labels: (
+        compiled(hidden_states.to(dtype), timestep=timestep, class_labels=class_labels).sample
     )
 
 
@@ -103,6 +116,8 @@ def exported(model: Any, **options: Any) -> Forward:
 
 CONTENDERS: dict[str, Callable[[Any], Forward]] = {
     BASELINE: diffusers_eager,
+    "diffusers fp32 compiled": diffusers_compiled,
+    "diffusers bf16 compiled": partial(diffusers_compiled, dtype=torch.bfloat16),
     "dit-hub fp32 eager": ours_eager,
     "dit-hub fp32 eager, modulations ahead": ours_precomputed,
     "dit-hub fp32 compiled": ours_compiled,

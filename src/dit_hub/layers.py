@@ -34,7 +34,7 @@ def for_layer(layer: nn.Module, input: Tensor) -> Tensor:
     That is its bias's, since a quantised weight is no float; while diffusers' layerwise casting stores the layer in
     fewer bits, it is the casting's.
     """
-    registry = getattr(layer, "_diffusers_hook", None)
+    registry = layer.__dict__.get("_diffusers_hook")  # getattr takes 2 % of the toy's time to find nothing
     casting = None if registry is None else registry.get_hook("layerwise_casting")
     return input.to(cast(Any, layer).bias.dtype if casting is None else casting.compute_dtype)
 

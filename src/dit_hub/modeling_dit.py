@@ -123,9 +123,9 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         # (N, T, D) -> (N, heads, T, head size)
         query, key, value = (x.unflatten(2, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
         implementation = self.processor.implementation or self.config._attn_implementation or "eager"
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         if self.weights._forward_hooks:
-            attention = eager_attention_forward
+            implementation = "eager"
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, _ = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, is_causal=False)
         return self.proj(output.flatten(2))
 
@@ -172,8 +172,9 @@ class Modulation(nn.Sequential):
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         # Vectors get a dimension of their own: the backward of chunk on the last one is wrong on Apple's MPS.
-        modulations = super().forward(condition).unflatten(1, (self.rows, -1)).split(1, dim=1)
-        return tuple(row + 1 if index % self.per_layer == 1 else row for index, row in enumerate(modulations))
+        vectors = super().forward(condition)
+        rows = vectors.view(vectors.shape[0], self.rows, 1, -1).unbind(1)
+        return tuple([row + 1 if index % self.per_layer == 1 else row for index, row in enumerate(rows)])
 
 
 class DiTBlock(GradientCheckpointingLayer):
@@ -191,10 +192,10 @@ class DiTBlock(GradientCheckpointingLayer):
         self.adaLN_modulation = Modulation(config, self.rows, self.rows // 2)
 
     def forward(
-        self, hidden_states: Tensor, condition: Tensor | None = None, modulations: Tensor | None = None
+        self, hidden_states: Tensor, condition: Tensor | None = None, modulations: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """(N, T, D) tokens and the (N, D) condition, or the (N, rows, D) modulations made of it -> (N, T, D)."""
-        rows = self.adaLN_modulation(condition) if modulations is None else modulations.split(1, dim=1)
+        """(N, T, D) tokens and the (N, D) condition, or the modulations made of it, each (N, 1, D) -> (N, T, D)."""
+        rows = self.adaLN_modulation(condition) if modulations is None else modulations
         # Each (N, 1, D): shift, scale and gate of the attention, then of the MLP. adaLN has no gates.
         of_attn, of_mlp = rows[: self.rows // 2], rows[self.rows // 2 :]
         output = self.attn(modulate(self.norm1(hidden_states), *of_attn[:2]))
@@ -241,11 +242,11 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation: Any = Modulation(config, 2, 2) if adaptive else None
 
     def forward(
-        self, hidden_states: Tensor, condition: Tensor | None = None, modulations: Tensor | None = None
+        self, hidden_states: Tensor, condition: Tensor | None = None, modulations: Sequence[Tensor] | None = None
     ) -> Tensor:
         hidden_states = self.norm_final(hidden_states)
         if self.adaLN_modulation is not None:
-            rows = self.adaLN_modulation(condition) if modulations is None else modulations.split(1, dim=1)
+            rows = self.adaLN_modulation(condition) if modulations is None else modulations
             hidden_states = modulate(hidden_states, *rows)
         return self.linear(for_layer(self.linear, hidden_states))
 
@@ -395,15 +396,15 @@ class DiTTransformer(PreTrainedModel, DiffusersModelMixin):
 
     def transform(self, tokens: Tensor, condition: Tensor | None, precomputed: Tensor | None = None) -> Tensor:
         """(N, T, D) tokens -> (N, T, patch * patch * output channels); condition and precomputed as in `forward`."""
-        count, rows = tokens.shape[1], self.config.modulation_rows
-        modulations: Sequence[Tensor | None] = [None] * (len(self.blocks) + 1)
-        if precomputed is not None and rows:
-            condition, modulations = None, precomputed.split([rows] * len(self.blocks) + [2], dim=1)
+        count, per_block = tokens.shape[1], self.config.modulation_rows
+        ahead: tuple[Tensor, ...] | None = None
+        if precomputed is not None and per_block:
+            condition, ahead = None, precomputed.unsqueeze(2).unbind(1)  # K of (N, 1, D)
         if self.config.conditioning == "in_context" and condition is not None:
             tokens = torch.cat([tokens, condition], dim=1)
-        for block, of_block in zip(self.blocks, modulations, strict=False):
-            tokens = block(tokens, condition, of_block)
-        return self.final_layer(tokens, condition, modulations[-1])[:, :count]
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens, condition, ahead and ahead[index * per_block : (index + 1) * per_block])
+        return self.final_layer(tokens, condition, ahead and ahead[-2:])[:, :count]
 
     @contextlib.contextmanager
     def _attention_weights(self, blocks: bool | Sequence[int]) -> Iterator[list[Tensor]]:
