@@ -74,42 +74,29 @@ def convert(
         to: one of `LAYOUTS`.
         self_contained: put the code beside the weights, for people without dit_hub.
         license: identifier of the weights' licence, if the source does not name it; a known one cannot be changed.
-        vae: as for `DiTPipeline.from_single_file`.
-        timestep_freq_shift: as for `DiTPipeline.from_pretrained`.
+        vae, timestep_freq_shift, options: as for `DiTPipeline.from_single_file` or `DiTPipeline.from_pretrained`.
         overwrite: replace an existing folder, as `new_folder` does.
-        options: further arguments of `DiTPipeline.from_single_file` or `DiTPipeline.from_pretrained`.
 
     Raises:
-        ValueError: a source that cannot be read, a layout that cannot express the model, or an error above
-            `MAX_RELATIVE_ERROR`.
+        ValueError: an unreadable source, a layout that cannot express the model, an error above `MAX_RELATIVE_ERROR`.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"There is no layout {to!r}; known: {', '.join(LAYOUTS)}.")
-    if self_contained and to != "dit-hub":
-        raise ValueError(f"--self-contained puts dit-hub's code beside the weights; it does not go with --to {to}.")
+    _check_layout(to, self_contained)
     check_free(output_dir, overwrite)
     pipeline = _open(source, vae, timestep_freq_shift, options)
     assert pipeline.origin is not None
     origin, config = pipeline.origin.with_license(license), pipeline.transformer.config
     with new_folder(output_dir, overwrite) as folder:
-        # diffusers' class takes only the training size.
-        size = None if "diffusers" in (origin.layout, to) else _small(config)
-        expected, parity = _passes(config, _in_float32(pipeline.transformer), size), {}
-        if origin.layout == "diffusers":
-            stock = _stock_passes(config, _stock(_in_float32(pipeline.transformer)))
-            parity["diffusers' own class against ours"] = _relative_error(stock, expected)
-        facts: dict[str, Any] = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained,
-                                 "config": _fields(config)}  # fmt: skip
-        if to == "official":  # a layout without a place for these
-            facts |= {"scheduler": json.loads(pipeline.scheduler.to_json_string()), "id2label": pipeline.id2label}
+        size = None if "diffusers" in (origin.layout, to) else _small(config)  # its class takes only the training size
+        expected = _passes(config, _in_float32(pipeline.transformer), size)
+        parity = _parity_with_diffusers(pipeline.transformer, expected) if origin.layout == "diffusers" else {}
+        facts = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained}
+        facts |= _settings(pipeline, to)
         _WRITERS[to](pipeline, folder)
         pipeline.draw_samples(folder)
         del pipeline  # so that the weights are in memory only once
         where = "in diffusers' own class" if to == "diffusers" else "read back"
         parity[f"before against after, {where}"] = _relative_error(expected, _read_back(config, folder, to, size))
-        if not all(error <= MAX_RELATIVE_ERROR for error in parity.values()):  # also catches NaN
-            listed = ", ".join(f"{what}: {error:.1e}" for what, error in parity.items())
-            raise ValueError(f"The converted model differs by more than {MAX_RELATIVE_ERROR:.0e}: {listed}.")
+        _check_parity(parity)
         if self_contained:
             add_code(folder)
         origin = replace(origin, modified=False, conversion=facts)
@@ -117,6 +104,13 @@ def convert(
         render_card(folder, Path(output_dir).name).save(folder / CARD_FILE)
     needs_patch = to == "diffusers" and config.timestep_freq_shift == 0
     return Conversion(origin, config, parity, OFFICIAL_NUMERICS_PATCH if needs_patch else None)
+
+
+def _check_layout(to: str, self_contained: bool) -> None:
+    if to not in LAYOUTS:
+        raise ValueError(f"There is no layout {to!r}; known: {', '.join(LAYOUTS)}.")
+    if self_contained and to != "dit-hub":
+        raise ValueError(f"--self-contained puts dit-hub's code beside the weights; it does not go with --to {to}.")
 
 
 def _open(
@@ -141,6 +135,14 @@ def _open(
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _settings(pipeline: DiTPipeline, to: str) -> dict[str, Any]:
+    """What the origin keeps of a pipeline: its configuration, and what the official layout has no place for."""
+    settings: dict[str, Any] = {"config": _fields(pipeline.transformer.config)}
+    if to == "official":
+        settings |= {"scheduler": json.loads(pipeline.scheduler.to_json_string()), "id2label": pipeline.id2label}
+    return settings
 
 
 def _write_ours(pipeline: DiTPipeline, folder: Path) -> None:
@@ -180,6 +182,18 @@ def _stock(transformer: DiTTransformer) -> Any:
 
 
 # --- Checking --------------------------------------------------------------------------------------------------------
+
+
+def _parity_with_diffusers(transformer: DiTTransformer, expected: list[Tensor]) -> dict[str, float]:
+    """The error of diffusers' own class with the weights that were read from its layout."""
+    stock = _stock_passes(transformer.config, _stock(_in_float32(transformer)))
+    return {"diffusers' own class against ours": _relative_error(stock, expected)}
+
+
+def _check_parity(parity: dict[str, float]) -> None:
+    if not all(error <= MAX_RELATIVE_ERROR for error in parity.values()):  # also catches NaN
+        listed = ", ".join(f"{what}: {error:.1e}" for what, error in parity.items())
+        raise ValueError(f"The converted model differs by more than {MAX_RELATIVE_ERROR:.0e}: {listed}.")
 
 
 def _read_back(config: DiTConfig, folder: Path, to: str, size: tuple[int, int] | None) -> list[Tensor]:

@@ -14,8 +14,7 @@ from .common import Model, Overwrite, check_device
 def generate(
     model: Model,
     labels: Annotated[
-        list[str] | None,
-        typer.Argument(help="Class names, or ids that are not names; default: all classes."),
+        list[str] | None, typer.Argument(help="Class names, or ids that are not names; default: all classes.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
@@ -43,7 +42,6 @@ def generate(
 
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must be from 0 to {2**63 - 1}, not {seed}.")
-    check_device(device)
     pipeline = _load(model, scheduler, threads, device)
     ids, frames = _label_ids(pipeline, labels or []), Trajectory()
     images = pipeline(
@@ -54,11 +52,10 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=frames if trajectory else None,
     ).images
-    names = [pipeline.id2label.get(index, str(index)) for index in ids or [] for _ in range(per_label)]
-    captions = [name.split(",")[0] for name in names] or None
+    captions = [pipeline.id2label.get(index, str(index)).split(",")[0] for index in ids or [] for _ in range(per_label)]
     columns = per_label if per_label > 1 else _columns(len(images))
     with new_file(out, overwrite) as path:
-        image_grid(images, columns, captions).save(path)
+        image_grid(images, columns, captions or None).save(path)
     print(f"{len(images)} {'image' if len(images) == 1 else 'images'} in {out}")
     if trajectory:
         with new_file(trajectory, overwrite) as path:
@@ -72,6 +69,7 @@ def _load(model: str, scheduler: str | None, threads: int | None, device: str) -
     from ..pipeline_dit import DiTPipeline
     from ..schedulers import switch_scheduler
 
+    check_device(device)
     pipeline = DiTPipeline.from_pretrained(model, num_threads=threads).to(device)
     if threads is not None:
         torch.set_num_threads(threads)
