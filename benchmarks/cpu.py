@@ -23,8 +23,8 @@ from rich.table import Table
 # Sizes as stock diffusers can express them: fixed positions, a null class, its own frequencies.
 STOCK = {"timestep_freq_shift": 1.0, "timestep_freq_dim": 256}
 TOY = {"pos_embed": "sincos", "class_dropout_prob": 0.1}
-# Name: (model, fields, batch). Two rows of S/2 are one picture with guidance.
-WORKLOADS = {"toy, batch 16": ("toy", TOY, 16), "S/2, batch 2 (1 picture, guided)": ("DiT-S/2", {}, 2)}
+# Name: (model, fields, batch). Two rows of S/2 are one image with guidance.
+WORKLOADS = {"toy, batch 16": ("toy", TOY, 16), "S/2, batch 2 (1 image, guided)": ("DiT-S/2", {}, 2)}
 
 BASELINE = "diffusers fp32 eager"
 Forward = Callable[..., Any]
@@ -80,7 +80,7 @@ def ours_compiled_bf16(model: Any) -> Forward:
 
 
 def exported(model: Any, **options: Any) -> Forward:
-    """An export of the model, run as the pipeline runs it: a hoisted one gets its modulations from before the loop."""
+    """An export of the model, run as in the pipeline's loop: with `precompute`, the modulations are computed ahead."""
     from diffusers import DDIMScheduler
 
     from dit_hub import DiTPipeline
@@ -108,10 +108,12 @@ CONTENDERS: dict[str, Callable[[Any], Forward]] = {
     "dit-hub fp32 compiled": ours_compiled,
     "dit-hub bf16 compiled": ours_compiled_bf16,
     "dit-hub ONNX Runtime fp32": exported,
-    "dit-hub ONNX Runtime fp32, hoisted": partial(exported, hoist=True),
+    "dit-hub ONNX Runtime fp32, modulations ahead": partial(exported, precompute=True),
     "dit-hub ONNX Runtime int8": partial(exported, precision="int8"),
-    "dit-hub ONNX Runtime int8, hoisted": partial(exported, precision="int8", hoist=True),
-    "dit-hub OpenVINO bf16, hoisted": partial(exported, precision="bf16", hoist=True, runtime="openvino"),
+    "dit-hub ONNX Runtime int8, modulations ahead": partial(exported, precision="int8", precompute=True),
+    "dit-hub OpenVINO bf16, modulations ahead": partial(
+        exported, precision="bf16", precompute=True, runtime="openvino"
+    ),
 }
 
 

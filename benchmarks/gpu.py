@@ -1,6 +1,6 @@
 """Latency of DiT-XL/2 on an NVIDIA GPU: eager, compiled with CUDA graphs, and TensorRT (`make bench-gpu`).
 
-Random weights; a batch of 1 or 32 pictures with guidance is 2 or 64 rows of one forward pass, with the modulations
+Random weights; a batch of 1 or 32 images with guidance is 2 or 64 rows of one forward pass, with the modulations
 computed ahead as in the pipeline. Each contender is a process of its own. The share of the peak is the pass's
 operations (twice the multiply-accumulates of `dit-hub info`) per second over those of the best matrix product measured
 in the same precision.
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiT-XL/2")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--pictures", type=int, nargs="+", default=[1, 32], help="with guidance, two rows each")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 32], help="with guidance, two rows each")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: PyTorch sees no NVIDIA GPU here.")
@@ -106,15 +106,15 @@ def main() -> None:
 
     operations = 2e9 * measure(DiTConfig.from_name(options.model)).gmacs
     table = Table(title=f"{options.model} on {torch.cuda.get_device_name()}, {datetime.date.today()}")
-    for column in ("pictures", "contender", "precision", "median ms", "share of matmul peak", "relative error"):
+    for column in ("images", "contender", "precision", "median ms", "share of matmul peak", "relative error"):
         table.add_column(column, justify="left" if column in ("contender", "precision") else "right")
     context = multiprocessing.get_context("spawn")
     peaks = {precision: matmul_peak("cuda", PRECISIONS[precision], 8192) for precision in PRECISIONS}
-    for pictures in options.pictures:
+    for images in options.images:
         for precision in PRECISIONS:
             for contender in CONTENDERS:
                 here, there = context.Pipe()
-                arguments = (contender, options.model, precision, 2 * pictures, options.repeats, there)
+                arguments = (contender, options.model, precision, 2 * images, options.repeats, there)
                 process = context.Process(target=contend, args=arguments)
                 process.start()
                 there.close()
@@ -124,12 +124,12 @@ def main() -> None:
                     outcome = "it ended without a word"
                 process.join()
                 if isinstance(outcome, str):
-                    table.add_row(str(pictures), contender, precision, "—", "—", outcome)
+                    table.add_row(str(images), contender, precision, "—", "—", outcome)
                     continue
                 median, error = statistics.median(outcome[0]), outcome[1]
-                share = 2 * pictures * operations / median / peaks[precision]
+                share = 2 * images * operations / median / peaks[precision]
                 cells = (f"{median * 1e3:.2f}", f"{share:.0%}", f"{error:.1e}")
-                table.add_row(str(pictures), contender, precision, *cells)
+                table.add_row(str(images), contender, precision, *cells)
     console = Console(width=130)
     console.print(table)
     for precision, peak in peaks.items():

@@ -26,6 +26,7 @@ from dit_hub.model_cards import render_card
 from dit_hub.modeling_dit import DiTTransformer
 from dit_hub.pipeline_dit import DiTPipeline
 from dit_hub.sources import CARD_FILE, is_url, local_folder
+from dit_hub.visualize import draw_samples
 
 LAYOUTS = ("dit-hub", "official", "diffusers")
 
@@ -92,7 +93,7 @@ def convert(
         facts = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained}
         facts |= _settings(pipeline, to)
         _WRITERS[to](pipeline, folder)
-        pipeline.draw_samples(folder)
+        draw_samples(pipeline, folder)
         del pipeline  # so that the weights are in memory only once
         where = "in diffusers' own class" if to == "diffusers" else "read back"
         parity[f"before against after, {where}"] = _relative_error(expected, _read_back(config, folder, to, size))

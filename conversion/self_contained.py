@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 
 # In the order of their imports. What loads other layouts and pushes stays out: such a folder needs neither.
-_MODEL_MODULES = ("checks", "shards", "configuration_dit", "layers", "ecosystem", "modeling_dit")
+_MODEL_MODULES = ("checks", "shards", "configuration_dit", "layers", "extras", "ecosystem", "modeling_dit")
 _PIPELINE_MODULES = (
-    *("checks", "configuration_dit", "ecosystem", "guidance", "labels", "schedulers", "solvers", "vaes"),
+    *("checks", "extras", "configuration_dit", "ecosystem", "guidance", "labels", "schedulers", "solvers", "vaes"),
     "pipeline_dit",
 )
 
@@ -28,6 +28,10 @@ _PIPELINE_STANDS = """
 from diffusers import DiffusionPipeline as HubPipeline
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
+
+
+class LoraMixin:  # adapters need dit_hub
+    pass
 """
 
 # Imports within dit_hub, whose names are in the same file, and registrations with transformers: auto_map replaces them.

@@ -39,9 +39,9 @@ def latent_pipeline() -> DiTPipeline:
 Row = tuple[str, str, str, dict[str, Any]]
 ROWS: list[Row] = [
     *(("onnx", "transformer", TOY, options) for options in (
-        {}, {"hoist": True}, {"opset": 20}, {"precision": "fp16"}, {"precision": "int8"},
-        {"precision": "int8", "hoist": True}, {"precision": "int8", "static": True},
-        {"runtime": "openvino"}, {"runtime": "openvino", "precision": "bf16", "hoist": True},
+        {}, {"precompute": True}, {"opset": 20}, {"precision": "fp16"}, {"precision": "int8"},
+        {"precision": "int8", "precompute": True}, {"precision": "int8", "static": True},
+        {"runtime": "openvino"}, {"runtime": "openvino", "precision": "bf16", "precompute": True},
     )),
     ("onnx", "transformer", "latent", {"dynamic_size": True}),
     ("onnx", "vae", "latent", {}),

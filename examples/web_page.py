@@ -1,6 +1,6 @@
-"""Export the embedded model for browsers, draw every class in headless Chromium and keep a picture of the page.
+"""Export the embedded model for browsers, draw every class in headless Chromium and keep a screenshot of the page.
 
-    python examples/web_page.py [PICTURE]
+    python examples/web_page.py [SCREENSHOT]
 
 Needs Chromium (apt install chromium) and playwright (pip install playwright).
 """
@@ -15,8 +15,8 @@ from playwright.sync_api import sync_playwright
 
 from dit_hub.export import export_web
 
-picture = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/web.png")
-picture.parent.mkdir(parents=True, exist_ok=True)
+screenshot = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/web.png")
+screenshot.parent.mkdir(parents=True, exist_ok=True)
 with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch) / "page"
     export_web("dit-toy-shapes", folder)
@@ -33,8 +33,8 @@ with tempfile.TemporaryDirectory() as scratch:
             status = page.locator("#status", has_text="drawn")
             status.wait_for(timeout=120_000)
             print(status.inner_text())
-            page.screenshot(path=picture, full_page=True)
+            page.screenshot(path=screenshot, full_page=True)
             browser.close()
     finally:
         server.kill()
-print(f"Written: {picture}")
+print(f"Written: {screenshot}")

@@ -1,7 +1,7 @@
-"""CUDA graphs of what another library launches, through CUDA's driver as NVIDIA's own samples make them.
+"""CUDA graphs of another library's launches, recorded through CUDA's driver as in NVIDIA's own samples.
 
 `torch.cuda.graph` is for what PyTorch launches: while it records, PyTorch's memory and random numbers belong to the
-graph, and where a recording is refused they do so for ever. A recording that is refused here leaves nothing behind.
+graph, and if a recording is refused they stay so for ever. A recording that is refused here leaves nothing behind.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do meanwhile is their own affair
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads are not restricted meanwhile
 
 
 class CudaGraph:
-    """What was launched on a stream while it was recorded, to be launched again as one."""
+    """The launches recorded on a stream, to be launched again as one."""
 
     def __init__(self, driver: Any, graph: ctypes.c_void_p):
         self._driver, self._executable = driver, ctypes.c_void_p()
         _check(driver.cuGraphInstantiateWithFlags(ctypes.byref(self._executable), graph, ctypes.c_ulonglong(0)))
-        # What is still running is freed when it ends. At the end of the process the driver frees all by itself.
+        # A graph that is still running is freed when it ends; the driver frees everything at the end of the process.
         weakref.finalize(self, driver.cuGraphExecDestroy, self._executable).atexit = False
 
     def launch(self, stream: int) -> None:
@@ -31,10 +31,10 @@ class CudaGraph:
 
 
 def record(stream: int, launch: Callable[[], None], device: torch.device) -> CudaGraph | None:
-    """The graph of what a function launches on a stream, which then does not run; None where it cannot be recorded.
+    """The graph of a function's launches on a stream, which do not run; None where they cannot be recorded.
 
     Args:
-        stream: its handle; it is the stream of no other work meanwhile.
+        stream: its handle; nothing else may use it meanwhile.
         launch: raises ValueError or RuntimeError where it notices that it cannot be recorded.
         device: of the stream.
     """
@@ -48,7 +48,7 @@ def record(stream: int, launch: Callable[[], None], device: torch.device) -> Cud
         _check(ended)
         return CudaGraph(driver, graph)
     except (ValueError, RuntimeError):
-        # CUDA's runtime holds the error of a refused call until somebody asks, as PyTorch does after its next kernel.
+        # CUDA's runtime keeps the error of a refused call until it is asked, as PyTorch does after its next kernel.
         with contextlib.suppress(RuntimeError):
             torch.ones(1, device=device)
         return None

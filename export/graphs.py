@@ -30,30 +30,23 @@ def export_graph(
     """Write a file without a trace of this machine, and check it.
 
     Args:
-        module: in evaluation mode.
+        module: what to export; it is put into evaluation mode.
         inputs: an example by name, of batch 2 or more.
         dimensions: the dynamic dimensions of each input, by axis: a name, or a `torch.export.Dim`. Those of one name
             are equal.
-        output_names: in the order of what the module returns.
-        path: of the file.
+        output_names: in the order in which the module returns them.
+        path: where to write the file.
         opset: version of the ONNX operators.
-        metadata: what the file says of itself.
+        metadata: entries for the file's own metadata.
     """
-    onnx = require("onnx", "onnx")
+    onnx, passes = require("onnx", "onnx"), require("onnx_ir.passes.common", "onnx")
     dynamic = {name: dimensions[name] for name in inputs}
     with _quiet(), torch.no_grad(), _attention_operator() if opset >= 23 else _attention_written_out():
-        program = torch.onnx.export(
-            module.eval(),
-            kwargs=inputs,
-            dynamic_shapes=dynamic,
-            input_names=list(inputs),
-            output_names=list(output_names),
-            opset_version=opset,
-            dynamo=True,
-        )
+        program = torch.onnx.export(module.eval(), kwargs=inputs, dynamic_shapes=dynamic, input_names=list(inputs),
+                                    output_names=list(output_names), opset_version=opset, dynamo=True)  # fmt: skip
     assert program is not None
-    # Of a table that became a constant a weight may stay behind that nothing reads, of which runtimes warn.
-    require("onnx_ir.passes.common", "onnx").RemoveUnusedNodesPass()(program.model)
+    # Weights of tables that became constants may stay behind, unread; runtimes warn of them.
+    passes.RemoveUnusedNodesPass()(program.model)
     _strip_metadata(program.model)
     program.model.metadata_props.update(metadata or {})
     size = sum(parameter.nbytes for parameter in module.state_dict().values())
@@ -80,8 +73,7 @@ def _attention_operator() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention_written_out() -> Iterator[None]:
-    """Export self-attention with one transposition of query, key and value together, not one of each: 11 % of the
-    sampler's time for the toy."""
+    """Export self-attention with one transposition of query, key and value together: 11 % of the toy sampler's time."""
 
     def forward(self: DiTAttention, hidden_states: Tensor) -> Tensor:
         qkv = self.qkv(for_layer(self.qkv, hidden_states))  # (N, T, 3D)
@@ -115,23 +107,17 @@ def _replaced(owner: type, name: str, method: Any) -> Iterator[None]:
 
 
 def _strip_metadata(model: Any) -> None:
-    """Drop what the exporter notes about its source: stack traces with local paths, three times the graph's size."""
+    """Drop the exporter's notes about its source: stack traces with local paths, three times the graph's size."""
+    require("onnx_ir.passes.common", "onnx").ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
-    for graph in model.graphs():
-        graph.metadata_props.clear()
-        graph.doc_string = None
-        for node in graph:
-            node.metadata_props.clear()
-            node.doc_string = None
-            for value in node.outputs:
-                value.metadata_props.clear()
-        for value in (*graph.inputs, *graph.initializers.values()):
+    for graph in model.graphs():  # the pass leaves their values
+        for value in (*graph.inputs, *graph.initializers.values(), *(out for node in graph for out in node.outputs)):
             value.metadata_props.clear()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what the exporter prints for its developers."""
+    """Hold back the exporter's notes to its developers."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -10,34 +10,41 @@ from torch import Tensor
 from dit_hub.extras import require
 from dit_hub.runtime import RuntimeOptions
 
-from .component import MODEL_FILE, RuntimeDenoiser, Session
+from .component import MODEL_FILE, Denoiser, Session
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class OpenVINODiTTransformer(RuntimeDenoiser):
-    """The denoiser on OpenVINO; as `DiTTransformer`, a component of a `DiTPipeline`."""
+class OpenVINOSession(Session):
+    """A file that OpenVINO has compiled for the processor."""
 
-    runtime = "openvino"
+    name = "openvino"
     elsewhere = "OpenVINO computes on the processor here"
 
-    def _open(self, path: Path, options: RuntimeOptions) -> Session:
+    def __init__(self, request: Any):
+        self._request = request
+
+    @classmethod
+    def open(cls, path: Path, options: RuntimeOptions, settings: dict[str, Any], is_loop: bool) -> "OpenVINOSession":
         # It would choose by the processor otherwise. The conditioner stays in float32.
-        precision = self.settings.get("precision", "fp32") if path.name == MODEL_FILE else "fp32"
-        settings = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        precision = settings.get("precision", "fp32") if path.name == MODEL_FILE else "fp32"
+        hints = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if options.num_threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = str(options.num_threads)
+            hints["INFERENCE_NUM_THREADS"] = str(options.num_threads)
         try:
-            compiled = _core().compile_model(str(path), "CPU", settings)
+            return cls(_core().compile_model(str(path), "CPU", hints).create_infer_request())
         except RuntimeError as error:
             raise ValueError(f"OpenVINO cannot load {path}: {str(error).splitlines()[0]}") from error
-        request = compiled.create_infer_request()
 
-        def run(inputs: dict[str, Tensor]) -> Tensor:
-            arrays = {name: value.numpy() for name, value in inputs.items()}
-            return torch.from_numpy(request.infer(arrays, share_inputs=True)[0])
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        return torch.from_numpy(self._request.infer(arrays, share_inputs=True)[0])
 
-        return run
+
+class OpenVINODiTTransformer(Denoiser):
+    """The denoiser on OpenVINO; as `DiTTransformer`, a component of a `DiTPipeline`."""
+
+    session_type = OpenVINOSession
 
 
 @functools.cache

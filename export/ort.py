@@ -16,21 +16,12 @@ from torch import Tensor
 from dit_hub.extras import require
 from dit_hub.runtime import Provider, RuntimeOptions
 
-from .component import (
-    PAIRS_DIMENSION,
-    ROWS_DIMENSION,
-    RuntimeComponent,
-    RuntimeDecoder,
-    RuntimeDenoiser,
-    RuntimeSampler,
-    Session,
-)
+from .component import PAIRS, ROWS, Decoder, Denoiser, Sampler, Session
 
 _CPU = "CPUExecutionProvider"
 # Providers whose inputs and outputs stay on an NVIDIA GPU.
 _ON_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 _TYPES = {torch.float32: np.float32, torch.int64: np.int64}
-
 
 # Operators of small files are too short to be shared by threads: the toy's sampler takes as long with two threads as
 # with one. There each core gets a session and a part of the batch instead, 1.86 times as fast on two cores; a session
@@ -38,32 +29,46 @@ _TYPES = {torch.float32: np.float32, torch.int64: np.int64}
 # is over before another thread has begun.
 _SMALL_BYTES, _MOST_SESSIONS = 32 * 2**20, 8
 
-# Up to here a pass takes longer with more threads than one: the toy in int8 (0.3 MB hoisted) 1.16 ms with two, 0.96
-# with one. In float32 (0.8 MB hoisted) it takes 1.15 ms with two, 1.28 with one.
+# Up to here a pass takes longer with two threads than with one: the toy in int8 (0.3 MB with precomputed modulation)
+# 1.16 ms with two, 0.96 with one. In float32 (0.8 MB) it takes 1.15 ms with two, 1.28 with one.
 _TINY_BYTES = 750_000
 
-_BATCH_DIMENSIONS = ("batch", PAIRS_DIMENSION, ROWS_DIMENSION)
+_BATCH_DIMENSIONS = ("batch", PAIRS, ROWS)
 
 
-class _ORTComponent(RuntimeComponent):
-    runtime = "onnxruntime"
-    splits_batch = False
+class ORTSession(Session):
+    """One session of ONNX Runtime, or several that share a batch.
+
+    Args:
+        sessions: onnxruntime's own.
+        axes: by input, which axis counts samples.
+        device: of inputs and outputs.
+    """
+
+    name = "onnxruntime"
     elsewhere = 'choose the device when loading the pipeline, such as providers=["CUDAExecutionProvider"]'
 
-    def _open(self, path: Path, options: RuntimeOptions) -> Session:
+    def __init__(self, sessions: list[Any], axes: dict[str, int], device: torch.device):
+        self._sessions, self._axes, self.device = sessions, axes, device
+        self._output = sessions[0].get_outputs()[0].name
+        self._threads = ThreadPoolExecutor(len(sessions) - 1) if len(sessions) > 1 else None
+
+    @classmethod
+    def open(cls, path: Path, options: RuntimeOptions, settings: dict[str, Any], is_loop: bool) -> "ORTSession":
         onnxruntime = require("onnxruntime", "onnx")
         configured = providers_with_options(options.providers)
         providers = [name for name, _ in configured]
         available = onnxruntime.get_available_providers()
         if unknown := [name for name in providers if name not in available]:
             raise ValueError(f"ONNX Runtime has no provider {unknown[0]!r} here; available: {', '.join(available)}.")
-        self.device = device_of(configured)
+        device = device_of(configured)
 
         def session(num_threads: int | None) -> Any:
             session_options = onnxruntime.SessionOptions()
-            session_options.log_severity_level = 3  # errors; warnings tell of what its own optimiser removes
-            if num_threads is not None:
-                session_options.intra_op_num_threads = num_threads
+            session_options.log_severity_level = (
+                3  # errors; the warnings are about nodes that its own optimiser removes
+            )
+            session_options.intra_op_num_threads = num_threads or 0  # 0: one for each core
             try:
                 return onnxruntime.InferenceSession(path, session_options, providers=configured)
             except Exception as error:  # onnxruntime's errors share no public base class
@@ -71,24 +76,17 @@ class _ORTComponent(RuntimeComponent):
 
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))  # with weights beside the graph
         on_processor = providers == [_CPU]
-        small = self.splits_batch and on_processor and size <= _SMALL_BYTES
+        small = is_loop and on_processor and size <= _SMALL_BYTES
         tiny = options.num_threads is None and on_processor and size <= _TINY_BYTES
         sessions = [session(1 if small or tiny else options.num_threads)]
         if sessions[0].get_providers()[0] != providers[0]:  # it only warns, and takes the next
             raise ValueError(f"ONNX Runtime's {providers[0]} does not start here; are its driver and libraries there?")
-        axes = _batch_axes(sessions[0])
+        # None where the dimensions have no names of ours.
+        axes = {entry.name: axis for entry in sessions[0].get_inputs() for axis, dimension in enumerate(entry.shape)
+                if dimension in _BATCH_DIMENSIONS}  # fmt: skip
         if small and axes:
             sessions += [session(1) for _ in range(min(options.num_threads or _cores(), _MOST_SESSIONS) - 1)]
-        return _Sessions(sessions, axes, self.device)
-
-
-class _Sessions:
-    """One session, or several that share a batch: tensors by input name -> the first output."""
-
-    def __init__(self, sessions: list[Any], axes: dict[str, int], device: torch.device):
-        self._sessions, self._axes, self._device = sessions, axes, device
-        self._output = sessions[0].get_outputs()[0].name
-        self._threads = ThreadPoolExecutor(len(sessions) - 1) if len(sessions) > 1 else None
+        return cls(sessions, axes, device)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         if self._threads is None:
@@ -99,24 +97,23 @@ class _Sessions:
         return torch.cat([first, *(other.result() for other in others)]) if others else first
 
     def _split(self, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """As many parts as there are sessions, or samples if these are fewer."""
-        batch = min(inputs[name].shape[axis] for name, axis in self._axes.items() if name in inputs)
-        count = min(batch, len(self._sessions))
-        parts: list[dict[str, Tensor]] = [dict(inputs) for _ in range(count)]
-        for name, axis in self._axes.items():
-            if name in inputs:
-                value = inputs[name]
-                guided = value.shape[axis] == 2 * batch  # the classes, then the null class as often
-                value = value.unflatten(axis, (2, batch)) if guided else value
-                for part, chunk in zip(parts, value.tensor_split(count, dim=axis + guided), strict=True):
-                    part[name] = (chunk.flatten(axis, axis + 1) if guided else chunk).contiguous()
+        """The inputs in as many parts as there are sessions, or samples if these are fewer."""
+        axes = {name: axis for name, axis in self._axes.items() if name in inputs}
+        batch = min(inputs[name].shape[axis] for name, axis in axes.items())
+        parts = [dict(inputs) for _ in range(min(batch, len(self._sessions)))]
+        for name, axis in axes.items():
+            value = inputs[name]
+            guided = value.shape[axis] == 2 * batch  # the classes, then the null class as often
+            value = value.unflatten(axis, (2, batch)) if guided else value
+            for part, chunk in zip(parts, value.tensor_split(len(parts), dim=axis + guided), strict=True):
+                part[name] = (chunk.flatten(axis, axis + 1) if guided else chunk).contiguous()
         return parts
 
     def _run(self, session: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """Bound to the tensors' own memory, so that nothing passes through the host."""
-        binding, place = session.io_binding(), (self._device.type, self._device.index or 0)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime computes on a stream of its own
+        """Run a session bound to the tensors' own memory, so that nothing passes through the host."""
+        binding, place = session.io_binding(), (self.device.type, self.device.index or 0)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime computes on a stream of its own
         try:
             for key, value in inputs.items():
                 binding.bind_input(key, *place, _TYPES[value.dtype], tuple(value.shape), value.data_ptr())
@@ -131,7 +128,7 @@ def providers_with_options(providers: Sequence[Provider] | None) -> list[tuple[s
     """Each provider's name and options, the preferred first; the CPU's where none are given.
 
     Raises:
-        ValueError: something else than names and pairs of a name and its options.
+        ValueError: an entry is neither a name nor a pair of a name and its options.
     """
     # TensorFloat-32 would be 1e-3 off; it is for those who ask for fp16.
     exact = {"CUDAExecutionProvider": {"use_tf32": "0"}}
@@ -146,7 +143,7 @@ def providers_with_options(providers: Sequence[Provider] | None) -> list[tuple[s
 
 
 def device_of(providers: Sequence[tuple[str, Mapping[str, Any]]]) -> torch.device:
-    """Where the inputs and outputs of the preferred provider lie.
+    """The device on which the inputs and outputs of the preferred provider lie.
 
     Raises:
         ValueError: its device_id is no number of a GPU.
@@ -161,29 +158,23 @@ def device_of(providers: Sequence[tuple[str, Mapping[str, Any]]]) -> torch.devic
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _batch_axes(session: Any) -> dict[str, int]:
-    """By input: which axis counts samples. Empty for files whose dimensions have no names of ours."""
-    return {
-        value.name: axis
-        for value in session.get_inputs()
-        for axis, dimension in enumerate(value.shape)
-        if dimension in _BATCH_DIMENSIONS
-    }
-
-
-class ORTDiTTransformer(_ORTComponent, RuntimeDenoiser):
+class ORTDiTTransformer(Denoiser):
     """The denoiser on ONNX Runtime; as `DiTTransformer`, a component of a `DiTPipeline`."""
 
+    session_type = ORTSession
 
-class ORTSampler(_ORTComponent, RuntimeSampler):
+
+class ORTSampler(Sampler):
     """The whole denoising loop on ONNX Runtime; in place of the denoiser, a component of a `DiTPipeline`."""
 
-    splits_batch = True
+    session_type = ORTSession
 
 
-class ORTVAEDecoder(_ORTComponent, RuntimeDecoder):
+class ORTVAEDecoder(Decoder):
     """The decoder of an `AutoencoderKL` on ONNX Runtime, as the `vae` of a `DiTPipeline`."""
+
+    session_type = ORTSession

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dit_hub.extras import require
 from dit_hub.pipeline_dit import DiTPipeline
 
-# What stays in float: the first and last layers, whose errors reach every token, and what makes the modulation.
+# Layers that stay in float: the first and the last, whose errors reach every token, and those of the modulation.
 _KEPT = ("x_embedder", "t_embedder", "y_embedder", "adaLN_modulation", "final_layer")
 
 # Largest value of a type, to which the largest seen is scaled.
@@ -23,7 +23,7 @@ _CALIBRATION_LABELS, _CALIBRATION_STEPS = 8, 20
 
 
 def quantize_dynamic(path: Path) -> None:
-    """Quantise a file in place: weights ahead per channel, activations while it runs.
+    """Quantise a file in place: weights ahead, per channel, and activations while it runs.
 
     Args:
         path: model.onnx of a denoiser or sampler, whose initializers still carry the names of the weights.
@@ -61,7 +61,7 @@ def quantize_dynamic(path: Path) -> None:
 
 
 def _nodes(graph: Any) -> Iterator[Any]:
-    """Those of a graph and of the loops in it."""
+    """The nodes of a graph and of the loops in it."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -74,7 +74,7 @@ def calibrate(pipeline: DiTPipeline) -> dict[str, float]:
     """The largest absolute input of each linear layer that is quantised, over real denoising trajectories.
 
     Args:
-        pipeline: in PyTorch. It samples eight pictures in 20 steps, with guidance where the model has it.
+        pipeline: in PyTorch. It samples eight images in 20 steps, with guidance where the model has it.
     """
     largest: dict[str, float] = {}
 
@@ -124,24 +124,17 @@ def _quantized_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]
 class _QuantizedLinear(nn.Module):
     """A linear layer with a scale for each output channel of the weights and one for the input."""
 
-    weight_q: Tensor
-    weight_scale: Tensor
-    weight_zero: Tensor
-    input_scale: Tensor
-    input_zero: Tensor
-
     def __init__(self, layer: nn.Linear, precision: str, largest_input: float):
         super().__init__()
         self.precision, self.bias = precision, layer.bias
-        self.weight = layer.weight  # for its dtype, which the model asks for
         limit, dtype = _LIMITS[precision], layer.weight.dtype
         weight = layer.weight.detach().float().T.contiguous()  # (in, out)
         scale = (weight.abs().amax(dim=0) / limit).clamp_min(1e-12).to(dtype)
-        self.register_buffer("weight_q", _round(weight / scale.float(), precision))
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_zero", torch.zeros(scale.shape).to(_TYPES[precision]))
-        self.register_buffer("input_scale", torch.tensor(max(largest_input, 1e-12) / limit, dtype=dtype))
-        self.register_buffer("input_zero", torch.zeros(()).to(_TYPES[precision]))
+        self.weight_q = nn.Buffer(_round(weight / scale.float(), precision))
+        self.weight_scale = nn.Buffer(scale)
+        self.weight_zero = nn.Buffer(torch.zeros(scale.shape).to(_TYPES[precision]))
+        self.input_scale = nn.Buffer(torch.tensor(max(largest_input, 1e-12) / limit, dtype=dtype))
+        self.input_zero = nn.Buffer(torch.zeros(()).to(_TYPES[precision]))
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():

@@ -1,4 +1,4 @@
-"""What PyTorch makes of random inputs, kept beside each exported part, so that any machine can measure a runtime."""
+"""Random inputs and what PyTorch makes of them, beside each part, so that any machine can measure a runtime."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,6 +18,11 @@ MAX_RELATIVE_ERROR = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 2e-2, "int8": 5e-2, "f
 
 # Inputs by name, and what PyTorch in float32 makes of them.
 Case = tuple[dict[str, Tensor], Tensor]
+Evaluate = Callable[[dict[str, Tensor]], Tensor]
+
+
+class UnsupportedShapeError(ValueError):
+    """An input has a shape that a file was not built for."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def write_report(folder: Path, settings: dict[str, Any], parity: dict[str, Any])
 
 
 def read_bounds(folder: Path) -> dict[str, float]:
-    """The bound of each component's error, of an export's report.
+    """The bound of each component's error, from an export's report.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -59,14 +64,14 @@ def read_bounds(folder: Path) -> dict[str, float]:
 
 
 def write_reference(folder: Path, cases: Sequence[Case]) -> None:
-    """Keep the cases in a component's folder."""
-    named = {f"{index}.{name}": value for index, (inputs, _) in enumerate(cases) for name, value in inputs.items()}
-    named |= {f"{index}.": expected for index, (_, expected) in enumerate(cases)}
+    """Keep the cases in a component's folder, the inputs of the first as "0.timestep", its output as "0."."""
+    named = {f"{index}.{name}": value for index, (inputs, expected) in enumerate(cases)
+             for name, value in {**inputs, "": expected}.items()}  # fmt: skip
     save_file({name: value.contiguous() for name, value in named.items()}, folder / REFERENCE_FILE)
 
 
 def read_reference(folder: Path) -> list[Case]:
-    """The cases of a component's folder.
+    """The cases in a component's folder.
 
     Raises:
         ValueError: there are none, or the file is damaged.
@@ -76,33 +81,33 @@ def read_reference(folder: Path) -> list[Case]:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read, so there is nothing to compare with: {error}") from error
-    cases: dict[str, tuple[dict[str, Tensor], list[Tensor]]] = {}
+    cases: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        inputs, expected = cases.setdefault(index, ({}, []))
-        if name:
-            inputs[name] = value
-        else:
-            expected.append(value)
-    if not cases or not all(inputs and len(expected) == 1 for inputs, expected in cases.values()):
+        cases.setdefault(index, {})[name] = value
+    if not cases or not all("" in case and len(case) > 1 for case in cases.values()):
         raise ValueError(f"{path} is no reference of an export.")
-    return [(inputs, expected[0]) for _, (inputs, expected) in sorted(cases.items())]
+    return [(case, case.pop("")) for _, case in sorted(cases.items())]
 
 
-def measure_parity(
-    name: str, evaluate: Callable[[dict[str, Tensor]], Tensor], cases: Sequence[Case], bound: float, measured_on: str
-) -> Parity:
-    """The distance of a runtime from the expected outputs.
+def measure_parity(name: str, evaluate: Evaluate, cases: Sequence[Case], bound: float, measured_on: str) -> Parity:
+    """The distance of a runtime from the expected outputs, on those cases whose shapes it was built for.
 
     Raises:
-        ValueError: it is above the bound.
+        ValueError: it is above the bound, or no case can be tried.
     """
-    relative_error, max_abs_error = 0.0, 0.0
+    tried: list[tuple[float, float, int]] = []
+    refusal = ValueError(f"The reference of the {name} holds nothing to try.")
     for inputs, expected in cases:
         try:
             actual = evaluate(inputs).to(expected)
-        except KeyError as error:
-            raise ValueError(f"The reference of the {name} is not of this export: it lacks {error}.") from None
+        except UnsupportedShapeError as error:
+            refusal = error
+            continue
+        except TypeError:  # of an argument that is missing, or one too many
+            raise ValueError(
+                f"The reference of the {name} is not of this export: it holds {', '.join(inputs)}."
+            ) from None
         if actual.shape != expected.shape:
             raise ValueError(f"The reference of the {name} is not of this export: it has the shape "
                              f"{list(expected.shape)}, not {list(actual.shape)}.")  # fmt: skip
@@ -110,9 +115,10 @@ def measure_parity(
         norm = expected.double().norm().item() or 1.0  # a fresh model predicts exactly zero
         error = difference.norm().item() / norm
         if not error <= bound:  # also catches NaN
-            raise ValueError(
-                f"The exported {name} differs from PyTorch by {error:.1e} (relative L2), more than {bound:.0e}."
-            )
-        relative_error = max(relative_error, error)
-        max_abs_error = max(max_abs_error, difference.abs().max().item())
-    return Parity(relative_error, max_abs_error, tuple(len(expected) for _, expected in cases), bound, measured_on)
+            raise ValueError(f"The exported {name} differs from PyTorch by {error:.1e} (relative L2), "
+                             f"more than {bound:.0e}.")  # fmt: skip
+        tried.append((error, difference.abs().max().item(), len(expected)))
+    if not tried:
+        raise refusal
+    errors, differences, batches = zip(*tried, strict=True)
+    return Parity(max(errors), max(differences), batches, bound, measured_on)

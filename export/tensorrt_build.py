@@ -1,16 +1,16 @@
 """Engines of TensorRT and of TensorRT for RTX, built from ONNX files.
 
-One code for both products, whose Python interfaces agree in all that is needed here. `tensorrt_rtx` (PyPI) builds for
+One module for both products, whose Python interfaces agree in all that is needed here. `tensorrt_rtx` (PyPI) builds for
 GPUs that need not be there; `tensorrt` (NVIDIA's own index) builds for the GPU of this machine.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,33 +20,26 @@ from huggingface_hub import cached_assets_path
 
 from dit_hub.extras import install_command, require
 
-from .component import (
-    DRAWS_DIMENSION,
-    GRID_DIMENSIONS,
-    MAX_PAIRS,
-    PAIRS_DIMENSION,
-    ROWS_DIMENSION,
-    STEPS_DIMENSION,
-)
+from .component import DRAWS, GRID, MAX_PAIRS, PAIRS, ROWS, STEPS
 
 MANIFEST_FILE = "manifest.json"
-# Of tensorrt: what the builder measured. Also in the cache of huggingface_hub, so that the next build is quick.
+# What the builder of tensorrt measured. Also in the cache of huggingface_hub, so that the next build is quick.
 TIMING_CACHE_FILE = "timing.cache"
 
 PRODUCTS = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}  # by the name of the runtime; both are import names
 
 
 def is_rtx(trt: Any) -> bool:
-    """Whether a product's module is TensorRT for RTX, by its name: what either offers changes with its version."""
+    """Whether a product's module is TensorRT for RTX, by its name: what either offers depends on its version."""
     return trt.__name__ == PRODUCTS["rtx"]
 
 
-# What an engine is built for where nothing is said. Turing (7.5) has no bf16 and must be asked for.
+# Compute capabilities to build for by default. Turing (7.5) has no bf16 and must be asked for.
 _CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 _LEAST_CAPABILITY = {"bf16": 8.0, "fp8": 8.9}
 
 # The smallest, usual and largest extent of dynamic dimensions besides batch and size.
-_PROFILES = {PAIRS_DIMENSION: (1, 64, MAX_PAIRS), STEPS_DIMENSION: (1, 50, 1000), DRAWS_DIMENSION: (1, 1, 1000)}
+_EXTENTS = {PAIRS: (1, 64, MAX_PAIRS), STEPS: (1, 50, 1000), DRAWS: (1, 1, 1000)}
 
 Profile = tuple[int, int, int]
 
@@ -65,7 +58,7 @@ class EngineFacts:
 
 @dataclass
 class Manifest:
-    """What the engines of a folder were built with, and so need."""
+    """How the engines of a folder were built, and so what they need."""
 
     product: str
     version: str
@@ -80,11 +73,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """That of a folder.
-
-        Raises:
-            ValueError: there is none, or it is damaged.
-        """
+        """The manifest of a folder; ValueError where there is none, or it is damaged."""
         path = folder / MANIFEST_FILE
         try:
             facts = json.loads(path.read_text())
@@ -92,33 +81,38 @@ class Manifest:
             manifest = cls(**facts)
             manifest.compute_capabilities = [str(capability) for capability in manifest.compute_capabilities]
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read, so that it is unknown what the engine needs: {error}") from None
+            raise ValueError(f"{path} cannot be read, so it is unknown what the engine needs: {error}") from None
         return manifest
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What of it decides whether an engine runs: versions by installed product, and the GPU's compute capability."""
+    """Versions by installed product, and the GPU's compute capability, which decide whether an engine runs."""
 
     products: dict[str, str]
     compute_capability: str | None
 
     @classmethod
     def this(cls) -> "Machine":
-        products = {}
-        for name in PRODUCTS.values():
-            try:
-                products[name] = require(name, "").__version__
-            except (ImportError, OSError):  # OSError: its libraries do not load
-                continue
-        capability = None
-        if torch.cuda.is_available():
-            capability = "{}.{}".format(*torch.cuda.get_device_capability())
-        return cls(products, capability)
+        return cls({name: trt.__version__ for name, trt in _installed().items()}, _gpu_capability())
 
 
-def misfit(manifest: Manifest, machine: Machine) -> str | None:
-    """Why the engines of a manifest do not run on a machine, in words; None where they do."""
+def _installed() -> dict[str, Any]:
+    """The products that are installed, by the names of their modules."""
+    modules = {}
+    for name in PRODUCTS.values():
+        with contextlib.suppress(ImportError, OSError):  # OSError: its libraries do not load
+            modules[name] = require(name, "")
+    return modules
+
+
+def _gpu_capability() -> str | None:
+    return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+
+
+def misfit(manifest: Manifest, machine: Machine | None = None) -> str | None:
+    """The reason why a manifest's engines do not run on a machine, by default this one; None where they do."""
+    machine = machine or Machine.this()
     product, extra = manifest.product, manifest.product.replace("_", "-")
     if product not in PRODUCTS.values():
         return f"it is made for {product}, which is unknown here"
@@ -145,11 +139,8 @@ def load_product(runtime: str) -> Any:
         raise ValueError(f"There is no runtime {runtime!r}; known: auto, {', '.join(PRODUCTS)}.")
     if runtime != "auto":
         return require(PRODUCTS[runtime], PRODUCTS[runtime].replace("_", "-"))
-    for name in PRODUCTS.values():
-        try:
-            return require(name, "")
-        except (ImportError, OSError):
-            continue
+    if installed := _installed():
+        return next(iter(installed.values()))
     raise ImportError(f"This needs TensorRT, which is not installed: {install_command('tensorrt-rtx')}; for "
                       f"data-centre GPUs such as the H100: {install_command('tensorrt')}.")  # fmt: skip
 
@@ -163,136 +154,132 @@ def choose_capabilities(trt: Any, wanted: tuple[str, ...], precision: str) -> li
     if not is_rtx(trt):
         if wanted:
             raise ValueError("tensorrt builds for the GPU of this machine; only rtx takes compute capabilities.")
-        if not torch.cuda.is_available():
+        if (capability := _gpu_capability()) is None:
             raise ValueError("tensorrt builds on the GPU that the engine is for, and PyTorch sees none here; "
                              "tensorrt_rtx builds without one.")  # fmt: skip
-        return ["{}.{}".format(*torch.cuda.get_device_capability())]
+        return [capability]
     least = _LEAST_CAPABILITY.get(precision, 0.0)
     known = [f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
     for capability in wanted:
         if capability not in known:
             others = ", ".join(sorted(known, key=float))
             hint = " The H100 and H200 (9.0) need tensorrt." if capability == "9.0" else ""
-            raise ValueError(
-                f"{trt.__name__} does not build for compute capability {capability}; it does for {others}.{hint}"
-            )
+            raise ValueError(f"{trt.__name__} does not build for compute capability {capability}; "
+                             f"it does for {others}.{hint}")  # fmt: skip
         if float(capability) < least:
             raise ValueError(f"GPUs of compute capability {capability} have no {precision}; {least} and later have.")
     return list(wanted) or [capability for capability in _CAPABILITIES if float(capability) >= least]
 
 
-def dimension_profile(name: str, batch: Profile, size: Profile | None) -> Profile:
-    """The extents of a dynamic dimension of ours.
+@dataclass(frozen=True)
+class EngineBuilder:
+    """Builds engines of ONNX files; all engines of an export share its settings."""
 
-    Raises:
-        ValueError: it is none of ours.
-    """
-    base = name.rpartition("*")[2]  # "2*grid_height" is in latent pixels, as `size` is
-    if base == "batch":
-        return batch
-    if base == ROWS_DIMENSION:
-        return batch[0], 2 * batch[1], 2 * batch[2]
-    if base in _PROFILES:
-        return _PROFILES[base]
-    if base in GRID_DIMENSIONS:
-        if size is None:
-            raise ValueError("The file takes every height and width; say which with size (smallest, usual, largest).")
-        return size
-    raise ValueError(f"The file has a dynamic dimension {name!r}, whose extents are unknown.")
+    trt: Any  # of `load_product`
+    capabilities: list[str]  # of `choose_capabilities`
+    precision: str  # of the files, for the manifest
+    batch: Profile
+    size: Profile | None = None  # of height and width, for files that take any
+    weight_streaming: bool = False
+    progress: Progress | None = None
 
+    def build(self, files: dict[Path, Path]) -> Manifest:
+        """Build an engine of each ONNX file: {source: target}.
 
-def build_engine(
-    trt: Any,
-    source: Path,
-    target: Path,
-    batch: Profile,
-    size: Profile | None,
-    capabilities: list[str],
-    weight_streaming: bool = False,
-    progress: Progress | None = None,
-) -> EngineFacts:
-    """Build the engine of an ONNX file.
+        Raises:
+            ValueError: a file cannot be read or has an operator that TensorRT does not know, or its build fails.
+            KeyboardInterrupt: Ctrl-C was pressed; the build ends at its next step.
+        """
+        trt = self.trt
+        manifest = Manifest(trt.__name__, trt.__version__, self.capabilities, self.precision, self.weight_streaming)
+        for source, target in files.items():
+            with _watched(trt, self.progress) as monitor:
+                profiles = self._build(source, target, monitor)
+            manifest.engines[target.name] = EngineFacts(file_sha256(target), source_sha256(source), profiles)
+        return manifest
 
-    Args:
-        trt: of `load_product`.
-        source, target: the ONNX file and the engine to write.
-        batch: smallest, usual and largest batch.
-        size: the same of height and width, for files that take any.
-        capabilities: of `choose_capabilities`.
-        weight_streaming: keep weights in the host's memory where the GPU's does not hold them.
-        progress: told of each step.
+    def _build(self, source: Path, target: Path, monitor: Any) -> dict[str, list[list[int]]]:
+        """Build one engine and return its profiles."""
+        trt, messages = self.trt, []
 
-    Raises:
-        ValueError: the file cannot be read or has an operator that TensorRT does not know, or the build fails.
-        KeyboardInterrupt: Ctrl-C was pressed; the build ends at its next step.
-    """
-    messages: list[str] = []
+        class Logger(trt.ILogger):
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    messages.append(message)
 
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+        logger = Logger()
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(source)):
+            raise ValueError(f"{trt.__name__} cannot read {source.name}: {_parse_errors(parser)}")
+        for layer in (network.get_layer(index) for index in range(network.num_layers)):
+            if layer.type == trt.LayerType.ATTENTION_INPUT:  # float32 has no kernel of its own: let it be decomposed
+                layer.__class__ = trt.IAttentionInputLayer
+                layer.attention.decomposable = True
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 1e-3 off; fp16 is for those who want less
+        if self.weight_streaming:
+            config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+        if is_rtx(trt):
+            config.num_compute_capabilities = len(self.capabilities)
+            for index, capability in enumerate(self.capabilities):
+                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability.replace('.', '')}"), index)
+        profiles = self._add_profile(config, builder.create_optimization_profile(), network)
+        config.progress_monitor = monitor
+        with contextlib.nullcontext() if is_rtx(trt) else self._timings(config, target.parent):
+            engine = builder.build_serialized_network(network, config)
+            if engine is None:
+                reason = messages[-1] if messages else "no reason given"
+                raise ValueError(f"{trt.__name__} cannot build {source.name}: {reason}")
+        target.write_bytes(memoryview(engine))
+        return profiles
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                messages.append(message)
+    def _add_profile(self, config: Any, profile: Any, network: Any) -> dict[str, list[list[int]]]:
+        """Tell the build the extents of each input: its smallest, usual and largest shape."""
+        profiles: dict[str, list[list[int]]] = {}
+        for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+            extents = [
+                self._extents(tensor.get_dimension_name(axis) or "") if extent == -1 else (extent,) * 3
+                for axis, extent in enumerate(tensor.shape)
+            ]
+            profiles[tensor.name] = [list(shape) for shape in zip(*extents, strict=True)] or [[], [], []]
+            if -1 in tensor.shape:
+                profile.set_shape(tensor.name, *profiles[tensor.name])
+        if config.add_optimization_profile(profile) < 0:
+            raise ValueError(f"{self.trt.__name__} refuses the profile {profiles}.")
+        return profiles
 
-    logger = Logger()
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(source)):
-        raise ValueError(f"{trt.__name__} cannot read {source.name}: {_parse_errors(parser)}")
-    for layer in (network.get_layer(index) for index in range(network.num_layers)):
-        if layer.type == trt.LayerType.ATTENTION_INPUT:  # float32 has no kernel of its own: let it be decomposed
-            layer.__class__ = trt.IAttentionInputLayer
-            layer.attention.decomposable = True
+    def _extents(self, name: str) -> Profile:
+        """The extents of a dynamic dimension, by its name."""
+        base = name.rpartition("*")[2]  # "2*grid_height" is in latent pixels, as `size` is
+        known = {"batch": self.batch, ROWS: (self.batch[0], 2 * self.batch[1], 2 * self.batch[2]), **_EXTENTS}
+        if base in GRID:
+            if self.size is None:
+                raise ValueError("The file takes every height and width; say which with size "
+                                 "(smallest, usual, largest).")  # fmt: skip
+            return self.size
+        if base not in known:
+            raise ValueError(f"The file has a dynamic dimension {name!r}, whose extents are unknown.")
+        return known[base]
 
-    config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    profiles: dict[str, list[list[int]]] = {}
-    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
-        extents = [
-            dimension_profile(tensor.get_dimension_name(axis) or "", batch, size) if extent == -1 else (extent,) * 3
-            for axis, extent in enumerate(tensor.shape)
-        ]
-        profiles[tensor.name] = [list(shape) for shape in zip(*extents, strict=True)] or [[], [], []]
-        if -1 in tensor.shape:
-            profile.set_shape(tensor.name, *profiles[tensor.name])
-    if config.add_optimization_profile(profile) < 0:
-        raise ValueError(f"{trt.__name__} refuses the profile {profiles}.")
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and 1e-3 off; fp16 is for those who want less
-    if weight_streaming:
-        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
-    timing_cache = timings = None
-    if is_rtx(trt):
-        config.num_compute_capabilities = len(capabilities)
-        for index, capability in enumerate(capabilities):
-            member = getattr(trt.ComputeCapability, "SM" + capability.replace(".", ""))
-            config.set_compute_capability(member, index)
-    else:
-        place = cached_assets_path("dit-hub", trt.__name__, f"{trt.__version__}-{capabilities[0]}")
-        timings = place / TIMING_CACHE_FILE
-        timing_cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
-        config.set_timing_cache(timing_cache, ignore_mismatch=True)
-
-    with _watched(trt, config, progress):
-        engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise ValueError(
-            f"{trt.__name__} cannot build {source.name}: {messages[-1] if messages else 'no reason given'}"
-        )
-    target.write_bytes(memoryview(engine))
-    if timing_cache is not None and timings is not None:
-        measured = bytes(memoryview(timing_cache.serialize()))
+    @contextlib.contextmanager
+    def _timings(self, config: Any, folder: Path) -> Iterator[None]:
+        """Use the timings that tensorrt has measured before, and keep those of this build, in `folder` too."""
+        version = f"{self.trt.__version__}-{self.capabilities[0]}"
+        timings = cached_assets_path("dit-hub", self.trt.__name__, version) / TIMING_CACHE_FILE
+        cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
+        config.set_timing_cache(cache, ignore_mismatch=True)
+        yield
+        measured = bytes(memoryview(cache.serialize()))
         building = timings.with_suffix(f".{os.getpid()}")
         building.write_bytes(measured)
         building.replace(timings)  # in one step, for others who read it now
-        (target.parent / TIMING_CACHE_FILE).write_bytes(measured)
-    return EngineFacts(file_sha256(target), source_sha256(source), profiles)
+        (folder / TIMING_CACHE_FILE).write_bytes(measured)
 
 
 def _parse_errors(parser: Any) -> str:
-    """What the parser stumbled over: the name and operator of each node, at most three."""
+    """The nodes that the parser refused, with name and operator, at most three."""
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     described = [
         f"node {error.node_name()!r} ({error.node_operator()}): {error.desc().strip()}"
@@ -303,42 +290,39 @@ def _parse_errors(parser: Any) -> str:
     return "; ".join(described[:3]) + (f"; and {len(errors) - 3} more" if len(errors) > 3 else "") + "."
 
 
-@contextmanager
-def _watched(trt: Any, config: Any, progress: Progress | None) -> Iterator[None]:
-    """Tell of a build's progress and end it on Ctrl-C, which Python cannot raise through TensorRT's own code."""
-    interrupted = threading.Event()
+@contextlib.contextmanager
+def _watched(trt: Any, progress: Progress | None) -> Iterator[Any]:
+    """A monitor that reports a build's progress, and ends it on Ctrl-C.
+
+    Python cannot raise KeyboardInterrupt through TensorRT's own code, so it is raised when the block ends.
+    """
+    interrupted, steps = threading.Event(), {}
 
     class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
+            steps[phase_name] = num_steps
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if progress is not None:
-                progress(phase_name, step + 1, self.steps[phase_name])
+                progress(phase_name, step + 1, steps[phase_name])
             return not interrupted.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             pass
 
-    config.progress_monitor = monitor = Monitor()
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set()) if in_main_thread else None
     try:
-        yield
+        yield Monitor()
     finally:
         if in_main_thread:
             signal.signal(signal.SIGINT, previous)
-        del monitor
-    if interrupted.is_set():
-        raise KeyboardInterrupt
+        if interrupted.is_set():
+            raise KeyboardInterrupt
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's content."""
+    """The hash of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**24):
@@ -347,7 +331,7 @@ def file_sha256(path: Path) -> str:
 
 
 def source_sha256(path: Path) -> str:
-    """Of an ONNX file and the weights beside it."""
+    """The hash of an ONNX file and the weights beside it."""
     digest = hashlib.sha256()
     for part in sorted(path.parent.glob(f"{path.name}*")):
         digest.update(file_sha256(part).encode())

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dit_hub.pipeline_dit import DiTPipeline
-from dit_hub.runtime import Provider, RuntimeOptions
+from dit_hub.runtime import Provider
 
-from .component import RuntimeComponent
-from .onnx_export import measure_component
+from .component import Component
 from .ort import ORTSampler
-from .reference import Parity, read_bounds
+from .reference import Parity, measure_parity, read_bounds, read_reference
 from .tensorrt import TensorRTSampler
 from .tensorrt_build import MANIFEST_FILE
 from .web import FACTS_FILE
@@ -24,8 +23,8 @@ def verify_export(
 
     Args:
         folder: of `export_onnx` or `export_tensorrt`; a page for browsers holds no reference.
-        max_error: bound of the relative error; None means those of the export's report.
-        providers: of ONNX Runtime, see `RuntimeOptions`.
+        max_error: bound of the relative error; None means the bounds in the export's report.
+        providers: of ONNX Runtime, see `dit_hub.runtime.RuntimeOptions`.
 
     Returns:
         The errors of each component.
@@ -45,11 +44,13 @@ def verify_export(
     if (path / "sampler").is_dir():
         in_tensorrt = (path / "sampler" / MANIFEST_FILE).is_file()
         sampler = TensorRTSampler if in_tensorrt else ORTSampler
-        components["sampler"] = sampler.from_pretrained(path / "sampler", RuntimeOptions(providers))
-    components = {name: each for name, each in components.items() if isinstance(each, RuntimeComponent)}
+        components["sampler"] = sampler.from_pretrained(path / "sampler", providers)
+    components = {name: each for name, each in components.items() if isinstance(each, Component)}
     if missing := [name for name in components if name not in bounds]:
-        raise ValueError(f"The report of {path} says nothing of its {missing[0]}.")
-    return {
-        name: measure_component(name, component, bounds[name] if max_error is None else max_error)
-        for name, component in components.items()
-    }
+        raise ValueError(f"The report of {path} does not mention its {missing[0]}.")
+    parities = {}
+    for name, component in components.items():
+        bound = bounds[name] if max_error is None else max_error
+        cases = read_reference(component.folder)
+        parities[name] = measure_parity(name, component.evaluate, cases, bound, component.runtime)
+    return parities

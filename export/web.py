@@ -1,6 +1,7 @@
 """Export for browsers: a folder of static files with a page that samples, through onnxruntime-web."""
 
 import base64
+import copy
 import hashlib
 import io
 import json
@@ -16,18 +17,16 @@ from typing import Any
 import diffusers
 from huggingface_hub import cached_assets_path
 
-from dit_hub.extras import require
-from dit_hub.files import check_free, new_folder
 from dit_hub.pipeline_dit import DiTPipeline
 from dit_hub.solvers import COLUMNS, solver_table
 
-from .component import MODEL_FILE, SETTINGS_FILE
-from .onnx_export import check_other_folder, exportable, measure_component
-from .ort import ORTSampler
-from .reference import MAX_RELATIVE_ERROR, REFERENCE_FILE, Parity
-from .sampler import write_sampler
+from .component import MODEL_FILE
+from .flow import Part, Target, check_output, export, load_pytorch
+from .onnx_export import require_onnx
+from .parts import Plan
+from .reference import Parity
 
-# The package of npm's registry that runs the model, its hash, and what a page needs of it.
+# The npm package that runs the model, its hash, and the files of it that a page needs.
 ORT_WEB_VERSION = "1.30.0"
 _ORT_WEB_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 _ORT_WEB_FILES = (
@@ -37,10 +36,10 @@ _ORT_WEB_FILES = (
     "package.json",  # names its licence, MIT
 )
 
-# What the page must know besides the model.
+# Beside the model: what the page must know.
 FACTS_FILE = "facts.json"
 
-# Numbers of steps to choose from, as far as the training schedule has them.
+# Numbers of steps to choose from, up to those of the training schedule.
 _STEPS, DEFAULT_STEPS = (10, 20, 50, 100, 200), 50
 
 
@@ -64,35 +63,40 @@ def export_web(
         ValueError: a model that cannot be exported, or that draws latents without a VAE.
         OSError: onnxruntime-web cannot be fetched.
     """
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        require(module, "onnx")
-    check_free(output_dir, overwrite)
-    check_other_folder(model, output_dir)
-    source, pipeline = exportable(model)
-    config: Any = pipeline.transformer.config
-    if pipeline.vae is None and not config.draws_pixels:
-        raise ValueError("This model draws latents and has no VAE to make pictures of them.")
+    require_onnx()
+    check_output(model, output_dir, overwrite)
+    pipeline = copy.copy(load_pytorch(model))
+    if pipeline.vae is None and not pipeline.transformer.config.draws_pixels:
+        raise ValueError("This model draws latents and has no VAE to make images of them.")
     pipeline.scheduler = _single_step_scheduler(pipeline.scheduler)
-    runtime = fetch_onnxruntime_web()
-    with new_folder(output_dir, overwrite) as folder:
-        write_sampler(pipeline, pipeline.transformer, folder, decode=True)
-        parity = measure_component("sampler", ORTSampler.from_pretrained(folder), MAX_RELATIVE_ERROR["fp32"])
-        if (folder / f"{MODEL_FILE}.data").exists():
+    target = _WebTarget(fetch_onnxruntime_web(), pipeline.origin)
+    return export(pipeline, Plan(("sampler",), decode=True), target, output_dir, overwrite)["transformer"]
+
+
+class _WebTarget(Target):
+    """A page beside the file of a sampler, whose error ONNX Runtime measures."""
+
+    def __init__(self, runtime: Path, origin: Any):
+        self.runtime, self.origin = runtime, origin
+
+    def build(self, part: Part, folder: Path) -> None:
+        if (part.folder / f"{MODEL_FILE}.data").exists():
             raise ValueError("This model is larger than 2 GB, which no browser holds.")
-        for name in ("config.json", SETTINGS_FILE, REFERENCE_FILE):  # for Python
-            (folder / name).unlink()
-        source.save_facts(folder)
+        shutil.copyfile(part.folder / MODEL_FILE, folder.parent / MODEL_FILE)
+
+    def open(self, part: Part, folder: Path) -> None:
+        """None: no browser runs here."""
+
+    def describe(self, folder: Path, pipeline: DiTPipeline, parts: dict[str, Part], report: dict[str, Any]) -> None:
         page = resources.files("dit_hub.export") / "page"
         for name in ("index.html", "app.js"):
             (folder / name).write_text((page / name).read_text(encoding="utf-8"), encoding="utf-8")
-        (folder / "ort").mkdir()
-        for file in runtime.iterdir():
-            shutil.copyfile(file, folder / "ort" / file.name)
-        schedule = pipeline.scheduler.config.num_train_timesteps
+        shutil.copytree(self.runtime, folder / "ort", copy_function=shutil.copyfile)
+        config, schedule = pipeline.transformer.config, pipeline.scheduler.config.num_train_timesteps
         steps = [count for count in _STEPS if count <= schedule] or [schedule]
         facts = {
-            "title": source.origin.source if source.origin else "Diffusion Transformer",
-            "license": source.origin.license if source.origin else None,
+            "title": self.origin.source if self.origin else "Diffusion Transformer",
+            "license": self.origin.license if self.origin else None,
             "names": {index: pipeline.id2label.get(index, str(index)) for index in range(config.num_classes)},
             "null_class": config.null_class,
             "latents": [config.in_channels, *config.sample_height_width],
@@ -100,7 +104,6 @@ def export_web(
             "default_steps": min(steps, key=lambda count: abs(count - DEFAULT_STEPS)),
         }
         (folder / FACTS_FILE).write_text(json.dumps(facts) + "\n")
-    return parity
 
 
 def _single_step_scheduler(scheduler: Any) -> Any:

@@ -244,7 +244,7 @@ def test_a_part_of_a_pipeline_is_told_from_its_folder(
     assert f"{file} is a part of the pipeline toy; give that folder." in said("generate", file)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").touch()
-    assert "lora holds adapters; load the model that they adapt, and then load_adapters." in said("generate", "lora")
+    assert "lora holds adapters; load the model that they adapt, then load_lora_weights." in said("generate", "lora")
     assert "toy/transformer is a part of the pipeline toy; give that folder." in said("generate", "toy/transformer")
     (tmp_path / "folder.png").mkdir()
     assert "folder.png is a folder, not an image." in said("generate", TOY, "--out", "folder.png", "--overwrite")

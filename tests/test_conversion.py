@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer, loading
-from dit_hub.adapters import merge_adapters
 from dit_hub.configuration_dit import PUBLISHED_MODELS
 from dit_hub.conversion import config_from_official, from_diffusers, load_single_file, to_diffusers, to_official
 from dit_hub.conversion.diffusers_layout import OFFICIAL_NUMERICS_PATCH, diffusers_config
@@ -613,7 +612,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_written(
     else:
         pipe.transformer = torch.nn.Linear(2, 2)
     words = {"get_peft_model": "merge_and_unload", "no library": "Linear, which diffusers cannot save"}.get(
-        how, "merge_adapters"
+        how, "fuse_lora"
     )
     for save in (lambda: pipe.save_pretrained(tmp_path / "out"), lambda: pipe.push_to_hub("me/never")):
         with pytest.raises(ValueError, match=words):
@@ -626,7 +625,8 @@ def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_written(
         if how == "get_peft_model":
             pipe.transformer = adapted.merge_and_unload()
         else:
-            merge_adapters(adapted)
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
         pipe.save_pretrained(tmp_path / "out")
         again = DiTPipeline.from_pretrained(tmp_path / "out").transformer
         torch.testing.assert_close(predict(again, again.config), expected, rtol=0, atol=FORWARD_ATOL)

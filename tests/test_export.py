@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dit_hub import DiTPipeline, ORTSampler
 from dit_hub.export import DEFAULT_PARTS, export_onnx, export_web, verify_export
-from dit_hub.export.onnx_export import in_precision
+from dit_hub.export.flow import in_precision
 from dit_hub.export.reference import Parity
 
 from .command_line import Command, dit_hub
@@ -66,7 +66,7 @@ def sample(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
 
 
 def latents(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
-    """As `sample`, before pictures clamp what a random model draws."""
+    """As `sample`, before images clamp what a random model draws."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipeline(labels, num_inference_steps=5, generator=generator, output_type="latent", **options).images
@@ -197,7 +197,7 @@ def test_without_onnxruntime_the_error_names_the_extra(exported_toy: Path) -> No
     assert '[onnx]"' in run.stderr.splitlines()[-1]
 
 
-# --- Precisions and hoisting -----------------------------------------------------------------------------------------
+# --- Precisions and precomputed modulation ---------------------------------------------------------------------------
 
 
 def nodes(path: Path) -> list[str]:
@@ -205,11 +205,11 @@ def nodes(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln", "cross_attention", "in_context"])
-def test_a_hoisted_denoiser_samples_as_the_plain_one(
+def test_a_denoiser_with_precomputed_modulation_samples_as_the_plain_one(
     make_pipeline: MakePipeline, tmp_path: Path, conditioning: str
 ) -> None:
     pipeline = make_pipeline(conditioning=conditioning)
-    export_onnx(pipeline, tmp_path / "onnx", hoist=True)
+    export_onnx(pipeline, tmp_path / "onnx", precompute=True)
     exported = DiTPipeline.from_pretrained(tmp_path / "onnx")
     torch.testing.assert_close(sample(exported, [1, 2]), sample(pipeline, [1, 2]), rtol=0, atol=1e-4)
     inputs = {entry.name for entry in onnx.load(tmp_path / "onnx" / "transformer" / "model.onnx").graph.input}
@@ -227,16 +227,20 @@ def test_a_hoisted_denoiser_samples_as_the_plain_one(
     torch.testing.assert_close(sample(again, [1, 2]), sample(exported, [1, 2]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("hoist", [False, True])
-def test_int8_keeps_modulation_and_last_layer_in_float(tmp_path: Path, hoist: bool) -> None:
-    report = export_onnx("dit-toy-shapes", tmp_path / "onnx", precision="int8", hoist=hoist)
+@pytest.mark.parametrize("precompute", [False, True])
+def test_int8_keeps_modulation_and_last_layer_in_float(tmp_path: Path, precompute: bool) -> None:
+    report = export_onnx("dit-toy-shapes", tmp_path / "onnx", precision="int8", precompute=precompute)
     assert 1e-4 < report["transformer"].relative_error < 2e-2
     kinds = nodes(tmp_path / "onnx" / "transformer" / "model.onnx")
     assert kinds.count("MatMulInteger") == 16  # four products in each of four blocks
     # Five modulations, two layers of the timestep and the last layer; or the last layer alone.
-    assert kinds.count("MatMul") + kinds.count("Gemm") == (1 if hoist else 8)
+    assert kinds.count("MatMul") + kinds.count("Gemm") == (1 if precompute else 8)
     written = json.loads((tmp_path / "onnx" / "report.json").read_text())
-    assert (written["precision"], written["hoist"], written["parity"]["transformer"]["bound"]) == ("int8", hoist, 5e-2)
+    assert (written["precision"], written["precompute"], written["parity"]["transformer"]["bound"]) == (
+        "int8",
+        precompute,
+        5e-2,
+    )
 
 
 def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeline, tmp_path: Path) -> None:
@@ -272,7 +276,7 @@ def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeli
         ({"opset": 26}, "opset must lie between 20 and 25"),
         ({"static": True}, "static is for int8"),
         ({"decode": True}, "decode is for the sampler, which is not among the parts"),
-        ({"hoist": True, "parts": ["sampler"]}, "hoist is for the denoiser, which is not among the parts"),
+        ({"precompute": True, "parts": ["sampler"]}, "precompute is for the denoiser, which is not among the parts"),
         ({"dynamic_size": True}, "learned positions, which cover one height and width only"),
     ],
 )
@@ -283,22 +287,22 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, options: dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("runtime", "hoist", "opset"), [("onnxruntime", False, 23), ("onnxruntime", True, 20), ("openvino", True, 23)]
+    ("runtime", "precompute", "opset"), [("onnxruntime", False, 23), ("onnxruntime", True, 20), ("openvino", True, 23)]
 )
 def test_a_model_of_sincos_positions_can_take_every_size(
-    make_pipeline: MakePipeline, tmp_path: Path, runtime: str, hoist: bool, opset: int
+    make_pipeline: MakePipeline, tmp_path: Path, runtime: str, precompute: bool, opset: int
 ) -> None:
     pipeline = make_pipeline(latent=True)
-    parts = ["denoiser"] if hoist else DEFAULT_PARTS
+    parts = ["denoiser"] if precompute else DEFAULT_PARTS
     report = export_onnx(
-        pipeline, tmp_path / "onnx", parts, runtime=runtime, hoist=hoist, opset=opset, dynamic_size=True
+        pipeline, tmp_path / "onnx", parts, runtime=runtime, precompute=precompute, opset=opset, dynamic_size=True
     )
     assert report["transformer"].batch_sizes == (1, 2, 5, 2)  # the last one of another size
-    exported = DiTPipeline.from_pretrained(tmp_path / "onnx", **({"vae": pipeline.vae} if hoist else {}))
+    exported = DiTPipeline.from_pretrained(tmp_path / "onnx", **({"vae": pipeline.vae} if precompute else {}))
     for height, width in ((16, 16), (8, 24), (32, 12)):
         expected = latents(pipeline, [1, 2], height=height, width=width)
         assert distance(latents(exported, [1, 2], height=height, width=width), expected) < 1e-5
-    if not hoist:
+    if not precompute:
         assert type(exported.vae).__name__ == "ORTVAEDecoder"
         expected = sample(pipeline, [1, 2], height=24, width=32)
         assert (sample(exported, [1, 2], height=24, width=32) - expected).abs().max() < 1e-4
@@ -333,9 +337,9 @@ def test_weights_outside_the_file_count_for_its_size(
             assert len(loaded.transformer._run._sessions) == 1
 
 
-@pytest.mark.parametrize("hoist", [False, True])
-def test_static_int8_rounds_all_but_what_is_kept(tmp_path: Path, hoist: bool) -> None:
-    report = export_onnx("dit-toy-shapes", tmp_path / "onnx", precision="int8", static=True, hoist=hoist)
+@pytest.mark.parametrize("precompute", [False, True])
+def test_static_int8_rounds_all_but_what_is_kept(tmp_path: Path, precompute: bool) -> None:
+    report = export_onnx("dit-toy-shapes", tmp_path / "onnx", precision="int8", static=True, precompute=precompute)
     assert 1e-4 < report["transformer"].relative_error < 5e-2
     graph = onnx.load(tmp_path / "onnx" / "transformer" / "model.onnx").graph
     # Of each of the four blocks: qkv, proj, fc1, fc2.
@@ -346,8 +350,8 @@ def test_static_int8_rounds_all_but_what_is_kept(tmp_path: Path, hoist: bool) ->
     written = json.loads((tmp_path / "onnx" / "report.json").read_text())["parity"]["transformer"]
     assert written["sampling_steps"] == 20
     assert 1e-4 < written["sampling_error"] < 5e-2
-    pictures = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
-    assert (pictures - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
+    images = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
+    assert (images - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -389,8 +393,8 @@ def test_a_sampler_in_other_precisions(tmp_path: Path, options: dict[str, Any], 
     assert verify_export(tmp_path / "onnx").keys() == {"transformer"}
     if options == {"precision": "int8"}:  # whose quantiser notes things of its own in the file
         draw_with_onnxruntime_alone("onnx/transformer/model.onnx", tmp_path)
-    pictures = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
-    assert (pictures - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
+    images = sample(DiTPipeline.from_pretrained(tmp_path / "onnx"), [0, 4, 8])
+    assert (images - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
 
 
 def test_verify_measures_an_export_again(parts: tuple[Path, dict[str, Parity]], tmp_path: Path) -> None:
@@ -417,7 +421,7 @@ def test_verify_measures_an_export_again(parts: tuple[Path, dict[str, Parity]], 
     ("command", "limit"),
     [
         (["onnx"], 100_000),
-        (["onnx", "--precision", "int8", "--hoist"], 300_000),
+        (["onnx", "--precision", "int8", "--precompute"], 300_000),
         (["tensorrt", "--runtime", "rtx"], 3_000_000),
         (["web"], 1_000_000),
     ],
@@ -574,8 +578,8 @@ def test_the_sampler_file_draws_in_the_pipeline_and_with_onnxruntime_alone(tmp_p
     for model, name in (("onnx", "ort.png"), ("dit-toy-shapes", "torch.png")):
         run = dit_hub("generate", model, "red-circle", "--steps", 10, "--out", name, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
-    pictures = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("ort.png", "torch.png")]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    images = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("ort.png", "torch.png")]
+    assert np.abs(images[0] - images[1]).max() <= 1
     draw_with_onnxruntime_alone("onnx/transformer/model.onnx", tmp_path)
 
 
@@ -590,21 +594,21 @@ def draw_with_onnxruntime_alone(path: str, folder: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], cwd=folder, check=True)
     drawn = [np.asarray(Image.open(folder / f"sample-{number}.png")) for number in range(3)]
-    for picture, colour in zip(drawn, ([230, 60, 60], [70, 110, 240], [240, 210, 60]), strict=True):
-        assert np.abs(picture[8, 8].astype(int) - colour).max() < 30  # the middle of a shape has its colour
+    for image, colour in zip(drawn, ([230, 60, 60], [70, 110, 240], [240, 210, 60]), strict=True):
+        assert np.abs(image[8, 8].astype(int) - colour).max() < 30  # the middle of a shape has its colour
 
 
 # --- OpenVINO --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("precision", "hoist", "bound"), [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("bf16", True, 1e-2)]
+    ("precision", "precompute", "bound"), [("fp32", False, 1e-5), ("fp32", True, 1e-5), ("bf16", True, 1e-2)]
 )
 def test_openvino_runs_in_the_same_pipeline(
-    make_pipeline: MakePipeline, tmp_path: Path, precision: str, hoist: bool, bound: float
+    make_pipeline: MakePipeline, tmp_path: Path, precision: str, precompute: bool, bound: float
 ) -> None:
     pipeline = make_pipeline()
-    report = export_onnx(pipeline, tmp_path / "ov", precision=precision, hoist=hoist, runtime="openvino")
+    report = export_onnx(pipeline, tmp_path / "ov", precision=precision, precompute=precompute, runtime="openvino")
     assert report["transformer"].relative_error < bound
     exported = DiTPipeline.from_pretrained(tmp_path / "ov", num_threads=1)
     assert type(exported.transformer).__name__ == "OpenVINODiTTransformer"

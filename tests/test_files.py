@@ -18,6 +18,7 @@ import pytest
 from dit_hub import DiTPipeline
 from dit_hub.files import TakenError, check_free, locked, new_file, new_folder, remove_folder
 from dit_hub.manifest import MANIFEST_FILE, note_written
+from dit_hub.visualize import draw_samples
 
 from .command_line import Command, dit_hub
 
@@ -123,7 +124,7 @@ def test_samples_that_a_push_draws_are_dit_hubs_own(tmp_path: Path) -> None:
     pipeline: Any = DiTPipeline.from_pretrained(TOY)
     with new_folder(tmp_path / "out") as folder:
         pipeline.save_pretrained(folder)
-    pipeline.draw_samples(tmp_path / "out", force=True)
+    draw_samples(pipeline, tmp_path / "out", force=True)
     check_free(tmp_path / "out", overwrite=True)
 
 

@@ -523,7 +523,7 @@ def test_a_hub_that_fails_does_not_end_a_run(hub: LocalHub, tmp_path: Path) -> N
     hub.refuse_commits = False
     assert run.returncode == 2
     assert "Step 8 was not pushed to me/unlucky" in run.stderr
-    assert f"The result is whole in {out}; `dit-hub push {out} me/unlucky` tries again." in run.stderr.splitlines()[-1]
+    assert f"The whole result is in {out}; `dit-hub push {out} me/unlucky` tries again." in run.stderr.splitlines()[-1]
     assert (out / "model_index.json").is_file()
 
 

@@ -1,6 +1,7 @@
 """Exports as components of a pipeline: where they compute, what moving them says, and their copies."""
 
 import copy
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dit_hub import DiTPipeline
+from dit_hub import DiTPipeline, ORTDiTTransformer, ORTVAEDecoder
 from dit_hub.export import export_onnx, verify_export
-from dit_hub.export.ort import _Sessions, device_of, providers_with_options
+from dit_hub.export.ort import ORTSession, device_of, providers_with_options
+from dit_hub.runtime import RuntimeOptions
 from dit_hub.training.loop import train
 from dit_hub.training.recipe import Recipe
 
@@ -27,7 +29,7 @@ def exported(make_pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFacto
     """A small denoiser by runtime; that of ONNX Runtime with a conditioner."""
     folders = {name: tmp_path_factory.mktemp("exported") / name for name in ("onnxruntime", "openvino")}
     for name, folder in folders.items():
-        export_onnx(make_pipeline(), folder, runtime=name, hoist=name == "onnxruntime")
+        export_onnx(make_pipeline(), folder, runtime=name, precompute=name == "onnxruntime")
     return folders
 
 
@@ -51,6 +53,33 @@ def test_an_export_is_not_trained_further(exported: dict[str, Path], tmp_path: P
         train(Recipe(init_from=str(exported["onnxruntime"])))
     with pytest.raises(ValueError, match="merged into a model in PyTorch, and this is a ORTDiTTransformer"):
         DiTPipeline.from_pretrained(exported["onnxruntime"]).load_adapters(tmp_path)
+
+
+# --- Options ---------------------------------------------------------------------------------------------------------
+
+
+def test_options_reach_every_component(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    export_onnx(make_pipeline(latent=True), tmp_path / "onnx")
+    options = RuntimeOptions(providers=[CPU], num_threads=1, cuda_graphs=True)
+    pipeline = DiTPipeline.from_pretrained(tmp_path / "onnx", **vars(options))
+    assert pipeline.transformer.options == pipeline.vae.options == options
+    alone = ORTDiTTransformer.from_pretrained(tmp_path / "onnx" / "transformer", num_threads=3)
+    assert alone.options == RuntimeOptions(num_threads=3)
+    with pytest.raises(ValueError, match="num_threads must be"):
+        ORTVAEDecoder.from_pretrained(tmp_path / "onnx" / "vae", num_threads=0)
+    mixed = DiTPipeline.from_pretrained(tmp_path / "onnx", num_threads=2, transformer=alone)
+    assert (mixed.transformer, mixed.vae.options) == (alone, RuntimeOptions(num_threads=2))
+
+
+@pytest.mark.parametrize("settings", [{"hoist": True}, None])
+def test_exports_of_earlier_versions_open(exported: dict[str, Path], tmp_path: Path, settings: Any) -> None:
+    """The setting had another name, and before that there was none."""
+    shutil.copytree(exported["onnxruntime"], tmp_path / "onnx")
+    file = tmp_path / "onnx" / "transformer" / "runtime.json"
+    file.write_text(json.dumps({"height_width": [8, 8], **settings})) if settings else file.unlink()
+    old, new = (DiTPipeline.from_pretrained(folder) for folder in (tmp_path / "onnx", exported["onnxruntime"]))
+    assert hasattr(old.transformer, "precompute")
+    torch.testing.assert_close(latents(old), latents(new), rtol=1e-5, atol=1e-5)
 
 
 # --- Providers and devices -------------------------------------------------------------------------------------------
@@ -148,7 +177,7 @@ def test_tensors_are_bound_to_the_device_of_the_provider(monkeypatch: pytest.Mon
             pass
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams.append(device) or Stream())
-    _Sessions([Session()], {}, torch.device("cuda", 1))({"x": torch.zeros(2)})
+    ORTSession([Session()], {}, torch.device("cuda", 1))({"x": torch.zeros(2)})
     assert bound == [("cuda", 1), ("cuda", 1)]
     assert streams == [torch.device("cuda", 1)]
 
@@ -232,7 +261,7 @@ def test_a_missing_conditioner_is_one_sentence(exported: dict[str, Path], tmp_pa
 
 def test_an_input_that_the_file_has_not_is_one_sentence(exported: dict[str, Path]) -> None:
     denoiser = DiTPipeline.from_pretrained(exported["onnxruntime"]).transformer
-    del denoiser.condition  # as if the file were that of a denoiser without a conditioner
+    del denoiser.precompute  # as if the file were that of a denoiser without a conditioner
     with pytest.raises(ValueError, match=r"ONNX Runtime cannot run this: .*timestep") as error:
         denoiser(torch.zeros(1, 4, 8, 8), 1, torch.tensor([1]))
     assert "\n" not in str(error.value)
@@ -278,7 +307,7 @@ def test_a_copy_whose_folder_is_gone_is_one_sentence(exported: dict[str, Path], 
 # Of what is open, the oldest goes first. Python's handlers run on the stack for signals, which OpenVINO replaces.
 OPENED_AND_DROPPED = """
 import os, signal, sys
-from dit_hub import DiTPipeline
+from dit_hub import DiTPipeline, ORTDiTTransformer, ORTVAEDecoder
 
 first, second = (DiTPipeline.from_pretrained(sys.argv[1], num_threads=1) for _ in range(2))
 del first

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.export import export_onnx, export_tensorrt
-from dit_hub.export.reference import Parity
+from dit_hub.export.reference import Parity, measure_parity
 from dit_hub.export.tensorrt import check_shapes
 from dit_hub.export.tensorrt_build import Machine, Manifest, misfit
 
@@ -119,7 +119,7 @@ def test_a_latent_pipeline_builds_with_its_decoder_and_takes_sizes(make_pipeline
 
 
 def test_exports_to_onnx_build_as_they_are(make_pipeline: MakePipeline, tmp_path: Path) -> None:
-    exported = export_onnx(make_pipeline(latent=True), tmp_path / "onnx", hoist=True, precision="fp16")
+    exported = export_onnx(make_pipeline(latent=True), tmp_path / "onnx", precompute=True, precision="fp16")
     assert export_tensorrt(tmp_path / "onnx", tmp_path / "trt", runtime="rtx", profile=(1, 2, 4)) == exported
     assert set(manifest_of(tmp_path / "trt")["engines"]) == {"model.engine", "conditioner.engine"}
     file = tmp_path / "onnx" / "transformer" / "model.onnx"
@@ -254,6 +254,19 @@ def test_inputs_outside_the_profile_are_refused() -> None:
         check_shapes(profiles, {"z": torch.zeros(1)})
     with pytest.raises(ValueError, match="needs the input y"):
         check_shapes(profiles, {"x": torch.zeros(1, 4)})
+
+
+def test_an_engine_is_measured_on_the_shapes_that_it_takes() -> None:
+    def engine(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        check_shapes({"x": [[2], [2], [4]]}, inputs)
+        return inputs["x"] + 0.1
+
+    cases = [({"x": torch.ones(count)}, torch.ones(count)) for count in (1, 2, 4, 5)]
+    parity = measure_parity("transformer", engine, cases, 0.5, "tensorrt")
+    assert parity.batch_sizes == (2, 4)
+    assert parity.relative_error == pytest.approx(0.1)
+    with pytest.raises(ValueError, match=r"built for x of \[2\] to \[4\], not \[5\]"):
+        measure_parity("transformer", engine, cases[3:], 0.5, "tensorrt")
 
 
 @pytest.mark.usefixtures("traced_anew")

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from dit_hub.export.tensorrt import RecentlyUsed, TensorRTDiTTransformer, TensorRTSampler, _Engine
+from dit_hub import DiTConfig
+from dit_hub.export.tensorrt import TensorRTDiTTransformer, TensorRTSampler, TensorRTSession
 from dit_hub.export.tensorrt_build import EngineFacts, Machine, Manifest, choose_capabilities, file_sha256
 from dit_hub.files import check_free, new_folder
-from dit_hub.runtime import RuntimeOptions
 
 PROFILES = {"x": [[1], [8], [64]]}
 
@@ -196,12 +196,12 @@ def current(stream: Stream) -> Iterator[None]:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[_Engine, Product]]:
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[TensorRTSession, Product]]:
     """A function (arguments of `Product`, cuda_graphs) -> its engine and it."""
 
     def make(
         name: str, refusal: str | None = None, cuda_graphs: bool = True, folder: Path = tmp_path
-    ) -> tuple[_Engine, Product]:
+    ) -> tuple[TensorRTSession, Product]:
         product = Product(name, refusal)
 
         def new_stream(device: Any) -> Stream:
@@ -228,12 +228,12 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple
         path = folder / "model.engine"
         path.write_bytes(b"")
         manifest = Manifest(name, "1", ["8.9"], "fp32", weight_streaming=False)
-        return _Engine(path, manifest, PROFILES, torch.device("cpu"), cuda_graphs), product
+        return TensorRTSession(path, manifest, PROFILES, torch.device("cpu"), cuda_graphs), product
 
     return make
 
 
-def check(engine: _Engine, count: int) -> None:
+def check(engine: TensorRTSession, count: int) -> None:
     x = torch.randn(count)
     torch.testing.assert_close(engine({"x": x}), 2 * x, rtol=0, atol=0)
 
@@ -299,10 +299,9 @@ def test_loops_are_not_recorded(load: Any, kind: Any, tmp_path: Path, monkeypatc
     Manifest("tensorrt", "1", ["8.9"], "fp32", weight_streaming=False, engines={file.name: facts}).write(tmp_path)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(Machine, "this", lambda: Machine({"tensorrt": "1"}, "8.9"))
-    component = kind.__new__(kind)
-    component.folder = tmp_path
-    engine = component._open(file, RuntimeOptions(cuda_graphs=True))
-    engine._device = torch.device("cpu")
+    DiTConfig().save_pretrained(tmp_path)
+    engine = kind.from_pretrained(tmp_path, cuda_graphs=True)._run
+    engine.device = torch.device("cpu")
     product.streams.pop(0)
     for _ in range(3):
         check(engine, 2)
@@ -344,19 +343,34 @@ def test_the_products_are_told_apart_by_name(load: Any, tmp_path: Path) -> None:
     assert product.strategy is None
 
 
-def test_what_was_used_long_ago_goes_first() -> None:
-    gone: list[int] = []
-    values = RecentlyUsed[str](2, lambda: gone.append(len(made)))
-    made: list[str] = []
+def test_what_was_used_long_ago_goes_first(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_hub.export.tensorrt._MOST_RECORDINGS", 2)
+    engine, product = load("tensorrt")
+    made: list[int] = []
+    waited: list[int] = []
+    new_context = product.create_execution_context
 
-    def get(key: str) -> str:
-        return values.get(key, lambda: made.append(key) or key.upper())
+    def create(config: Any) -> Any:
+        if made[-1:] == [0]:
+            return None
+        return new_context(config)
 
-    assert [get(key) for key in "abacab"] == list("ABACAB")
-    assert made == list("abcb")  # c took the place of b, and b that of c
-    assert gone == [2, 3]  # told before the next was made
+    def run(count: int) -> None:
+        shapes = set(engine._recordings)
+        check(engine, count)
+        made.extend(shape[0][1][0] for shape in set(engine._recordings) - shapes)
 
-    with pytest.raises(ZeroDivisionError):
-        values.get("d", lambda: str(1 / 0))
-    assert get("b") == "B"
-    assert made == list("abcb")  # what could not be made takes no place but one
+    product.create_execution_context = create
+    monkeypatch.setattr(Stream, "synchronize", lambda stream: waited.append(len(made)))
+    for count in (1, 2, 1, 3, 1, 2):
+        run(count)
+    assert made == [1, 2, 3, 2]  # 3 took the place of 2, and 2 that of 3
+    # Each new one waits once to be recorded; those that take a place wait before that, for what runs there.
+    assert waited == [0, 1, 2, 2, 3, 3]
+
+    made.append(0)  # no memory for another
+    with pytest.raises(ValueError, match="does the GPU have the memory"):
+        check(engine, 4)
+    made.pop()
+    run(2)
+    assert made == [1, 2, 3, 2]  # what could not be made takes no place but one

@@ -95,18 +95,18 @@ def altered(page: Any, changes: dict[str, Any]) -> Iterator[Any]:
 
 
 def draw(page: Any, button: str, count: int) -> dict[str, np.ndarray]:
-    """Click, wait, and read the pictures by caption: (16, 16, 3) bytes each."""
+    """Click, wait, and read the images by caption: (16, 16, 3) bytes each."""
     page.click(f"button:text-is('{button}')")
     drawn(page, count)
-    pictures = page.evaluate(
-        """() => [...document.querySelectorAll("#pictures figure")].map((figure) => {
+    images = page.evaluate(
+        """() => [...document.querySelectorAll("#images figure")].map((figure) => {
             const canvas = figure.querySelector("canvas");
             const {width, height} = canvas;
             return [figure.dataset.caption, height, width,
                     [...canvas.getContext("2d").getImageData(0, 0, width, height).data]];
         })"""
     )
-    return {name: np.array(data, np.uint8).reshape(height, width, 4)[..., :3] for name, height, width, data in pictures}
+    return {name: np.array(data, np.uint8).reshape(height, width, 4)[..., :3] for name, height, width, data in images}
 
 
 def normal_numbers(seed: int) -> Iterator[float]:
@@ -125,7 +125,7 @@ def normal_numbers(seed: int) -> Iterator[float]:
         yield radius * math.cos(2 * math.pi * uniform())
 
 
-def expected_pictures(seed: int, steps: int) -> np.ndarray:
+def expected_images(seed: int, steps: int) -> np.ndarray:
     """(16, 16, 16, 3) bytes: what PyTorch makes of the same noise, with the solver written out."""
     pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
     numbers = normal_numbers(seed)
@@ -145,11 +145,11 @@ def expected_pictures(seed: int, steps: int) -> np.ndarray:
 @needs_chromium
 def test_every_class_is_drawn_as_python_draws_it(page: Any) -> None:
     names = list(DiTPipeline.from_pretrained("dit-toy-shapes").id2label.values())
-    pictures = draw(page, "all", 16)
-    assert list(pictures) == names
-    expected = expected_pictures(seed=0, steps=50)
-    for picture, wanted in zip(pictures.values(), expected, strict=True):
-        assert np.abs(picture.astype(int) - wanted).max() <= 2
+    images = draw(page, "all", 16)
+    assert list(images) == names
+    expected = expected_images(seed=0, steps=50)
+    for image, wanted in zip(images.values(), expected, strict=True):
+        assert np.abs(image.astype(int) - wanted).max() <= 2
     assert page.locator("#trajectory figure").count() == 11
 
 
@@ -157,10 +157,10 @@ def test_every_class_is_drawn_as_python_draws_it(page: Any) -> None:
 def test_steps_and_seed_are_chosen_on_the_page(page: Any) -> None:
     page.select_option("#steps", "10")
     page.fill("#seed", "7")
-    picture = draw(page, "blue-cross", 1)["blue-cross"]
-    assert np.abs(picture.astype(int) - expected_pictures(seed=7, steps=10)[11]).max() <= 2
+    image = draw(page, "blue-cross", 1)["blue-cross"]
+    assert np.abs(image.astype(int) - expected_images(seed=7, steps=10)[11]).max() <= 2
     page.fill("#seed", "8")
-    assert np.abs(draw(page, "blue-cross", 1)["blue-cross"].astype(int) - picture).max() > 10
+    assert np.abs(draw(page, "blue-cross", 1)["blue-cross"].astype(int) - image).max() > 10
 
 
 @needs_chromium
@@ -180,7 +180,7 @@ def test_the_keyboard_is_enough_and_keeps_its_place(page: Any) -> None:
         page.evaluate("document.getElementById('status').textContent = ''")
     page.evaluate("[1, 2].forEach(() => document.activeElement.click())")  # the second finds it disabled
     drawn(page, 1)
-    assert page.locator("#pictures figure").count() == 1
+    assert page.locator("#images figure").count() == 1
 
 
 @needs_chromium
@@ -193,7 +193,7 @@ def test_many_classes_are_a_list_for_the_keyboard(page: Any) -> None:
         other.keyboard.press("Tab")
         other.keyboard.press("Enter")
         drawn(other, 1)
-        assert other.locator("#pictures figure").get_attribute("data-caption") == "class 3"
+        assert other.locator("#images figure").get_attribute("data-caption") == "class 3"
         assert other.evaluate("document.activeElement.textContent") == "draw"
 
 
@@ -207,7 +207,7 @@ def test_a_seed_that_is_none_is_one_sentence(page: Any) -> None:
         page.click("button:text-is('red-circle')")
         assert page.inner_text("#status") == "The seed must be a whole number from 0 to 4294967295."
         assert page.evaluate("document.activeElement.id") == "seed"
-        assert page.locator("#pictures figure").count() == 1  # what was drawn stays
+        assert page.locator("#images figure").count() == 1  # what was drawn stays
     page.fill("#seed", "0")
     draw(page, "red-circle", 1)
 

@@ -1,7 +1,7 @@
 // Draws with model.onnx, the whole sampler in one file, one step a call so that each can be seen.
 // facts.json holds what is needed besides: class names, shapes and the solver's tables by number of steps.
 
-const SNAPSHOTS = 10; // pictures of a trajectory, besides the last
+const SNAPSHOTS = 10; // images of a trajectory, besides the last
 const MOST_BUTTONS = 50;
 
 const byId = (id) => document.getElementById(id);
@@ -22,7 +22,7 @@ ort.env.wasm.numThreads = 1; // more need headers that a plain file server does 
 ort.env.logLevel = "error";
 const session = await loaded("model.onnx", ort.InferenceSession.create("model.onnx"));
 
-/** Uniform numbers in 0..1 of a 32-bit seed (mulberry32), so that a seed means the same picture in every browser. */
+/** Uniform numbers in 0..1 of a 32-bit seed (mulberry32), so that a seed means the same image in every browser. */
 function uniform(seed) {
   let state = seed >>> 0;
   return () => {
@@ -38,7 +38,7 @@ function normal(next, length) {
   return Float32Array.from({ length }, () => Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next()));
 }
 
-/** Samples one picture; calls back with the step and its picture, (height, width, channels) bytes with dims. */
+/** Samples one image; calls back with the step and its image, (height, width, channels) bytes with dims. */
 async function sample(label, steps, seed, guidance, onStep) {
   const table = facts.tables[steps];
   const [channels, height, width] = facts.latents;
@@ -63,7 +63,7 @@ async function sample(label, steps, seed, guidance, onStep) {
   }
 }
 
-/** A canvas of a picture with its caption, at the end of a parent. */
+/** A canvas of an image with its caption, at the end of a parent. */
 function show(parent, image, caption) {
   const [, height, width, channels] = image.dims;
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
@@ -96,7 +96,7 @@ async function draw(labels) {
   if (seed === null || guidance === null) return;
   const focused = document.activeElement;
   for (const id of ["settings", "classes"]) byId(id).disabled = true;
-  byId("pictures").replaceChildren();
+  byId("images").replaceChildren();
   const started = performance.now();
   try {
     await drawEach(labels, steps, seed, guidance);
@@ -110,13 +110,13 @@ async function draw(labels) {
 
 async function drawEach(labels, steps, seed, guidance) {
   for (const label of labels) {
-    const name = label === null ? "picture" : facts.names[label];
+    const name = label === null ? "image" : facts.names[label];
     byId("trajectory").replaceChildren();
     await sample(label, steps, seed, guidance, async (step, image) => {
       say(`${name}: step ${step} of ${steps}`);
       const shown = Math.ceil((step * SNAPSHOTS) / steps) > Math.ceil(((step - 1) * SNAPSHOTS) / steps);
       if (shown || step === steps) show(byId("trajectory"), image, `step ${step}`);
-      if (step === steps) show(byId("pictures"), image, name);
+      if (step === steps) show(byId("images"), image, name);
       await new Promise((resolve) => setTimeout(resolve)); // let the browser paint
     });
   }

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) through peft: put in, merged, and kept as files of their own."""
+"""Low-rank adapters (LoRA, Hu et al. 2021) through peft: added for training, merged, written and read in its format."""
 
 import json
 import os
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,37 @@ from torch import Tensor, nn
 from .extras import require
 from .modeling_dit import DiTTransformer
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE = "adapter_config.json", "adapter_model.safetensors", "id2label.json"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE)
 
-# The linear layers of attention and MLP, and the table of classes, which has rows of its own for own classes.
+# The linear layers of attention and MLP, and the table of classes, which is trained whole, as own classes need rows.
 _TARGETS = r"blocks\..*\.(qkv|proj|fc1|fc2)"
 _TABLE = "y_embedder"
+
+_PREFIX = "base_model.model."  # of every name in a file of peft
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The content of a folder of adapters.
+
+    Args:
+        config: peft's `LoraConfig`, without the modules that are saved whole.
+        lora: low-rank matrices by name: "blocks.0.attn.qkv.lora_A.weight".
+        table: the table of classes by name, where it was trained.
+        id2label: names of the classes; empty where the folder has none.
+    """
+
+    config: Any
+    lora: dict[str, Tensor]
+    table: dict[str, Tensor]
+    id2label: dict[int, str]
 
 
 def add_adapters(model: DiTTransformer, rank: int) -> DiTTransformer:
     """Put adapters of a rank into the blocks and freeze all else but the table of classes; they change nothing yet."""
     peft = require("peft", "train")
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS)
-    peft.inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(_new_config(rank), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "lora_" in name or name.startswith(_TABLE)
     return model
@@ -45,68 +64,84 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def save_adapters(model: nn.Module, rank: int, base: str, id2label: dict[int, str], folder: Path) -> None:
-    """Write the adapters and the table of classes.
+    """Write the adapters and the table of classes as `PeftModel.from_pretrained` reads them.
 
     Args:
         model: one with adapters in it.
         rank: of the adapters.
         base: the pipeline they belong to: a folder or Hub id.
-        id2label: names of the classes.
-        folder: gets adapter_config.json, as peft writes it with `id2label` added, and adapter_model.safetensors.
+        id2label: names of the classes, for id2label.json.
+        folder: gets adapter_config.json, adapter_model.safetensors and id2label.json.
     """
-    peft = require("peft", "train")
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, base_model_name_or_path=base)
+    config = _new_config(rank, base_model_name_or_path=base, inference_mode=True)
+    state = model.state_dict()
+    table = [name for name in state if name.startswith(_TABLE)]
+    config.modules_to_save = [_TABLE] if table else None
     config.save_pretrained(folder)
-    facts = json.loads((folder / CONFIG_FILE).read_text()) | {"id2label": id2label}
-    (folder / CONFIG_FILE).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    tensors = {name: weight for name, weight in model.state_dict().items() if "lora_" in name or _TABLE in name}
-    save_file({name: weight.contiguous() for name, weight in tensors.items()}, folder / WEIGHTS_FILE)
+    (folder / CLASSES_FILE).write_text(json.dumps(id2label, indent=2) + "\n")
+    names = [*table, *(name for name in state if "lora_" in name)]
+    tensors = {_PREFIX + name.replace(".default", ""): state[name].contiguous() for name in names}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def load_adapters(model: DiTTransformer, folder: str | os.PathLike) -> dict[int, str]:
-    """Merge the adapters of a folder of `save_adapters` into a model, whose table of classes becomes theirs.
-
-    Returns:
-        The names of the classes.
+def read_adapters(folder: str | os.PathLike, model: DiTTransformer) -> Adapters:
+    """The adapters of a folder that peft or `save_adapters` wrote, also its first versions.
 
     Raises:
-        ValueError: the folder holds no adapters, damaged ones, or those of another model; the model is as it was.
+        ValueError: the folder holds no adapters, damaged ones, or those of another model than `model`.
         ImportError: peft is missing.
     """
-    folder = Path(folder)
+    folder, peft = Path(folder), require("peft", "train")
     try:
         facts = json.loads((folder / CONFIG_FILE).read_text())
-        rank, id2label = int(facts["r"]), {int(index): name for index, name in facts["id2label"].items()}
+        classes = folder / CLASSES_FILE
+        named = json.loads(classes.read_text()) if classes.is_file() else facts.pop("id2label", {})
+        id2label = {int(index): str(name) for index, name in named.items()}
+        config = peft.LoraConfig(**{**facts, "modules_to_save": None, "inference_mode": True})
         tensors = load_file(folder / WEIGHTS_FILE)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no adapters: it takes {CONFIG_FILE} and {WEIGHTS_FILE}.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"The adapters of {folder} are damaged: {error}.") from None
-    _check_shapes(model, tensors, rank, folder)
-    if id2label and len(id2label) != model.config.num_classes:
-        model.resize_class_labels(len(id2label))
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    add_adapters(model, rank)
-    model.load_state_dict(tensors, strict=False)
-    merge_adapters(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = trained[name]
-    return id2label
+    # The first versions of our files have peft's names in a model: no prefix, but the adapter's name.
+    tensors = {name.removeprefix(_PREFIX).replace(".default", ""): tensor for name, tensor in tensors.items()}
+    lora = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+    table = {name: tensor for name, tensor in tensors.items() if name not in lora}
+    _check_shapes(model, lora, table, folder)
+    return Adapters(config, lora, table, id2label)
 
 
-def _check_shapes(model: DiTTransformer, tensors: dict[str, Tensor], rank: int, folder: Path) -> None:
+def set_class_table(model: DiTTransformer, table: dict[str, Tensor]) -> None:
+    """Give a model another table of classes, with as many rows as it has."""
+    for name, tensor in table.items():
+        classes = len(tensor) - (model.config.null_class is not None)
+        if classes != model.config.num_classes:
+            model.resize_class_labels(classes)
+        with torch.no_grad():
+            model.get_parameter(name).copy_(tensor)
+
+
+def _new_config(rank: int, **fields: Any) -> Any:
+    return require("peft", "train").LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, **fields)
+
+
+def _check_shapes(model: DiTTransformer, lora: dict[str, Tensor], table: dict[str, Tensor], folder: Path) -> None:
     """Raise ValueError where the adapters are not made for the model."""
-    weights = dict(model.named_parameters())
-    expected = {}
-    for name, weight in weights.items():
-        if re.fullmatch(_TARGETS, layer := name.removesuffix(".weight")) and name.endswith(".weight"):
-            rows, columns = weight.shape
-            expected[f"{layer}.lora_A.default.weight"] = (rank, columns)
-            expected[f"{layer}.lora_B.default.weight"] = (rows, rank)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not name.startswith(_TABLE)}
-    table = {name: tensor for name, tensor in tensors.items() if name.startswith(_TABLE)}
-    fits = all(name in weights and tensor.shape[1:] == weights[name].shape[1:] for name, tensor in table.items())
-    if found != expected or not fits:
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    fits = bool(lora) and all(name.startswith(f"{_TABLE}.") for name in table)
+    for name, tensor in (*lora.items(), *table.items()):
+        layer, _, kind = name.partition(".lora_")
+        # An adapted layer has its weight one level down, in peft's own layer around it.
+        found = name if name in table else next(
+            (key for key in (f"{layer}.weight", f"{layer}.base_layer.weight") if key in shapes), "")  # fmt: skip
+        if not (fits := fits and found in shapes):
+            break
+        if name in table:
+            fits = tensor.shape[1:] == shapes[found][1:]
+        elif kind in ("A.weight", "B.weight") and len(shapes[found]) == 2:
+            side = 1 if kind == "A.weight" else 0
+            fits = tensor.shape[side] == shapes[found][side]
+    if not fits:
         raise ValueError(f"The adapters of {folder} are of another model than this one.")
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+    if not all(torch.isfinite(tensor).all() for tensor in (*lora.values(), *table.values())):
         raise ValueError(f"The adapters of {folder} hold values that are not finite.")

@@ -2,7 +2,8 @@
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -91,3 +92,13 @@ def replaced_latents(latents: Tensor, returned: Any) -> Tensor:
         raise ValueError('callback_on_step_end must return None, or a dict with "latents" of the shape '
                          f"{tuple(latents.shape)}, not {shown(returned)}.")  # fmt: skip
     return replacement.to(latents)
+
+
+@contextmanager
+def unsound_values(problem: str) -> Iterator[None]:
+    """ValueError for what libraries do when a folder's JSON files hold values that they do not expect."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{problem}; are its JSON files sound? {type(error).__name__}: {reason}") from error

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from diffusers.hooks import FasterCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders.peft import PeftAdapterMixin
@@ -11,6 +12,8 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .extras import require
 
 # In `config._attn_implementation`: attention through diffusers' backends, as its environment variable and its context
 # manager `attention_backend` choose them.
@@ -96,6 +99,42 @@ class DiffusersModelMixin(CacheMixin, PeftAdapterMixin):
             names = ["hidden_states", "timestep", "class_labels", "precomputed"]
             config._unconditional_conditional_input_kwargs_identifiers = names
         super().enable_cache(config)
+
+
+def check_quantization(config: Any, device_map: Any = None) -> None:
+    """Try a quantisation of torchao on one layer, so that what this machine lacks is one sentence, not a long report.
+
+    Args:
+        config: the `quantization_config` of a model that is to be loaded; those of other libraries check themselves.
+        device_map: where the model goes.
+
+    Raises:
+        ValueError: it does not run there.
+    """
+    if type(config).__name__ != "TorchAoConfig":
+        return
+    quantize = require("torchao.quantization", "quantization").quantize_
+    kind = config.get_apply_tensor_subclass()
+    device = torch.device(device_map if isinstance(device_map, (str, int, torch.device)) and device_map not in _SPREAD
+                          else "cuda" if device_map is not None and torch.cuda.is_available() else "cpu")  # fmt: skip
+    layer = nn.Linear(1024, 1024, device=device, dtype=torch.bfloat16)
+    try:
+        quantize(layer, kind)
+        layer(torch.zeros(1, 1024, device=device, dtype=torch.bfloat16))
+    except (ImportError, AssertionError, RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{type(kind).__name__} does not run on this machine's {device.type}: {reason}") from error
+
+
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that name no device
+
+
+def check_cache_of_unguided_steps(transformer: Any) -> None:
+    """Raise ValueError where the cache of a model takes the first half of every batch for the unconditional one."""
+    config = getattr(transformer, "_cache_config", None)
+    if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+        raise ValueError("FasterCache takes half of every batch for the unconditional one, and some steps of this run "
+                         "are not guided; guide all, or set is_guidance_distilled=True in its config.")  # fmt: skip
 
 
 def takes_precomputed(transformer: Any) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_dit import DiTConfig
-from .ecosystem import takes_precomputed
+from .ecosystem import check_cache_of_unguided_steps, takes_precomputed
 
 # Bound on the modulations held at a time. One (step, class) pair of XL/2 takes 0.78 MB, so that 250 guided steps of one
 # class fit; where not all steps fit, as many as do are computed together, then the next ones.
@@ -63,6 +63,8 @@ class GuidedDenoiser:
             self._plan(config)
         modules = transformer.modules() if isinstance(transformer, nn.Module) else ()
         self._is_hooked = any(hasattr(module, "_diffusers_hook") for module in modules)
+        if not all(guided):
+            check_cache_of_unguided_steps(transformer)
 
     def __call__(self, step: int, model_input: Tensor) -> Tensor:
         """(N, C, H, W) model input of a step -> (N, C or 2C, H, W) prediction."""
@@ -83,8 +85,10 @@ class GuidedDenoiser:
             return self.transformer(rows, timestep.expand(len(rows)), labels).sample
         if not self._is_hooked:
             return self.transformer(rows, **inputs).sample
-        # Caches know arguments by their names and outputs as tuples. A guided step has twice the rows, so they keep its
-        # states apart.
+        # Caches know arguments by their names and outputs as tuples. A guided step has twice the rows: states are kept
+        # apart, and those of a cache that does not are of no use after a change.
+        if step and self.guided[step] != self.guided[step - 1]:
+            self.transformer._reset_stateful_cache()
         with self.transformer.cache_context("guided" if self.guided[step] else "unguided"):
             return self.transformer(hidden_states=rows, **inputs, return_dict=False)[0]
 

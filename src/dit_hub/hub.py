@@ -1,11 +1,11 @@
-"""HubPipeline: what goes out of a pipeline. Saving, the card's picture, pushing with a card."""
+"""HubPipeline: what goes out of a pipeline: saving, and pushing with a card."""
 
 import os
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -13,17 +13,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from dit_hub.model_cards import is_own_card, render_card
 
-from .flops import measure
-from .loading import LoadingPipeline, unsound_values, weights_state
-from .manifest import note_written
+from .loading import LoadingPipeline, weights_state
 from .sources import CARD_FILE, plain_hub_errors
-from .visualize import sample_grid
-
-# The picture of the card. Drawn while pushing where it costs no more than this many multiply-accumulates in all, which
-# are seconds on a CPU, or where there is a GPU.
-SAMPLES_FILE = "samples.png"
-_CHEAP = 1e12
-_SAMPLES, _SAMPLE_STEPS = 16, 50
+from .visualize import draw_samples
 
 
 class HubPipeline(LoadingPipeline):
@@ -35,7 +27,8 @@ class HubPipeline(LoadingPipeline):
         Raises:
             ValueError: a component that cannot be saved, which diffusers would leave out; nothing is written.
         """
-        for name, component in cast(Any, super()).components.items():
+        stock: Any = super()  # of whose components each has a folder
+        for name, component in stock.components.items():
             _check_saveable(name, getattr(component, "_orig_mod", component))  # itself, where it is compiled
         super().save_pretrained(save_directory, **kwargs)
         self.save_facts(save_directory)
@@ -45,7 +38,7 @@ class HubPipeline(LoadingPipeline):
 
         The licence stays whatever happened to the weights; what was measured goes only with weights that are as loaded.
         """
-        unchanged = self._loaded_weights == weights_state(cast(Any, self).transformer)
+        unchanged = self._loaded_weights == weights_state(self.transformer)
         if self.origin is not None:
             checked_here = unchanged and self.origin.conversion.get("to") == "dit-hub"
             origin = replace(self.origin, modified=self.origin.modified or not unchanged)
@@ -83,40 +76,8 @@ class HubPipeline(LoadingPipeline):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size, **kwargs)
-            self.draw_samples(folder)
+            draw_samples(self, folder)
             return push_folder(folder, repo_id, commit_message, private, token, create_pr)
-
-    @property
-    def draws_quickly(self) -> bool:
-        """Whether the card's picture takes seconds, and can be drawn at all."""
-        pipeline = cast(Any, self)
-        config = pipeline.transformer.config
-        passes = _SAMPLES * _SAMPLE_STEPS * (1 if config.null_class is None else 2)
-        cheap = pipeline.device.type == "cuda" or measure(config).gmacs * 1e9 * passes <= _CHEAP
-        return cheap and (pipeline.vae is not None or config.draws_pixels)
-
-    def draw_samples(self, folder: str | os.PathLike, force: bool = False) -> bool:
-        """Draw the card's picture into a folder, unless it is there; False where that would take long.
-
-        Args:
-            folder: the pipeline's.
-            force: draw it whatever it costs, and anew if it is there.
-
-        Raises:
-            ValueError: the pipeline has no decoder for its latents, and `force` is on.
-        """
-        pipeline, target = cast(Any, self), Path(folder, SAMPLES_FILE)
-        if target.is_file() and not force:
-            return True
-        if not force and not self.draws_quickly:
-            return False
-        shown = getattr(pipeline, "_progress_bar_config", {})
-        pipeline.set_progress_bar_config(disable=not force)
-        with unsound_values(f"{pipeline.config.get('_name_or_path')} draws no samples"):
-            sample_grid(pipeline, count=_SAMPLES, steps=_SAMPLE_STEPS).save(target)
-        note_written(target)
-        pipeline.set_progress_bar_config(**shown)
-        return True
 
 
 def push_folder(
@@ -170,10 +131,12 @@ def _check_saveable(name: str, component: Any) -> None:
     modules = component.modules() if isinstance(component, torch.nn.Module) and tuners else ()
     if any(isinstance(module, tuners.BaseTunerLayer) for module in modules):
         whole = hasattr(component, "merge_and_unload")
-        merge = f"pipe.{name} = pipe.{name}.merge_and_unload()" if whole else f"merge_adapters(pipe.{name})"
+        merge = (
+            f"pipe.{name} = pipe.{name}.merge_and_unload()" if whole else "pipe.fuse_lora(); pipe.unload_lora_weights()"
+        )
         raise ValueError(
             f"The {name} holds adapters, which a pipeline folder has no place for, so nothing was written; add them to "
-            f"its weights first: {merge}{'' if whole else ', of dit_hub.adapters'}."
+            f"its weights first: {merge}."
         )
     bases = (
         getattr(sys.modules[library], base, None)

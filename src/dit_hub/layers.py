@@ -44,7 +44,7 @@ class Float32Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
-        if type(weight).__module__.startswith("torchao"):  # whose products are in the dtype it was made from
+        if hasattr(weight, "qdata"):  # torchao's own products would be in the dtype that it was quantised from
             weight = weight.dequantize()
         bias = None if self.bias is None else self.bias.float()
         device = input.device.type

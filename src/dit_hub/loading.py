@@ -1,12 +1,12 @@
 """LoadingPipeline: what goes into a pipeline. Folders of every layout, the Hub, single files."""
 
+import importlib
 import inspect
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +27,12 @@ from dit_hub.conversion.origin import (
 )
 from dit_hub.conversion.single_file import load_single_file
 
-from .adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapters
+from .adapters import CONFIG_FILE
+from .checks import unsound_values
 from .configuration_dit import DiTConfig, nearest
 from .labels import imagenet_id2label
 from .modeling_dit import DiTTransformer
-from .runtime import Provider, RuntimeOptions, use_options
+from .runtime import Provider, RuntimeOptions
 from .schedulers import official_scheduler, scheduler_from_dict
 from .sources import CARD_FILE, fetch, fetch_url, is_url, local_folder, plain_hub_errors
 
@@ -76,6 +77,10 @@ GUIDANCE_KEY = "_guidance_channels"
 class LoadingPipeline(DiffusionPipeline):
     """A `DiffusionPipeline` that loads every layout of a DiT."""
 
+    transformer: Any
+    scheduler: Any
+    vae: Any
+    config: Any
     origin: Origin | None = None
     _facts: dict[str, str] = {}
     _loaded_weights: tuple[int, int] | None = None
@@ -124,7 +129,9 @@ class LoadingPipeline(DiffusionPipeline):
             kwargs["transformer"] = _load_foreign(name, folder, index, timestep_freq_shift, kwargs)
         elif timestep_freq_shift is not None:
             raise ValueError(f"timestep_freq_shift: for diffusers' layout only; {name} has a configuration of its own.")
-        with unsound_values(f"{name} does not load"), use_options(RuntimeOptions(providers, num_threads, cuda_graphs)):
+        options = RuntimeOptions(providers, num_threads, cuda_graphs)
+        with unsound_values(f"{name} does not load"):
+            kwargs |= _load_exported(folder, index, kwargs, options)
             pipeline = super().from_pretrained(folder, **kwargs)
         if not isinstance(pipeline.transformer, torch.nn.Module):  # diffusers does not tell an export
             pipeline.transformer.to(dtype=_transformers_dtype(kwargs))
@@ -177,6 +184,7 @@ class LoadingPipeline(DiffusionPipeline):
         given = (cache_dir, force_download, local_files_only, revision, token)
         hub_options = {name: value for name, value in zip(_HUB_OPTIONS, given, strict=True) if value is not None}
         file = fetch_url(str(path), hub_options) if is_url(path) else path
+        transformer: Any
         transformer, origin = load_single_file(file, weights, family, num_attention_heads, **overrides)
         beside = official_export(file)
         if scheduler is None and "scheduler" in beside:
@@ -184,14 +192,15 @@ class LoadingPipeline(DiffusionPipeline):
         if id2label is None and "id2label" in beside:
             id2label = {int(index): name for index, name in beside["id2label"].items()}
         if dtype is not None:
-            cast(Any, transformer).to(dtype)
+            transformer.to(dtype=dtype)
         config = transformer.config
         if id2label is None and config.num_classes == 1000 and origin.is_imagenet:
             id2label = imagenet_id2label()
         if isinstance(vae, (str, os.PathLike)):
             hub_options.pop("revision", None)  # of another repository
             vae = _load_vae(str(vae), hub_options) if config.in_channels == 4 else None
-        pipeline = cast(Any, cls)(transformer, scheduler or official_scheduler(config), vae, id2label)
+        make: Any = cls
+        pipeline = make(transformer, scheduler or official_scheduler(config), vae, id2label)
         pipeline.origin = origin
         pipeline._loaded_weights = weights_state(transformer)
         return pipeline
@@ -221,7 +230,7 @@ class LoadingPipeline(DiffusionPipeline):
             if (folder.parent / cls.config_name).is_file():
                 raise ValueError(f"{folder} is a part of the pipeline {folder.parent}; give that folder.")
             if (folder / CONFIG_FILE).is_file():
-                raise ValueError(f"{folder} holds adapters; load the model that they adapt, and then load_adapters.")
+                raise ValueError(f"{folder} holds adapters; load the model that they adapt, then load_lora_weights.")
             raise ValueError(f"{folder} is no pipeline folder: it has no {cls.config_name}.")
         try:
             index = json.loads(path.read_text())
@@ -256,36 +265,13 @@ class LoadingPipeline(DiffusionPipeline):
 
     def _remember(self, name: str, folder: Path, layout: str) -> None:
         """Keep where the pipeline comes from, for the card."""
-        pipeline = cast(Any, self)
-        pipeline.register_to_config(_name_or_path=name)
+        self.register_to_config(_name_or_path=name)
         self.origin = origin_of_repository(name, folder, layout)
         self._facts = {key: (folder / key).read_text() for key in FACT_FILES[1:] if (folder / key).is_file()}
-        self._loaded_weights = weights_state(pipeline.transformer)
-        is_imagenet = pipeline.transformer.config.num_classes == 1000 and self.origin.is_imagenet
-        if layout == "diffusers" and not pipeline.config.id2label and is_imagenet:
-            pipeline.register_to_config(id2label=imagenet_id2label())
-
-    def load_adapters(self, folder: str | os.PathLike) -> None:
-        """Merge adapters that were trained with `merge_adapters=false`; the classes become theirs.
-
-        Args:
-            folder: of `dit-hub train`, or a Hub id.
-
-        Raises:
-            ValueError, OSError, ImportError: see `dit_hub.adapters.load_adapters`.
-        """
-        pipeline = cast(Any, self)
-        kind = type(pipeline.transformer)
-        if not issubclass(kind, torch.nn.Module):
-            raise ValueError(f"Adapters are merged into a model in PyTorch, and this is a {kind.__name__}; merge them "
-                             "first, and export then.")  # fmt: skip
-        path = Path(folder)
-        if not path.is_dir() and str(folder).count("/") == 1:
-            with plain_hub_errors(f"load {folder} from"):
-                path = Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-        id2label = load_adapters(pipeline.transformer, path)
-        if id2label:
-            pipeline.register_to_config(id2label=id2label)
+        self._loaded_weights = weights_state(self.transformer)
+        is_imagenet = self.transformer.config.num_classes == 1000 and self.origin.is_imagenet
+        if layout == "diffusers" and not self.config.id2label and is_imagenet:
+            self.register_to_config(id2label=imagenet_id2label())
 
 
 # --- Details ---------------------------------------------------------------------------------------------------------
@@ -328,8 +314,21 @@ def _load_foreign(
         )
     numerics: dict[str, Any] = {"timestep_freq_shift": shift, **({"mlp_norm_eps": None} if shift == 0 else {})}
     numerics["guidance_channels"] = index.get(GUIDANCE_KEY)
-    transformer = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
-    return cast(Any, transformer).to(device=options.get("device_map"), dtype=_transformers_dtype(options))
+    transformer: Any = load_diffusers_folder(folder / "transformer", options.get("variant"), **numerics)
+    return transformer.to(device=options.get("device_map"), dtype=_transformers_dtype(options))
+
+
+def _load_exported(
+    folder: Path, index: dict[str, Any], given: dict[str, Any], options: RuntimeOptions
+) -> dict[str, Any]:
+    """The components of other runtimes, loaded here because diffusers does not pass on their options."""
+    loaded = {}
+    for name, entry in index.items():
+        if name not in given and _names_a_class(name, entry) and entry[0] == "dit_hub":
+            kind: Any = getattr(importlib.import_module("dit_hub"), entry[1], None)  # of a higher layer
+            if hasattr(kind, "session_type"):
+                loaded[name] = kind.from_pretrained(folder / name, **vars(options))
+    return loaded
 
 
 def _transformers_dtype(options: dict[str, Any]) -> torch.dtype | None:
@@ -370,13 +369,3 @@ def weights_state(transformer: Any) -> tuple[int, int]:
     """Changes when the weights do: another model, or a write to one of its parameters."""
     parameters = transformer.parameters() if isinstance(transformer, torch.nn.Module) else ()
     return id(transformer), sum(parameter._version for parameter in parameters)
-
-
-@contextmanager
-def unsound_values(problem: str) -> Iterator[None]:
-    """ValueError for what libraries do when a folder's JSON files hold values that they do not expect."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{problem}; are its JSON files sound? {type(error).__name__}: {reason}") from error

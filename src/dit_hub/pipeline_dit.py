@@ -25,6 +25,7 @@ from .configuration_dit import DiTConfig
 from .guidance import GuidedDenoiser
 from .hub import HubPipeline
 from .labels import Labels, label_ids
+from .lora import LoraMixin
 from .schedulers import check_scheduler, prediction_for, set_timesteps, without_foreign_variance
 from .solvers import COLUMNS, solver_table
 from .vaes import decode_latents, spatial_compression
@@ -44,7 +45,7 @@ def _evaluation(components: Iterable[Any]) -> Iterator[None]:
             part.training = True
 
 
-class DiTPipeline(HubPipeline):
+class DiTPipeline(HubPipeline, LoraMixin):
     """Class-conditional (or unconditional) image generation with a Diffusion Transformer.
 
     Args:
@@ -96,7 +97,7 @@ class DiTPipeline(HubPipeline):
         return self._num_timesteps
 
     @property
-    def current_timestep(self) -> Tensor | None:
+    def current_timestep(self) -> Any:
         """For callbacks and caches: the timestep of the step being computed; None outside of a run."""
         return self._current_timestep
 

@@ -1,11 +1,6 @@
-"""How to run: options on their way from `DiTPipeline.from_pretrained` to the components of other runtimes.
+"""Options of the runtimes that run exports."""
 
-diffusers loads the components and hands them no options of ours, so these travel beside it.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,22 +35,3 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         if self.num_threads is not None:
             whole_number("num_threads", self.num_threads, 1, _MOST_THREADS)
-
-
-_DEFAULTS = RuntimeOptions()
-_current: ContextVar[RuntimeOptions] = ContextVar("dit_hub_runtime_options", default=_DEFAULTS)
-
-
-def current_options() -> RuntimeOptions:
-    """The options of the pipeline that is being loaded."""
-    return _current.get()
-
-
-@contextmanager
-def use_options(options: RuntimeOptions) -> Iterator[None]:
-    """Components loaded within the block run with `options`."""
-    token = _current.set(options)
-    try:
-        yield
-    finally:
-        _current.reset(token)

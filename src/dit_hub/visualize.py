@@ -3,13 +3,17 @@
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .checks import unsound_values
 from .extras import require
+from .flops import measure
+from .manifest import note_written
 
 _MARGIN, _CAPTION, _PAPER, _INK = 4, 14, (255, 255, 255), (40, 40, 40)
 
@@ -150,3 +154,43 @@ def loss_curve(
 def difference(first: Tensor, second: Tensor) -> int:
     """The largest difference of two batches of images in 0..1, in steps of 1/255."""
     return int((torch.round(first * 255) - torch.round(second * 255)).abs().max())
+
+
+# The card's image is drawn while pushing if it takes no more than this many multiply-accumulates in all, which are
+# seconds on a CPU, or if there is a GPU.
+SAMPLES_FILE = "samples.png"
+_CHEAP = 1e12
+_SAMPLES, _SAMPLE_STEPS = 16, 50
+
+
+def draws_quickly(pipeline: Any) -> bool:
+    """Whether a pipeline can draw the image of its card, and within seconds."""
+    config = pipeline.transformer.config
+    passes = _SAMPLES * _SAMPLE_STEPS * (1 if config.null_class is None else 2)
+    cheap = pipeline.device.type == "cuda" or measure(config).gmacs * 1e9 * passes <= _CHEAP
+    return cheap and (pipeline.vae is not None or config.draws_pixels)
+
+
+def draw_samples(pipeline: Any, folder: str | os.PathLike, force: bool = False) -> bool:
+    """Draw the card's image into a folder unless it is there; return False if that would take long.
+
+    Args:
+        pipeline: the one to draw with.
+        folder: the pipeline's.
+        force: draw it however long it takes, and again if it is there.
+
+    Raises:
+        ValueError: the pipeline has no decoder for its latents, and `force` is on.
+    """
+    target = Path(folder, SAMPLES_FILE)
+    if target.is_file() and not force:
+        return True
+    if not force and not draws_quickly(pipeline):
+        return False
+    shown = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=not force)
+    with unsound_values(f"{pipeline.config.get('_name_or_path')} draws no samples"):
+        sample_grid(pipeline, count=_SAMPLES, steps=_SAMPLE_STEPS).save(target)
+    note_written(target)
+    pipeline.set_progress_bar_config(**shown)
+    return True

@@ -176,10 +176,11 @@ def push(
     quiet_libraries()
     from ..hub import push_folder
     from ..pipeline_dit import DiTPipeline
+    from ..visualize import draw_samples
 
     if (folder / "model_index.json").is_file():
         pipeline = DiTPipeline.from_pretrained(folder)  # also a check that it loads
-        if not pipeline.draw_samples(folder, force=draw):
+        if not draw_samples(pipeline, folder, force=draw):
             print("No samples.png for the card: drawing it would take long, or needs a decoder; --draw draws it.")
     url = push_folder(folder, repository, message, private, token, revision=revision)
     print(f"Pushed to {url}")

@@ -26,8 +26,9 @@ def export_onnx_command(
         str, typer.Option(help="Of the denoiser: fp32, fp16 or int8; with openvino fp32 or bf16.")
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="Version of the ONNX operators: 23 is fastest, 20 most portable.")] = 23,
-    hoist: Annotated[
-        bool, typer.Option("--hoist/--no-hoist", help="Compute timestep and class ahead, in a file of its own.")
+    precompute: Annotated[
+        bool,
+        typer.Option("--precompute/--no-precompute", help="Precompute the modulation, in a file of its own."),
     ] = False,
     runtime: Annotated[str, typer.Option(help="Of the denoiser: onnxruntime or openvino.")] = "onnxruntime",
     decode: Annotated[bool, typer.Option("--decode", help="Put the VAE into the sampler's file.")] = False,
@@ -51,7 +52,7 @@ def export_onnx_command(
 
     console = Console()
     with console.status("Exporting and checking…"):
-        report = export_onnx(model, out, parts or DEFAULT_PARTS, precision, opset, hoist, runtime, decode,
+        report = export_onnx(model, out, parts or DEFAULT_PARTS, precision, opset, precompute, runtime, decode,
                              dynamic_size, static, max_error, overwrite)  # fmt: skip
     _print_parity(f"ONNX {precision} against PyTorch", report)
     print(f"Exported to {out}")
@@ -71,13 +72,14 @@ def export_tensorrt_command(
         str | None, typer.Option(help="fp32, fp16, bf16, fp8 or int8; default: fp16, or as the ONNX file.")
     ] = None,
     profile: Annotated[
-        str, typer.Option(help="Smallest, usual and largest batch; with guidance, twice the pictures.")
+        str, typer.Option(help="Smallest, usual and largest batch; with guidance, twice the images.")
     ] = "1,8,64",
     size: Annotated[
-        str | None, typer.Option(help="The same of height and width, in (latent) pixels; default: the training size.")
+        str | None, typer.Option(help="The same for height and width, in (latent) pixels; default: the training size.")
     ] = None,
-    hoist: Annotated[
-        bool, typer.Option("--hoist/--no-hoist", help="Compute timestep and class ahead, by an engine of its own.")
+    precompute: Annotated[
+        bool,
+        typer.Option("--precompute/--no-precompute", help="Precompute the modulation, by an engine of its own."),
     ] = True,
     runtime: Annotated[
         str, typer.Option(help="tensorrt (data-centre GPUs), rtx (builds without a GPU) or auto, what is installed.")
@@ -109,7 +111,7 @@ def export_tensorrt_command(
             precision,
             batch,
             sides,
-            hoist,
+            precompute,
             runtime,
             compute_capability or (),
             weight_streaming,

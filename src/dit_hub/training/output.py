@@ -16,9 +16,8 @@ from dit_hub.model_cards import render_card
 
 from ..adapters import save_adapters
 from ..files import new_folder
-from ..hub import SAMPLES_FILE
 from ..sources import CARD_FILE, EMBEDDED_MODELS
-from ..visualize import Trajectory, loss_curve, sample_grid
+from ..visualize import SAMPLES_FILE, Trajectory, draws_quickly, loss_curve, sample_grid
 from .checkpoints import LOGS_FOLDER
 from .recipe import get_recipe
 from .result import TrainingResult
@@ -83,7 +82,7 @@ def _draw(result: TrainingResult, folder: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     with _warn_on_error("No samples were drawn"):
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-        if pipeline.draws_quickly:
+        if draws_quickly(pipeline):
             sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
             trajectory.image(pipeline).save(folder / "trajectory.png")
     with _warn_on_error("No losses were drawn"):

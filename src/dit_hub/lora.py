@@ -1,0 +1,144 @@
+"""LoRA on a pipeline, as diffusers' pipelines have it: several adapters at once, with weights, fused and unfused."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from .adapters import ADAPTER_FILES, CONFIG_FILE, Adapters, read_adapters, set_class_table
+from .sources import plain_hub_errors
+
+
+class LoraMixin(LoraBaseMixin):
+    """The LoRA methods of a pipeline whose denoiser is a `DiTTransformer`.
+
+    Adapters that bring a table of classes of their own set the classes of the model: the last of the active ones.
+    """
+
+    _lora_loadable_modules = ["transformer"]
+    transformer: Any
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put adapters into the denoiser, beside those that are there.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a folder that peft wrote or `dit-hub train` with
+                `merge_adapters=false`, a Hub id, or what diffusers' `load_lora_adapter` takes: a file or a dictionary
+                whose names start with "transformer.".
+            adapter_name: to call them by; None numbers them.
+            kwargs: of diffusers' `load_lora_adapter`: `weight_name`, `revision`, `token`, …
+
+        Raises:
+            ValueError: no adapters, damaged ones, those of another model, or a denoiser of another runtime.
+            OSError: the Hub has no such repository or cannot be reached.
+            ImportError: peft is missing.
+        """
+        given = pretrained_model_name_or_path_or_dict
+        kind = type(self.transformer)
+        if not issubclass(kind, torch.nn.Module):
+            raise ValueError(f"Adapters are put into a model in PyTorch, and this is a {kind.__name__}; merge them "
+                             "first, and export then.")  # fmt: skip
+        folder = None if isinstance(given, Mapping) else _adapter_folder(given, kwargs)
+        if folder is None:
+            options = {"prefix": "transformer", "adapter_name": adapter_name, "_pipeline": self, **kwargs}
+            self.transformer.load_lora_adapter(given, **options)
+            return
+        adapters = read_adapters(folder, self.transformer)
+        trainable = {parameter: parameter.requires_grad for parameter in self.transformer.parameters()}
+        known = set(getattr(self.transformer, "peft_config", None) or ())
+        self.transformer.load_lora_adapter(
+            adapters.lora, prefix=None, adapter_name=adapter_name, metadata=adapters.config.to_dict(), _pipeline=self
+        )
+        (name,) = set(self.transformer.peft_config) - known
+        for parameter, was_trainable in trainable.items():  # peft freezes all but the adapters
+            parameter.requires_grad = was_trainable
+        self._own_classes = {**self._own_classes, name: adapters}
+        self._choose_classes()
+
+    def load_adapters(self, folder: str | os.PathLike) -> None:
+        """Merge adapters into the weights for good; the classes become theirs.
+
+        Args:
+            folder: as for `load_lora_weights`.
+
+        Raises:
+            ValueError, OSError, ImportError: as for `load_lora_weights`; other adapters that are loaded already.
+        """
+        if getattr(self.transformer, "peft_config", None):
+            raise ValueError("The denoiser holds adapters already; fuse_lora and unload_lora_weights first.")
+        self.load_lora_weights(folder)
+        self.fuse_lora()
+        self.unload_lora_weights()
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """As diffusers' `set_adapters`: these adapters are active, each with its weight."""
+        super().set_adapters(adapter_names, adapter_weights)
+        self._choose_classes()
+
+    def fuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
+        """As diffusers' `fuse_lora`: add the active adapters to the weights, so that they cost no time."""
+        super().fuse_lora(components=list(components), **kwargs)
+
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
+        """As diffusers' `unfuse_lora`: take what was fused out of the weights."""
+        super().unfuse_lora(components=list(components), **kwargs)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As diffusers' `delete_adapters`."""
+        super().delete_adapters(adapter_names)
+        gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._own_classes = {name: own for name, own in self._own_classes.items() if name not in gone}
+        self._choose_classes()
+
+    def unload_lora_weights(self) -> None:
+        """As diffusers' `unload_lora_weights`: take all adapters out; what is fused stays in the weights."""
+        fused = bool(self.num_fused_loras)
+        super().unload_lora_weights()
+        if not fused:
+            self._own_classes = {}
+            self._choose_classes()
+        self._own_classes, self._base_classes = {}, None
+        self._merged_adapters = set()
+
+    # --- The classes of adapters -------------------------------------------------------------------------------------
+
+    _own_classes: dict[str, Adapters] = {}
+    _base_classes: tuple[dict[str, Tensor], dict[int, str]] | None = None
+
+    def _choose_classes(self) -> None:
+        """Give the model the table of the last active adapter that has one, or its own."""
+        active = self.get_active_adapters() if self._own_classes else []
+        chosen = next((self._own_classes[name] for name in reversed(active)
+                       if name in self._own_classes and self._own_classes[name].table), None)  # fmt: skip
+        pipeline: Any = self
+        if chosen is not None and self._base_classes is None:
+            table = {name: self.transformer.get_parameter(name).detach().clone() for name in chosen.table}
+            self._base_classes = table, pipeline.id2label
+        if chosen is not None or self._base_classes is not None:
+            table, id2label = (chosen.table, chosen.id2label) if chosen is not None else self._base_classes or ({}, {})
+            set_class_table(self.transformer, table)
+            if id2label:
+                pipeline.register_to_config(id2label=id2label)
+
+
+def _adapter_folder(given: str | os.PathLike, options: dict[str, Any]) -> Path | None:
+    """A folder in peft's format, from here or the Hub; None for what diffusers reads itself."""
+    path = Path(given)
+    if path.is_dir():
+        return path if (path / CONFIG_FILE).is_file() or not any(path.glob("*.safetensors")) else None
+    if path.is_file() or "weight_name" in options or str(given).count("/") != 1:
+        return None
+    hub_options = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
+    with plain_hub_errors(f"load {given} from"):
+        folder = Path(snapshot_download(str(given), allow_patterns=list(ADAPTER_FILES), **hub_options))
+    return folder if (folder / CONFIG_FILE).is_file() else None
