@@ -57,7 +57,7 @@ def run(command: Sequence[str | Path]) -> tuple[float, float]:
 
 
 def copying_and_converting(source: Path, folder: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(seconds, peak memory) of each round; both contenders end with the bytes on the disk."""
+    """(seconds, peak memory) of each round; both contenders end once the bytes are on the disk."""
     copy = ["sh", "-c", f"cp '{source}' '{folder}/copy' && sync '{folder}/copy'"]
     convert = [sys.executable, "-m", "dit_hub.cli", "convert", source, folder / "ours", "--vae", "none", "--overwrite"]
     results: dict[str, list[tuple[float, float]]] = {"plain copy, synced": [], "dit-hub convert": []}
@@ -69,7 +69,7 @@ def copying_and_converting(source: Path, folder: Path, rounds: int) -> dict[str,
 
 
 def loading(folder: Path, rounds: int, from_disk: bool) -> dict[str, list[float]]:
-    """Seconds of each round, after the imports; the file is read from the disk or lies in the system's cache."""
+    """Seconds of each round, after the imports; the file is read from the disk or from the system's cache."""
     small, large = folder / "small", folder / "ours" / "transformer"
     script = f"from dit_hub import *; DiTTransformer(DiTConfig.from_name('toy')).save_pretrained({str(small)!r})"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
@@ -121,7 +121,7 @@ def main() -> None:
     baseline = 1.0
     for index, (name, times) in enumerate(rows.items()):
         median = statistics.median(times)
-        baseline = median if index % 2 == 0 else baseline  # the contender comes first
+        baseline = median if index % 2 == 0 else baseline  # the baseline comes first
         table.add_row(
             name, f"{median:.3f}", f"{median / baseline:.2f}", peaks.get(name, ""), end_section=index % 2 == 1
         )

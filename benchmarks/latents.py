@@ -1,7 +1,7 @@
 """Cached latents: whether reading them keeps up with training, and the memory of making them (`make bench`).
 
-The loader is to deliver batches at ten times the rate at which DiT-S/2 trains here, and the peak memory of
-`cache_latents` is to be the same for four times the data. Each run is a process of its own; loader and training take
+The loader should deliver batches at ten times the rate at which DiT-S/2 trains here, and the peak memory of
+`cache_latents` should be the same for four times the data. Each run is a process of its own; loader and training take
 turns. The latents are random, in a temporary folder (270 MB).
 """
 
@@ -33,7 +33,7 @@ Outcome = TypeVar("Outcome")
 
 
 class Peak(NamedTuple):
-    """Bytes of memory before the first picture and at most, and of the cache on the disk."""
+    """Bytes of memory before the first image and at its peak, and of the cache on the disk."""
 
     start: int
     most: int
@@ -41,7 +41,7 @@ class Peak(NamedTuple):
 
 
 class RandomImages:
-    """Images that are drawn when they are read, so that the data set itself takes no memory."""
+    """Random images, made when they are read, so that the data set itself takes no memory."""
 
     id2label, sample_shape, is_latent, scaling_factor = CLASSES, (3, 32, 32), False, 1.0
     shift_factor, description, license, notes = 0.0, "", "unknown", ()
@@ -54,10 +54,10 @@ class RandomImages:
 
     def read(self, keys: Sequence[Key]) -> Batch:
         positions = [position for position, _ in keys]
-        pictures = [self.picture(position) for position in positions]
-        return Batch(torch.stack(pictures), torch.tensor(positions) % len(CLASSES), positions, [])
+        images = [self.image(position) for position in positions]
+        return Batch(torch.stack(images), torch.tensor(positions) % len(CLASSES), positions, [])
 
-    def picture(self, position: int) -> Tensor:
+    def image(self, position: int) -> Tensor:
         return 2 * torch.rand(self.sample_shape, generator=torch.Generator().manual_seed(position)) - 1
 
 
@@ -103,7 +103,7 @@ def caching(count: int) -> Peak:
 
     from dit_hub.training.latents import cache_latents
 
-    torch.set_num_threads(1)  # the model is so small that more only get into each other's way
+    torch.set_num_threads(1)  # with so small a model, more threads only slow each other down
     small: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -119,7 +119,7 @@ def caching(count: int) -> Peak:
 
 
 def peak_memory() -> int:
-    """Of this process, in bytes. `resource.getrusage` would not do: there a child starts from its parent's peak."""
+    """The peak memory of this process in bytes. In `resource.getrusage`, a child starts from its parent's peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 
@@ -131,7 +131,7 @@ def alone(run: Callable[[Any], Outcome], argument: Any) -> Outcome:
 
 
 def speed_table(rounds: int, steps: int, shards: int) -> Table:
-    """Loader and training in turn."""
+    """The rates of loader and training, in turn."""
     with tempfile.TemporaryDirectory() as folder:
         make_latents(Path(folder), shards)
         recipe = Recipe(model="DiT-S/2", data=folder, random_flip=True, steps=steps, batch_size=32,
@@ -150,13 +150,13 @@ def speed_table(rounds: int, steps: int, shards: int) -> Table:
 
 
 def memory_table(rounds: int) -> Table:
-    """`cache_latents` with different amounts of data in turn."""
+    """The memory of `cache_latents` with different amounts of data, in turn."""
     peaks: dict[int, list[Peak]] = {count: [] for count in COUNTS}
     for _ in range(rounds):
         for count in COUNTS:
             peaks[count].append(alone(caching, count))
     table = Table(title=f"Memory of cache_latents, shards of {SHARD_SIZE}, {rounds} rounds", title_justify="left")
-    for column in ("pictures", "cache MB", "MB before", "peak MB", "peak, ratio"):
+    for column in ("images", "cache MB", "MB before", "peak MB", "peak, ratio"):
         table.add_column(column, justify="right")
     for count, runs in peaks.items():
         sizes = [statistics.median(values) / 1e6 for values in zip(*runs, strict=True)]

@@ -1,4 +1,4 @@
-"""Sampling 16 toy pictures in 50 steps: stock diffusers' pipeline against ours and the exported sampler (`make bench`).
+"""Sampling 16 toy images in 50 steps: stock diffusers' pipeline against ours and the exported sampler (`make bench`).
 
 All hold the same random weights, without guidance, and draw with DDIM from the same noise; each is a process of its own
 and they take turns.
@@ -38,7 +38,7 @@ def ours() -> Any:
 
 
 def diffusers_pipeline() -> Any:
-    """Stock diffusers: it decodes with a VAE, for which an empty one stands here."""
+    """Stock diffusers; it needs a VAE, here one that changes nothing."""
     import diffusers
     from diffusers.models.autoencoders.vae import DecoderOutput
 
@@ -76,7 +76,7 @@ CONTENDERS: dict[str, Callable[[], Any]] = {
 
 
 def contend(contender: str, pipe: Connection) -> None:
-    """The process of one contender: seconds of as many runs as it is asked for."""
+    """The process of one contender: it sends its images, and the seconds of each run it is asked for."""
     pipeline = CONTENDERS[contender]()
     pipeline.set_progress_bar_config(disable=True)
 
@@ -97,26 +97,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    context, pipes, pictures = multiprocessing.get_context("spawn"), {}, {}
+    context, pipes, images = multiprocessing.get_context("spawn"), {}, {}
     for contender in CONTENDERS:
         here, there = context.Pipe()
         context.Process(target=contend, args=(contender, there), daemon=True).start()
         there.close()  # so that a contender that fails ends the wait for it
-        pictures[contender], pipes[contender] = here.recv(), here
+        images[contender], pipes[contender] = here.recv(), here
     seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     for _ in range(rounds):
         for contender, pipe in pipes.items():
-            time.sleep(0.05)  # lets the threads of the one before stop waiting for work
+            time.sleep(0.05)  # lets the threads of the previous one stop waiting for work
             pipe.send(True)
             seconds[contender].append(pipe.recv())
     for pipe in pipes.values():
         pipe.send(False)
-    table = Table(title=f"{COUNT} toy pictures, {STEPS} steps of DDIM, {rounds} rounds", title_justify="left")
+    table = Table(title=f"{COUNT} toy images, {STEPS} steps of DDIM, {rounds} rounds", title_justify="left")
     for column in ("contender", "median s", f"times {BASELINE}", "largest difference"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for contender, times in seconds.items():
         ratio = statistics.median(b / s for b, s in zip(seconds[BASELINE], times, strict=True))
-        difference = abs(pictures[contender] - pictures[BASELINE]).max()
+        difference = abs(images[contender] - images[BASELINE]).max()
         table.add_row(contender, f"{statistics.median(times):.3f}", f"{ratio:.2f}", f"{difference:.1e}")
     Console().print(table)
 

@@ -17,17 +17,17 @@ from dit_hub.modeling_dit import DiTTransformer
 from .official import POS_EMBED
 from .reading import read_checkpoint
 
-# What diffusers called the class first, and calls it now.
+# The first and the present name of diffusers' class.
 DIFFUSERS_CLASSES = ("Transformer2DModel", "DiTTransformer2DModel")
 
-# Repositories in this layout that hold official weights, which want official numerics.
+# Repositories in this layout that hold official weights, which need official numerics.
 OFFICIAL_WEIGHTS = ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512")
 
-# Where diffusers' class computes something else than the official code, as fields of `DiTConfig`: the frequencies of
-# the timestep (12.8 % in the output of a model with random weights), and one epsilon.
+# The fields of `DiTConfig` in which diffusers' class differs from the official code: the frequencies of the timestep
+# (12.8 % of the output of a model with random weights), and one epsilon.
 DIFFUSERS_NUMERICS = {"timestep_freq_shift": 1.0, "norm_eps": 1e-6, "mlp_norm_eps": 1e-5}
 
-# The line that makes diffusers' class compute as the official code, for a `DiTTransformer2DModel` of official weights.
+# The line that makes a `DiTTransformer2DModel` with official weights compute as the official code does.
 OFFICIAL_NUMERICS_PATCH = (
     "for block in pipe.transformer.transformer_blocks: block.norm1.emb.time_proj.downscale_freq_shift = 0"
 )
@@ -58,7 +58,7 @@ def is_diffusers(state_dict: dict[str, Tensor]) -> bool:
 def diffusers_config(config: DiTConfig) -> dict[str, Any]:
     """The arguments of `DiTTransformer2DModel` for a model of ours.
 
-    They cannot say `timestep_freq_shift`: diffusers' class always divides by half - 1, so that weights trained with the
+    They do not include `timestep_freq_shift`: diffusers' class always divides by half - 1, so weights trained with the
     official 0 need `OFFICIAL_NUMERICS_PATCH` after loading.
 
     Raises:
@@ -93,14 +93,14 @@ def diffusers_config(config: DiTConfig) -> dict[str, Any]:
 
 
 def config_from_diffusers(fields: dict[str, Any], **overrides: Any) -> DiTConfig:
-    """Our configuration for the config.json of a diffusers DiT.
+    """The `DiTConfig` for the config.json of a diffusers DiT.
 
     Args:
         fields: its content.
         overrides: fields of `DiTConfig`; `timestep_freq_shift` above all.
 
     Raises:
-        ValueError: another model than a DiT.
+        ValueError: the model is no DiT.
     """
     name = fields.get("_class_name")
     if name not in DIFFUSERS_CLASSES or fields.get("norm_type") != "ada_norm_zero" or not fields.get("patch_size"):
@@ -132,7 +132,7 @@ def load_diffusers_folder(folder: Path, variant: str | None = None, **overrides:
         overrides: fields of `DiTConfig`.
 
     Raises:
-        ValueError: files that are missing, damaged or not of a DiT; embedders that differ between blocks.
+        ValueError: files that are missing, damaged or not a DiT's; embedders that differ between blocks.
     """
     fields = read_config(folder)
     try:
@@ -177,7 +177,7 @@ def _weights_file(folder: Path, variant: str | None) -> Path:
 
 
 def to_diffusers(state_dict: dict[str, Tensor], num_hidden_layers: int) -> dict[str, Tensor]:
-    """Weights of a model of ours -> those of `DiTTransformer2DModel`; the values stay as they are."""
+    """Weights of a model of ours -> those of `DiTTransformer2DModel`, with the same values."""
     converted = {}
     for kind in ("weight", "bias"):
         for ours, theirs in _numbered(_RENAMED, num_hidden_layers):
@@ -187,15 +187,15 @@ def to_diffusers(state_dict: dict[str, Tensor], num_hidden_layers: int) -> dict[
                 converted[f"{part}.{kind}"] = tensor.contiguous()
         for ours, theirs in _COPIED.items():
             if f"{ours}.{kind}" in state_dict:  # an embedding table has no bias
-                for block in range(num_hidden_layers):  # cloned, since safetensors writes no tensor twice
+                for block in range(num_hidden_layers):  # cloned, since safetensors refuses shared tensors
                     converted[f"{theirs}.{kind}".replace("{N}", str(block))] = state_dict[f"{ours}.{kind}"].clone()
     return converted
 
 
 def from_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a `DiTTransformer2DModel` -> those of a model of ours; the values stay as they are.
+    """Weights of a `DiTTransformer2DModel` -> those of a model of ours, with the same values.
 
-    What is missing stays missing, and a name that is not in the table stays as it is.
+    What is missing stays missing, and names that are not in the table are kept.
 
     Raises:
         ValueError: the copies of an embedder differ between blocks.
@@ -224,7 +224,7 @@ def from_diffusers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _numbered(table: dict[str, Any], num_hidden_layers: int) -> list[tuple[str, Any]]:
-    """The rows of a table, those of blocks once for every block."""
+    """The rows of a table, with those of blocks repeated for every block."""
 
     def numbered(name: Any, block: int) -> Any:
         if isinstance(name, tuple):

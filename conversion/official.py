@@ -1,4 +1,4 @@
-"""The official layout, which is ours: only the config has to be read off the names and shapes."""
+"""The official layout: its weights are named as ours, and the config is read from their names and shapes."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from dit_hub.layers import sincos_positions
 # In official state dicts, and in our models where it is learned.
 POS_EMBED = "pos_embed"
 
-# Modulation vectors per block -> conditioning. Blocks without any attend to the condition, or have it as tokens.
+# Modulation vectors per block -> conditioning. Blocks without any attend to the condition or get it as tokens.
 _CONDITIONINGS = {6: "adaln_zero", 4: "adaln"}
 
 
@@ -24,12 +24,12 @@ def config_from_official(
 
     Args:
         state_dict: official names. Without `pos_embed` the grid is unknown, and `sample_size` must be given.
-        num_attention_heads: heads leave no trace in shapes; None takes those of the published model of this width.
-        overrides: fields of `DiTConfig` that cannot be seen, or are known better. `num_classes` also says whether the
-            last row of the label table is a class or the null class.
+        num_attention_heads: heads leave no trace in shapes; None means those of the published model of this width.
+        overrides: fields of `DiTConfig` that the weights do not show, or that take precedence. `num_classes` also says
+            whether the last row of the label table is a class or the null class.
 
     Raises:
-        ValueError: a missing or misshapen weight, or what can be neither seen nor found among the published models.
+        ValueError: a missing or misshapen weight, or a field that neither the weights nor a published model show.
     """
     try:
         fields = _visible(state_dict, overrides)
@@ -44,12 +44,12 @@ def config_from_official(
                          "give --num-attention-heads (num_attention_heads= in Python).")  # fmt: skip
     if fields["sample_size"] is None:
         raise ValueError("The weights have no pos_embed, so the input size cannot be known; give --sample-size, in "
-                         "latent pixels (sample_size= in Python): 32 for pictures of 256, 64 for 512.")  # fmt: skip
+                         "latent pixels (sample_size= in Python): 32 for 256x256 images, 64 for 512x512.")  # fmt: skip
     return DiTConfig(**{**fields, "num_attention_heads": heads, **overrides})
 
 
 def _visible(state_dict: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Every field of `DiTConfig` that names and shapes show."""
+    """The fields of `DiTConfig` that names and shapes show."""
     width, in_channels, patch, _ = state_dict["x_embedder.proj.weight"].shape
     numbers = {int(found[1]) for name in state_dict if (found := re.match(r"blocks\.(\d+)\.", name))}
     modulation = state_dict.get("blocks.0.adaLN_modulation.1.weight")
@@ -71,17 +71,17 @@ def _visible(state_dict: dict[str, Tensor], overrides: dict[str, Any]) -> dict[s
 
 
 def _classes(state_dict: dict[str, Tensor], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Classes and whether there is a null class: the last row of the label table, officially always there."""
+    """The number of classes, and no dropout where there is no null class; officially it is the table's last row."""
     if "y_embedder.embedding_table.weight" not in state_dict:
         return {"num_classes": 0}
     rows = state_dict["y_embedder.embedding_table.weight"].shape[0]
-    # 1000 rows are ImageNet's classes; 999 classes and a null class are not seen in practice.
+    # 1000 rows are ImageNet's classes; 999 classes and a null class do not occur in practice.
     num_classes = overrides.get("num_classes", rows if rows in (1, 1000) else rows - 1)
     return {"num_classes": num_classes, **({"class_dropout_prob": 0.0} if num_classes == rows else {})}
 
 
 def _positions(state_dict: dict[str, Tensor], width: int, patch: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Input size, and whether the positions are the fixed table or learned."""
+    """The input size, and whether the positions are the fixed table or learned."""
     if POS_EMBED not in state_dict:
         return {"sample_size": overrides.get("sample_size")}
     table = state_dict[POS_EMBED]
@@ -96,13 +96,13 @@ def _positions(state_dict: dict[str, Tensor], width: int, patch: int, overrides:
 
 
 def _equal(table: Tensor, fixed: Tensor) -> bool:
-    """Equal up to the dtype that the table was stored in, and to an ulp of another machine's sine."""
+    """Whether tables are equal up to the dtype one was stored in, and an ulp of another machine's sine."""
     tolerance = max(1e-6, torch.finfo(table.dtype).eps)
     return table.shape == fixed.shape and torch.allclose(table.float(), fixed, rtol=0.0, atol=tolerance)
 
 
 def check_official(config: DiTConfig) -> None:
-    """Raise ValueError for a model that the official code, or SiT's, would compute otherwise or not at all."""
+    """Raise ValueError for a model that the official code, or SiT's, would compute differently or not at all."""
     fixed = {"conditioning": "adaln_zero", "timestep_freq_shift": 0, "norm_eps": 1e-6, "mlp_norm_eps": None}
     for name, value in fixed.items():
         if getattr(config, name) != value:

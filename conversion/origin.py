@@ -1,4 +1,4 @@
-"""Where weights come from, and the licence that comes with them."""
+"""The origin of weights, and the licence that comes with them."""
 
 import json
 import os
@@ -18,7 +18,7 @@ UNKNOWN_LICENSE = "unknown"
 # The decoder of official sampling, for models of its 4 latent channels.
 DEFAULT_VAE = "stabilityai/sd-vae-ft-mse"
 
-# On the Hub; what the published models were trained on, whose 1000 classes have names in a known order.
+# The Hub's name of what the published models were trained on, whose 1000 classes are named in a known order.
 IMAGENET = "ILSVRC/imagenet-1k"
 
 DECODER_LICENSES = {DEFAULT_VAE: "mit", "stabilityai/sd-vae-ft-ema": "mit"}
@@ -32,7 +32,7 @@ class Source:
         license: its identifier, as the Hub writes it.
         base_model: the Hub repository that users know it by, if any.
         url: its home.
-        authors: whom the licence wants named.
+        authors: the notice that the licence requires.
     """
 
     license: str
@@ -45,7 +45,7 @@ _META = "Copyright (c) Meta Platforms, Inc. and affiliates."
 _DIT = "https://github.com/facebookresearch/DiT"
 _SIT = "https://github.com/willisma/SiT"
 
-# By the names that the files are distributed under.
+# By the file names under which they are distributed.
 RELEASED_FILES = {
     "DiT-XL-2-256x256.pt": Source("cc-by-nc-4.0", "facebook/DiT-XL-2-256", _DIT, _META),
     "DiT-XL-2-512x512.pt": Source("cc-by-nc-4.0", "facebook/DiT-XL-2-512", _DIT, _META),
@@ -56,20 +56,20 @@ REPOSITORIES = {source.base_model: source for source in RELEASED_FILES.values() 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weights of a pipeline come from; written to `ORIGIN_FILE` and read by the card.
+    """The origin of a pipeline's weights; written to `ORIGIN_FILE` and shown on the card.
 
     Args:
         source: name of the file or repository.
-        layout: in which they were read: "official", "sit", "diffusers" or "dit-hub".
-        weights: the key of a training checkpoint they were under, such as "ema".
+        layout: the layout they were read in: "official", "sit", "diffusers" or "dit-hub".
+        weights: their key in a training checkpoint, such as "ema".
         license: an identifier, or "unknown".
         base_model: a Hub repository.
         url: the home of the source.
-        authors: whom the licence wants named.
-        dataset: the Hub's name of the data set they were trained on, where it is known: by the name of a published
-            file or repository, by a card beside them, or by the data path of the training script.
-        modified: the weights were changed since, by training say.
-        conversion: layouts and measured error of the last conversion.
+        authors: the notice that the licence requires.
+        dataset: the Hub's name of the data set they were trained on, if known from the name of a published file or
+            repository, a card beside them, or the data path of the training script.
+        modified: whether the weights have been changed since, for instance by training.
+        conversion: layouts and measured errors of the last conversion.
     """
 
     source: str
@@ -85,14 +85,14 @@ class Origin:
 
     @property
     def is_imagenet(self) -> bool:
-        """Whether the weights are known to draw ImageNet's classes, in its order."""
+        """Whether the classes are known to be ImageNet's, in its order."""
         return self.dataset == IMAGENET and not self.modified
 
     def with_license(self, license: str | None) -> "Origin":
-        """The same with a licence that the user names.
+        """The same origin with a licence that the user names.
 
         Raises:
-            ValueError: an empty one, or the source has another, which stays with its weights.
+            ValueError: it is empty, or the source has another, which stays with its weights.
         """
         if license is not None and not license.strip():
             raise ValueError("The licence is empty; name it, such as mit, or leave it out where it is unknown.")
@@ -109,10 +109,10 @@ class Origin:
 
 
 def read_origin(folder: str | os.PathLike) -> Origin | None:
-    """What a folder says of its origin; None where it says nothing.
+    """The origin that a folder states, or None.
 
     Raises:
-        ValueError: a damaged file.
+        ValueError: the file is damaged.
     """
     path = Path(folder) / ORIGIN_FILE
     if not path.is_file():
@@ -124,13 +124,13 @@ def read_origin(folder: str | os.PathLike) -> Origin | None:
 
 
 def official_export(path: str | os.PathLike) -> dict[str, Any]:
-    """What `dit-hub convert --to official` noted beside a file: "config", "scheduler", "id2label"; else nothing."""
+    """What `dit-hub convert --to official` wrote beside a file: "config", "scheduler", "id2label"; else nothing."""
     beside = read_origin(Path(path).parent)
     return beside.conversion if beside is not None and beside.conversion.get("to") == "official" else {}
 
 
 def origin_of_file(path: Path, layout: str, weights: str | None, arguments: dict[str, Any]) -> Origin:
-    """The origin of a checkpoint file, from its name, its training script's arguments or what lies beside it."""
+    """The origin of a checkpoint file, from its name, its training script's arguments or files beside it."""
     beside = read_origin(path.parent)
     if beside is not None:
         return replace(beside, layout=layout, weights=weights or beside.weights, conversion={})
@@ -143,7 +143,7 @@ def origin_of_file(path: Path, layout: str, weights: str | None, arguments: dict
 
 
 def origin_of_repository(name: str, folder: Path, layout: str) -> Origin:
-    """The origin of a pipeline folder or Hub repository: what it says itself, its card, or its name."""
+    """The origin of a pipeline folder or Hub repository, from its own statement, its name or its card."""
     said = read_origin(folder)
     if said is not None:
         return replace(said, layout=layout)
@@ -153,7 +153,7 @@ def origin_of_repository(name: str, folder: Path, layout: str) -> Origin:
 
 
 def published_repository(name: str) -> str | None:
-    """The repository of `REPOSITORIES` that a name is, or that a folder of the Hub's cache holds."""
+    """The repository of `REPOSITORIES` with this name, or in this folder of the Hub's cache; None for others."""
     for repository in REPOSITORIES:
         cached = "models--" + repository.replace("/", "--")
         if name == repository or cached in Path(name).parts:
@@ -168,7 +168,7 @@ def _known(source: str, layout: str, weights: str | None, known: Source | None) 
 
 
 def _with_facts_of_card(origin: Origin, folder: Path) -> Origin:
-    """The origin with the licence and the data set that a card in the folder names, where they are not known."""
+    """The origin with the licence and the data set that a card in the folder names, where they are unknown."""
     card = folder / "README.md"
     if origin.license != UNKNOWN_LICENSE or not card.is_file():
         return origin

@@ -30,8 +30,8 @@ from dit_hub.visualize import draw_samples
 
 LAYOUTS = ("dit-hub", "official", "diffusers")
 
-# Relative L2 distance of two forward passes. The weights are the same, so this is rounding: of other kernels in
-# diffusers' class, elsewhere of weights that lie otherwise in memory, by which some processors choose their kernels.
+# The largest relative L2 distance of two forward passes. With equal weights it is rounding: diffusers' class uses other
+# kernels, and some processors choose theirs by how the weights are aligned in memory.
 MAX_RELATIVE_ERROR = 1e-5
 
 # The weights in the "official" layout.
@@ -40,13 +40,13 @@ OFFICIAL_FILE = "model.pt"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """The result of a conversion.
 
     Args:
         origin: source, licence and the keys "from", "to" and "parity" of the conversion.
         config: the model's configuration.
         parity: relative L2 error of forward passes, by what was compared.
-        patch: a line that users of the result must run after loading, if any.
+        patch: a line of code to run after loading the result, if it needs one.
     """
 
     origin: Origin
@@ -66,51 +66,38 @@ def convert(
     overwrite: bool = False,
     **options: Any,
 ) -> Conversion:
-    """Convert a checkpoint; the folder appears only when its numbers have been checked.
+    """Convert a checkpoint; the folder appears only once its numbers have been checked.
 
     Args:
         source: a checkpoint file, a pipeline folder of ours or of diffusers, or a Hub id.
-        output_dir: the new folder. "dit-hub": a pipeline folder. "diffusers": one for stock diffusers. "official":
-            model.pt, a bare state dict as the official weights are. Each with its card.
+        output_dir: the new folder, with a card. "dit-hub": a pipeline folder. "diffusers": one for stock diffusers.
+            "official": model.pt, a bare state dict like the official weights.
         to: one of `LAYOUTS`.
         self_contained: put the code beside the weights, for people without dit_hub.
-        license: identifier of the weights' licence, where the source does not say; a known one cannot be changed.
-        vae: as for `DiTPipeline.from_single_file`.
-        timestep_freq_shift: as for `DiTPipeline.from_pretrained`.
-        overwrite: replace a folder that is there.
-        options: further arguments of `DiTPipeline.from_single_file` or `DiTPipeline.from_pretrained`.
+        license: identifier of the weights' licence, if the source does not name it; a known one cannot be changed.
+        vae, timestep_freq_shift, options: as for `DiTPipeline.from_single_file` or `DiTPipeline.from_pretrained`.
+        overwrite: replace an existing folder, as `new_folder` does.
 
     Raises:
-        ValueError: a source that cannot be read, a layout that cannot express the model, or an error above
-            `MAX_RELATIVE_ERROR`.
+        ValueError: an unreadable source, a layout that cannot express the model, an error above `MAX_RELATIVE_ERROR`.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"There is no layout {to!r}; known: {', '.join(LAYOUTS)}.")
-    if self_contained and to != "dit-hub":
-        raise ValueError(f"--self-contained puts dit-hub's code beside the weights; it does not go with --to {to}.")
+    _check_layout(to, self_contained)
     check_free(output_dir, overwrite)
     pipeline = _open(source, vae, timestep_freq_shift, options)
     assert pipeline.origin is not None
     origin, config = pipeline.origin.with_license(license), pipeline.transformer.config
     with new_folder(output_dir, overwrite) as folder:
-        # diffusers' class takes the training size only.
-        size = None if "diffusers" in (origin.layout, to) else _small(config)
-        expected, parity = _passes(config, _in_float32(pipeline.transformer), size), {}
-        if origin.layout == "diffusers":
-            stock = _stock_passes(config, _stock(_in_float32(pipeline.transformer)))
-            parity["diffusers' own class against ours"] = _relative_error(stock, expected)
-        facts: dict[str, Any] = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained,
-                                 "config": _fields(config)}  # fmt: skip
-        if to == "official":  # which has no place for these
-            facts |= {"scheduler": json.loads(pipeline.scheduler.to_json_string()), "id2label": pipeline.id2label}
+        size = None if "diffusers" in (origin.layout, to) else _small(config)  # its class takes only the training size
+        expected = _passes(config, _in_float32(pipeline.transformer), size)
+        parity = _parity_with_diffusers(pipeline.transformer, expected) if origin.layout == "diffusers" else {}
+        facts = {"from": origin.layout, "to": to, "parity": parity, "self_contained": self_contained}
+        facts |= _settings(pipeline, to)
         _WRITERS[to](pipeline, folder)
         draw_samples(pipeline, folder)
-        del pipeline  # the weights are in memory once
+        del pipeline  # so that the weights are in memory only once
         where = "in diffusers' own class" if to == "diffusers" else "read back"
         parity[f"before against after, {where}"] = _relative_error(expected, _read_back(config, folder, to, size))
-        if not all(error <= MAX_RELATIVE_ERROR for error in parity.values()):  # also catches NaN
-            listed = ", ".join(f"{what}: {error:.1e}" for what, error in parity.items())
-            raise ValueError(f"The converted model differs by more than {MAX_RELATIVE_ERROR:.0e}: {listed}.")
+        _check_parity(parity)
         if self_contained:
             add_code(folder)
         origin = replace(origin, modified=False, conversion=facts)
@@ -118,6 +105,13 @@ def convert(
         render_card(folder, Path(output_dir).name).save(folder / CARD_FILE)
     needs_patch = to == "diffusers" and config.timestep_freq_shift == 0
     return Conversion(origin, config, parity, OFFICIAL_NUMERICS_PATCH if needs_patch else None)
+
+
+def _check_layout(to: str, self_contained: bool) -> None:
+    if to not in LAYOUTS:
+        raise ValueError(f"There is no layout {to!r}; known: {', '.join(LAYOUTS)}.")
+    if self_contained and to != "dit-hub":
+        raise ValueError(f"--self-contained puts dit-hub's code beside the weights; it does not go with --to {to}.")
 
 
 def _open(
@@ -144,6 +138,14 @@ def _open(
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
+def _settings(pipeline: DiTPipeline, to: str) -> dict[str, Any]:
+    """What the origin keeps of a pipeline: its configuration, and what the official layout has no place for."""
+    settings: dict[str, Any] = {"config": _fields(pipeline.transformer.config)}
+    if to == "official":
+        settings |= {"scheduler": json.loads(pipeline.scheduler.to_json_string()), "id2label": pipeline.id2label}
+    return settings
+
+
 def _write_ours(pipeline: DiTPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
@@ -155,7 +157,7 @@ def _write_official(pipeline: DiTPipeline, folder: Path) -> None:
 
 def _write_diffusers(pipeline: DiTPipeline, folder: Path) -> None:
     scheduler = pipeline.scheduler
-    if isinstance(scheduler, diffusers.DDPMScheduler):  # stock throws away the learned variance that it may want
+    if isinstance(scheduler, diffusers.DDPMScheduler):  # stock discards the learned variance that it may need
         kept = {"variance_type": "fixed_small", "timestep_spacing": "leading"}
         scheduler = diffusers.DDIMScheduler.from_config({**scheduler.config, **kept})
     stock: Any = diffusers.DiTPipeline(_stock(pipeline.transformer), pipeline.vae, cast(Any, scheduler))
@@ -183,8 +185,20 @@ def _stock(transformer: DiTTransformer) -> Any:
 # --- Checking --------------------------------------------------------------------------------------------------------
 
 
+def _parity_with_diffusers(transformer: DiTTransformer, expected: list[Tensor]) -> dict[str, float]:
+    """The error of diffusers' own class with the weights that were read from its layout."""
+    stock = _stock_passes(transformer.config, _stock(_in_float32(transformer)))
+    return {"diffusers' own class against ours": _relative_error(stock, expected)}
+
+
+def _check_parity(parity: dict[str, float]) -> None:
+    if not all(error <= MAX_RELATIVE_ERROR for error in parity.values()):  # also catches NaN
+        listed = ", ".join(f"{what}: {error:.1e}" for what, error in parity.items())
+        raise ValueError(f"The converted model differs by more than {MAX_RELATIVE_ERROR:.0e}: {listed}.")
+
+
 def _read_back(config: DiTConfig, folder: Path, to: str, size: tuple[int, int] | None) -> list[Tensor]:
-    """The passes of the model that was written."""
+    """Passes of the model that was written."""
     if to == "diffusers":
         stock: Any = diffusers.DiTTransformer2DModel.from_pretrained(folder / "transformer")
         return _stock_passes(config, stock.float())
@@ -196,12 +210,12 @@ def _read_back(config: DiTConfig, folder: Path, to: str, size: tuple[int, int] |
 
 
 def _in_float32(model: DiTTransformer) -> Any:
-    """The model, or a copy of one in half precision, whose own rounding would hide what is compared."""
+    """The model, or a float32 copy of one in half precision, whose rounding would hide what is compared."""
     return copy.deepcopy(model).float() if model.dtype.itemsize < 4 else model
 
 
 def _small(config: DiTConfig) -> tuple[int, int]:
-    """The smallest input that every weight takes part in; XL/2 is 16 times faster on it than on its own size."""
+    """The smallest input that uses every weight; XL/2 is 16 times faster on it than on its own size."""
     height, width = config.sample_height_width
     if config.pos_embed == "learned":
         return height, width
@@ -209,7 +223,7 @@ def _small(config: DiTConfig) -> tuple[int, int]:
 
 
 def _stock_passes(config: DiTConfig, stock: Any) -> list[Tensor]:
-    """Passes of diffusers' class, patched where its numerics are not those the weights were trained with."""
+    """Passes of diffusers' class with the numerics that the weights were trained with."""
     for block in stock.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = config.timestep_freq_shift
     return _passes(config, stock)
@@ -217,7 +231,7 @@ def _stock_passes(config: DiTConfig, stock: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _passes(config: DiTConfig, model: Any, size: tuple[int, int] | None = None) -> list[Tensor]:
-    """What a model predicts for noise, of the training size by default, at an early and at a late timestep."""
+    """A model's predictions for noise, of the training size by default, at an early and at a late timestep."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, config.in_channels, *(size or config.sample_height_width), generator=generator)
     labels = torch.tensor([0, config.num_classes - 1]) if config.num_classes else None

@@ -1,4 +1,4 @@
-"""Checkpoint files to tensors, without running code that a file may hold."""
+"""Checkpoint files to tensors, without running code that they may hold."""
 
 import argparse
 import os
@@ -17,34 +17,34 @@ from torch import Tensor
 from dit_hub.checks import listed
 from dit_hub.shards import check_shards
 
-# In every DiT, by its official name.
+# A weight of every DiT, by its official name and by diffusers'.
 _ANCHOR = "x_embedder.proj.weight"
 _DIFFUSERS_ANCHOR = "pos_embed.proj.weight"
 
-# Wrappers leave their name in front of, or between, the names of what they wrap.
+# Wrappers put their name before, or between, the names of what they wrap.
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # "….safetensors.index.json", and with a variant "….safetensors.index.fp16.json".
 _INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 
-# In the complaints of torch's restricted unpickler.
+# Parts of the errors of torch's restricted unpickler.
 _FOREIGN_CALL = re.compile(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL|Unsupported class|Can not load) ([\w.]+)")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Where training scripts keep the weights, the preferred first.
+# The keys under which training scripts keep the weights, the preferred first.
 _WEIGHT_KEYS = ("ema", "model")
 
 
 @dataclass
 class Checkpoint:
-    """Weights and what is known of them.
+    """Weights, and what a file says of them.
 
     Args:
         path: the file or folder that was read.
-        tensors: by name, without prefixes of wrappers.
-        weights: the key that held them; None where the file is nothing but weights.
-        arguments: what the training script was called with, where the file says.
+        tensors: by name, without the prefixes of wrappers.
+        weights: their key in the file; None if it holds nothing but weights.
+        arguments: those of the training script, if the file has them.
     """
 
     path: Path
@@ -57,7 +57,7 @@ def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> Chec
     """Read a checkpoint file, or the index of a sharded one.
 
     PyTorch files are opened with `weights_only`, which builds tensors and plain containers and calls nothing;
-    `argparse.Namespace`, which official training checkpoints hold, is the one class let in. Tensors stay on disk until
+    the only class allowed is `argparse.Namespace`, which official training checkpoints hold. Tensors stay on disk until
     they are used.
 
     Args:
@@ -66,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> Chec
             by dots ("state_dict.ema_model").
 
     Raises:
-        ValueError: no such file, a damaged or foreign one, one that holds code, or no weights of a DiT in it.
+        ValueError: no such file, a damaged or unknown one, one that holds code, or one without weights of a DiT.
     """
     path = Path(path)
     if path.is_dir() and (path / "model_index.json").is_file():
@@ -92,7 +92,7 @@ def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> Chec
 
 
 def _mapping_in(path: Path) -> Mapping[str, Any]:
-    """What a file holds, by name."""
+    """The content of a file, by name."""
     if not path.is_file():
         raise ValueError(f"There is no file {path}.")
     size = path.stat().st_size
@@ -109,10 +109,8 @@ def _mapping_in(path: Path) -> Mapping[str, Any]:
             content: Any = load_file(path)
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is a damaged safetensors file: {_first_sentence(str(error))}.") from error
-    elif path.suffix == ".safetensors":  # torch.load believes the name
-        raise ValueError(
-            f"{path} is not a safetensors file in spite of its name; if it is PyTorch's, rename it to .pt."
-        )
+    elif path.suffix == ".safetensors":  # torch.load goes by the name
+        raise ValueError(f"{path} is not a safetensors file, despite its name; if it is PyTorch's, rename it to .pt.")
     elif head.startswith((b"PK\x03\x04", b"\x80")):
         content = _load_pickle(path, with_mmap=head.startswith(b"PK"))
     else:
@@ -125,12 +123,12 @@ def _mapping_in(path: Path) -> Mapping[str, Any]:
 def _load_pickle(path: Path, with_mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of another pickle protocol than its own
+            warnings.simplefilter("ignore")  # about pickle protocols other than torch's own
             return torch.load(path, map_location="cpu", weights_only=True, mmap=with_mmap)
     except Exception as error:  # a damaged pickle can raise anything
         if found := _FOREIGN_CALL.search(str(error)):
             raise ValueError(
-                f"{path} is not opened: it wants to call {found[1]}, and a checkpoint needs nothing but tensors. "
+                f"{path} is not opened: it would call {found[1]}, and a checkpoint needs only tensors. "
                 "If you trust its origin, save its weights alone, as safetensors."
             ) from None
         reason = re.sub(r"(?s)^.*WeightsUnpickler error:\s*", "", str(error)) or type(error).__name__
@@ -138,7 +136,7 @@ def _load_pickle(path: Path, with_mmap: bool) -> Any:
 
 
 def _select(content: Mapping[str, Any], weights: str | None, path: Path) -> tuple[Mapping[str, Tensor], str | None]:
-    """The mapping of names to tensors within what a file holds, and the key that led there."""
+    """The weights by name within the content of a file, and their key."""
     if weights is not None:
         return _at(content, weights, path), weights
     if any(isinstance(value, Tensor) for value in content.values()):
@@ -157,7 +155,7 @@ def _select(content: Mapping[str, Any], weights: str | None, path: Path) -> tupl
 
 
 def _at(content: Mapping[str, Any], weights: str, path: Path) -> Mapping[str, Tensor]:
-    """The weights under a key; what the dots lead to beyond the last mapping is a prefix of their names."""
+    """The weights under a key; its part beyond the last mapping is a prefix of their names."""
     found, rest = content, weights
     while rest:
         key = next((key for key in (rest, rest.split(".")[0]) if isinstance(found.get(key), Mapping)), None)
@@ -181,7 +179,7 @@ def _tensors(content: Mapping[str, Any], where: Any) -> Mapping[str, Tensor]:
 
 
 def _prefixes(tensors: Mapping[str, Any]) -> list[str]:
-    """What stands in front of the names of a DiT, one for each copy of it."""
+    """The prefixes of the names of a DiT, one for each copy of it."""
     anchors = [str(name) for name in tensors if str(name).endswith((_ANCHOR, _DIFFUSERS_ANCHOR))]
     return sorted({name.removesuffix(_ANCHOR).removesuffix(_DIFFUSERS_ANCHOR) for name in anchors})
 
@@ -212,8 +210,8 @@ def _checked(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if tensor.device.type != "cpu":
             raise ValueError(f"{path}: {name} has a shape and no numbers.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # terabytes in a few bytes
-            raise ValueError(f"{path} is damaged: {name} claims to be larger than what is stored of it.")
-        # A sum is five times faster than looking at every number, and finite if they all are (or next to never not).
+            raise ValueError(f"{path} is damaged: {name} claims to be larger than what is stored.")
+        # A sum takes a fifth of the time of a look at every number, and is finite if they are, but for rare overflows.
         if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             bad.append(name)
     if bad:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES = ("dit", "sit")
 
-# Heads that training adds beside the model and sampling never uses (REPA's projections onto other features).
+# Heads that only training uses (REPA's projections onto other features).
 _TRAINING_ONLY = re.compile(r"^projectors\.")
 
 
@@ -28,18 +28,18 @@ def load_single_file(
     num_attention_heads: int | None = None,
     **overrides: Any,
 ) -> tuple[DiTTransformer, Origin]:
-    """Load a checkpoint that comes without a configuration: released, of training, official or diffusers' names.
+    """Load a checkpoint that has no configuration: a released or a training one, in official or diffusers' names.
 
     Args:
         path: see `read_checkpoint`.
         weights: see `read_checkpoint`.
-        family: "dit" or "sit", which have the same weights and mean different times and signs. None: SiT where the
+        family: "dit" or "sit", which name their weights alike but differ in time and sign. None means SiT if the
             training script's arguments or the file's name say so.
         num_attention_heads: see `config_from_official`.
         overrides: fields of `DiTConfig`.
 
     Returns:
-        The model, in evaluation mode and the dtype of the file, and where it comes from.
+        The model, in evaluation mode and the dtype of the file, and its origin.
 
     Raises:
         ValueError: see `read_checkpoint` and `config_from_official`; weights that do not fit; a SiT that was not
@@ -81,7 +81,7 @@ def _family(checkpoint: Checkpoint) -> str:
 
 
 def _check_sit(checkpoint: Checkpoint) -> None:
-    """Only the velocity of the linear path is what flow-matching schedulers step with; it is SiT's default."""
+    """Raise ValueError unless a SiT predicts the velocity of the linear path, which flow-matching schedulers need."""
     for name, expected in (("path_type", ("linear",)), ("prediction", ("velocity", "v"))):  # "v" is REPA's word
         value = str(checkpoint.arguments.get(name, expected[0]))
         if value.lower() not in expected:

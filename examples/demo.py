@@ -49,7 +49,7 @@ def main() -> None:
 
     grid = image_grid(toy.numpy_to_pil(images.permute(0, 2, 3, 1).numpy()), 4, list(toy.id2label.values()))
     grid.save(OUTPUTS / "toy-grid.png")
-    trajectory.picture(toy).save(OUTPUTS / "toy-trajectory.png")
+    trajectory.image(toy).save(OUTPUTS / "toy-trajectory.png")
     print(f"Written: {OUTPUTS / 'toy-grid.png'} and {OUTPUTS / 'toy-trajectory.png'}")
 
 

@@ -23,10 +23,10 @@ SETTINGS: dict[str, Any] = {"gamma": 0.001}
 
 def main() -> None:
     quiet_libraries()
-    pictures, labels = load_digits(return_X_y=True)
-    half = SVC(**SETTINGS).fit(pictures[::2], labels[::2])
-    print(f"real digits it has not seen: {half.score(pictures[1::2], labels[1::2]):.1%} recognised")
-    judge = SVC(**SETTINGS).fit(pictures, labels)
+    real, labels = load_digits(return_X_y=True)
+    half = SVC(**SETTINGS).fit(real[::2], labels[::2])
+    print(f"real digits it has not seen: {half.score(real[1::2], labels[1::2]):.1%} recognised")
+    judge = SVC(**SETTINGS).fit(real, labels)
     pipeline = DiTPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "outputs/digits")
     pipeline.set_progress_bar_config(disable=True)
     wanted = [digit for digit in range(10) for _ in range(PER_CLASS)]

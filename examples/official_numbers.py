@@ -1,4 +1,4 @@
-"""How far the model and the pipeline are from outputs of the official code, which lie in tests/golden."""
+"""The difference of the model and the pipeline from the official code, whose outputs are in tests/golden."""
 
 import json
 from pathlib import Path

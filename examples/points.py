@@ -100,7 +100,7 @@ def draw(sets: dict[str, Tensor], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Noise prediction and flow matching on points in the plane.")
     parser.add_argument("--steps", type=int, default=4000, help="training steps of each (default 4000)")
-    parser.add_argument("--out", type=Path, default=OUTPUTS / "points.png", help="the picture")
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "points.png", help="the image")
     arguments = parser.parse_args()
     quiet_libraries()
     torch.set_num_threads(1)  # steps this small gain nothing from more

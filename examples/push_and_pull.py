@@ -1,4 +1,4 @@
-"""Two people and a Hub: one converts a checkpoint and pushes it, the other pulls it and draws the same pictures.
+"""Two people and a Hub: one converts a checkpoint and pushes it, the other pulls it and draws the same images.
 
 The Hub is the small one of the tests, on this machine; the commands are those for the real one. Each person is a
 process with a cache of their own.
@@ -38,7 +38,7 @@ def main() -> None:
         terminal("ann", hub, folder, "generate", "my-dit", *draw)
         terminal("bob", hub, folder, "generate", NAME, *draw)
         same = (folder / "ann" / "grid.png").read_bytes() == (folder / "bob" / "grid.png").read_bytes()
-        print(f"\nThe pictures are {'equal, byte for byte' if same else 'NOT equal'}.")
+        print(f"\nThe images are {'equal, byte for byte' if same else 'NOT equal'}.")
         sys.exit(not same)
 
 

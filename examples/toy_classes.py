@@ -1,7 +1,7 @@
 """All classes of the embedded model from seeds 0 to 9 as one image, and how far each is from real ones.
 
 The distance is the mean square over pixels of -1 to 1, to the nearest of 400 images of the class that the model was
-not trained on. They have position and size in steps, so that fresh images are not at 0 either.
+not trained on. Positions and sizes vary in steps, so even fresh images are not at 0.
 """
 
 import argparse
@@ -21,7 +21,7 @@ CLEAN = 0.01  # a misplaced corner is more
 
 
 def distances(images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """To the nearest real image of each one's own class (P,), and the class of the nearest of all (P,)."""
+    """The distance to the nearest real image of the same class (P,), and the class of the nearest of all (P,)."""
     real, labels = shapes(400, seed=7)
     squares = torch.cdist(images.flatten(1), real.flatten(1)).square() / real[0].numel()  # (P, 6400)
     own = torch.where(labels == classes[:, None], squares, torch.inf)
@@ -29,7 +29,7 @@ def distances(images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Be the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("toy-classes.png"))
     parser.add_argument("--steps", type=int, default=50)

@@ -1,4 +1,4 @@
-"""The card of a folder, from its configuration and the facts that lie in it."""
+"""The card of a folder, from its configuration and the facts in it."""
 
 import json
 import os
@@ -21,21 +21,20 @@ from dit_hub.labels import imagenet_id2label
 
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
-# In every card that this module makes, so that one that a person wrote is told apart and left alone.
+# In every card that this module makes, so that cards that people wrote are recognised and left alone.
 MARKER = "<!-- made by `dit-hub card`; edit the facts, not this text -->"
 
 _IMAGENET_LIMITS = (
-    "ImageNet's pictures may be used for research only. The model draws its 1000 classes and nothing else, with the "
-    "data set's biases: who and what is pictured, where, and how often. Faces, hands and text come out badly."
+    "ImageNet's images may be used for research only. The model draws its 1000 classes and nothing else, with the "
+    "data set's biases: who and what is shown, where, and how often. Faces, hands and text come out badly."
 )
 _TOY_LIMITS = (
-    "The model knows 16x16 pictures of these classes and nothing else. It exists to try the software with: "
+    "The model knows 16x16 images of these classes and nothing else. It exists to try the software with: "
     "it is small enough to come with the package and to train on a laptop."
 )
 
 
-# Values of a recipe's settings that mean that something is off, and settings that say how a run was kept, not what it
-# made.
+# Values of a recipe's settings that switch something off, and settings of how a run is kept rather than of its result.
 _OFF = ("", 0, None, "no", "none", [])  # 0 is False too
 _HOUSEKEEPING = {
     "keep_last",
@@ -57,7 +56,7 @@ def is_own_card(path: str | os.PathLike) -> bool:
 def render_card(folder: str | os.PathLike, repository: str | None = None) -> ModelCard:
     """The card of a folder: pipeline, export or conversion.
 
-    It is made from model_index.json and the transformer's config, and, where they exist, from `origin.json` (source,
+    It is made from model_index.json and the transformer's config and, if they exist, from `origin.json` (source,
     licence, measured error), `training.json` (recipe and losses), `report.json` (errors of an export), `samples.png`,
     and `evaluation.json`: under "results" a list of {"metric": "FID-50K", "value": 2.27, "dataset":
     "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256", "how": "cfg 1.5, 250 DDPM steps", "source": "…"}.
@@ -67,7 +66,7 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         repository: what the card's code loads; None means the folder's name.
 
     Raises:
-        ValueError: the folder holds no model that is known here, or damaged facts.
+        ValueError: the folder holds no model of a known layout, or damaged facts.
     """
     folder = Path(folder)
     repository = repository or folder.name
@@ -88,7 +87,7 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         marker=MARKER,
         title=title,
         summary=_summary(config, training, imagenet),
-        picture="samples.png" if (folder / "samples.png").is_file() else None,
+        image="samples.png" if (folder / "samples.png").is_file() else None,
         code=_code(repository, layout, config, index, id2label, adapters.get("base_model_name_or_path")),
         caveat=_caveat(layout, conversion),
         facts=_table(config, id2label, origin, training, layout, _facts(folder, "vae/config.json")),
@@ -103,13 +102,13 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
 
 
 def _is_imagenet(config: DiTConfig, id2label: dict[int, str], origin: Origin | None) -> bool:
-    """Whether the classes are ImageNet's: by what is known of the weights, or by their names."""
+    """Whether the classes are ImageNet's, by the origin of the weights or by their names."""
     by_origin = origin is not None and origin.is_imagenet
     return config.num_classes == 1000 and (by_origin or id2label == imagenet_id2label())
 
 
 def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The settings that say something of the model: not what is off, nor what another setting puts out of use."""
+    """The settings that tell something of the model: none that is off, or that another setting makes irrelevant."""
     unused = {
         "epochs": recipe.get("steps"),
         "model": recipe.get("init_from"),
@@ -134,7 +133,7 @@ def _limits(config: DiTConfig, training: dict[str, Any], imagenet: bool) -> str 
     if training.get("recipe", {}).get("data", "shapes") == "shapes":
         return _TOY_LIMITS
     what = "these classes" if config.num_classes else "what it was trained on"
-    return f"The model draws {what} and nothing else; how well is not measured unless results stand above."
+    return f"The model draws {what} and nothing else; how well is not measured unless there are results above."
 
 
 def _facts(folder: Path, name: str) -> dict[str, Any]:
@@ -151,7 +150,7 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    """The results of `evaluation.json`; what is optional there is filled in."""
+    """The results of `evaluation.json`, with optional fields filled in."""
     results = _facts(folder, "evaluation.json").get("results", [])
     for result in results if isinstance(results, list) else [None]:
         fields = result if isinstance(result, dict) else {}
@@ -246,12 +245,12 @@ def _code(
     id2label: dict[int, str],
     base: str | None,
 ) -> str:
-    """Lines that work as they stand; `base` is what adapters belong to."""
+    """Lines of code that run as they stand; `base` is the model that adapters belong to."""
     names = [id2label[label].split(",")[0] for label in sorted(id2label)[:2]] or list(range(min(2, config.num_classes)))
     labels = f"[{', '.join(json.dumps(name) for name in names)}]" if config.num_classes else ""
     library, load, decoder, then = "dit_hub", f'from_pretrained("{repository}"', "", ""
     if layout == "diffusers":
-        # diffusers' pipeline takes class 1000 for the null class, whatever the model has.
+        # diffusers' pipeline takes class 1000 for the null class in every model.
         guidance = "" if config.num_classes == 1000 else ", guidance_scale=1"
         library, labels = "diffusers", str(list(range(min(2, config.num_classes)))) + guidance
     if layout == "official":
@@ -277,14 +276,14 @@ def _caveat(layout: str, conversion: dict[str, Any]) -> str | None:
     if conversion.get("self_contained"):
         return (
             "Without dit-hub installed, diffusers' `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` runs "
-            "the code that lies in this repository, with the same numbers."
+            "the code in this repository, with the same numbers."
         )
     if layout != "diffusers" or conversion.get("config", {}).get("timestep_freq_shift") != 0:
         return None
     return (
-        "**These weights follow the official numerics, and diffusers' class computes others**: it divides the "
-        "timestep's frequencies by 127 instead of 128, which moves the output of a random model by 12.8 %. One line "
-        f"after loading mends it:\n\n```python\n{OFFICIAL_NUMERICS_PATCH}\n```"
+        "**These weights follow the official numerics, and diffusers' class differs**: it divides the timestep's "
+        "frequencies by 127 instead of 128, which changes the output of a random model by 12.8 %. One line after "
+        f"loading corrects it:\n\n```python\n{OFFICIAL_NUMERICS_PATCH}\n```"
     )
 
 
@@ -304,7 +303,7 @@ def _table(
     license = _license(origin, training)
     rows = [
         ("parameters", f"{size.parameters:,}"),
-        ("multiply-accumulates", f'{gmacs} for one picture and step (papers say "Gflops")'),
+        ("multiply-accumulates", f'{gmacs} for one image and step (papers say "Gflops")'),
         ("input", f"{width}x{height}, {config.in_channels} channels, patches of {config.patch_size}"),
         ("classes", classes if config.num_classes else "none"),
         ("layers, width, heads", f"{config.num_hidden_layers}, {config.hidden_size}, {config.num_attention_heads}"),
@@ -322,16 +321,16 @@ def _origin_text(origin: Origin) -> str:
     source = f"[{origin.source}]({origin.url})" if origin.url else f"`{origin.source}`"
     sentences = [f"The weights come from {source}" + (f", its `{origin.weights}`." if origin.weights else ".")]
     if origin.modified:
-        sentences.append("They were changed since.")
+        sentences.append("They have been changed since.")
     elif origin.conversion:
         sentences.append(
             f"They were converted from the {origin.conversion['from']} layout to {origin.conversion['to']}; "
             "the values are the same."
         )
     if origin.license == UNKNOWN_LICENSE:
-        sentences.append("Their licence is not known here; if they stem from the official ones, it is CC-BY-NC-4.0.")
+        sentences.append("Their licence is unknown; if they derive from the official weights, it is CC-BY-NC-4.0.")
     else:
-        sentences.append(f"They are under `{origin.license}`, which stays with them whatever they become.")
+        sentences.append(f"They are under `{origin.license}`, and stay so when converted or fine-tuned.")
     if origin.authors:
         sentences.append(origin.authors)
     if origin.license == "cc-by-nc-4.0":

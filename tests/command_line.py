@@ -1,8 +1,8 @@
 """The command line, and other Python programs, in processes forked from one that has the libraries in memory already.
 
-Importing them takes 5 s, and there are some 300 such processes: started afresh they were more than half of the tests'
+Importing them takes 5 s, and there are some 300 such processes: without forking they took more than half of the tests'
 time. Nothing of dit_hub is imported ahead: a process does what `python` with the same arguments does. Some tests still
-start that.
+start `python` itself.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any
 
 from traced import install
 
-# What commands, scripts and exports import; a library that is missing costs time only.
+# What commands, scripts and exports import; one that is missing here only costs time.
 LIBRARIES = (
     "torch._dynamo",
     "torch.onnx._internal.exporter._core",
@@ -53,21 +53,21 @@ def _serve() -> None:
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(library)
-    gc.freeze()  # so that children do not copy all memory by looking through it
+    gc.freeze()  # so that garbage collection in children does not copy all memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that the system forgets the children
     control = socket.socket(fileno=os.dup(0))
     while descriptors := socket.recv_fds(control, 1, 1)[1]:
         client = socket.socket(fileno=descriptors[0])
         if not os.fork():
             control.close()
-            with contextlib.suppress(OSError):  # a client that is gone
+            with contextlib.suppress(OSError):  # the client is gone
                 _watch(client)
             os._exit(0)
         client.close()
 
 
 def _watch(client: socket.socket) -> None:
-    """Start what the client asks for; tell it the process's number and, in the end, its status."""
+    """Start what the client asks for; tell it the process's id and, in the end, its status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     request = json.loads(client.makefile().readline())
     process = multiprocessing.get_context("fork").Process(target=_become, args=(client, request))
@@ -133,9 +133,9 @@ def default_server() -> Server:
 
 
 class Python:
-    """`python ARGUMENTS`, started: "-m" and a module, "-c" and code, or a script, and what they are given.
+    """`python ARGUMENTS`, started: "-m" and a module, "-c" and code, or a script, each with arguments.
 
-    `file_limit` bytes is the largest file that it can write, as on a full disk.
+    `file_limit` bytes is the size of the largest file that it can write, as on a full disk.
     """
 
     def __init__(
@@ -180,12 +180,12 @@ class Python:
         return False
 
     def _end(self, timeout: float) -> int:
-        """The status, once it has ended; TimeoutError where it has not in time."""
+        """The status once it has ended; TimeoutError if it has not in time."""
         if self._status is None:
             self._server.settimeout(timeout)
             try:
                 self._status = int(self._answer())
-            except BlockingIOError as error:  # which a timeout of 0 gives
+            except BlockingIOError as error:  # from a timeout of 0
                 raise TimeoutError from error
         return self._status
 
@@ -193,7 +193,7 @@ class Python:
         os.kill(self.pid, number)
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Its end: status (minus a signal's number), output and errors."""
+        """Its result: status (minus a signal's number), output and errors."""
         try:
             status = self._end(timeout)
         except TimeoutError as error:

@@ -29,7 +29,7 @@ Convert = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Convert:
-    """A function: `dit-hub convert SOURCE tmp_path/out/converted …` -> (exit status, what it said)."""
+    """A function: `dit-hub convert SOURCE tmp_path/out/converted …` -> (exit status, output)."""
 
     def run(source: Path, *arguments: str) -> tuple[int, str]:
         target = str(tmp_path / "out" / "converted")
@@ -49,7 +49,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 @pytest.fixture
 def refused(convert: Convert, tmp_path: Path) -> Callable[..., str]:
-    """A function that converts, checks that it is refused in one line and leaves nothing, and gives that line."""
+    """A function that converts, checks that it is refused in one line and leaves nothing, and returns that line."""
 
     def run(source: Path, *arguments: str) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -87,7 +87,7 @@ def file_of(path: Path, content: bytes) -> Path:
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, target: Path, how: str = "open"):
         self.target, self.how = str(target), how
@@ -123,8 +123,8 @@ def test_no_code_of_a_checkpoint_runs(
     path = file_of(tmp_path / "weights.pt", HIDING_PLACES[place](payload, weights))
     said = refused(path)  # also checks that the payload's file is not there
     if "bare" not in place:
-        assert f"it wants to call {CALLED[how]}, and a checkpoint needs nothing but tensors" in said
-    # The payload is live: what opens anything runs it.
+        assert f"it would call {CALLED[how]}, and a checkpoint needs only tensors" in said
+    # The payload works: an unrestricted load runs it.
     torch.load(path, weights_only=False) if "bare" not in place else pickle.loads(path.read_bytes())
     assert (tmp_path / "made-by-the-payload").exists()
 
@@ -325,7 +325,7 @@ def test_broken_folders(name: str, refused: Callable[..., str], tmp_path: Path) 
 
 
 def test_folders_whose_json_files_say_something_else(convert: Convert, tmp_path: Path) -> None:
-    """Each value of each file in turn, with an odd one in its place."""
+    """Each value of each file in turn, replaced by an odd one."""
     source = tmp_path / "pipeline"
     DiTPipeline.from_pretrained("dit-toy-shapes").save_pretrained(source)
     odd = [None, -1, 1.5, "x", [], {}, 2**70, "../.."]
@@ -361,7 +361,7 @@ def test_a_full_disk_leaves_nothing(to: str, limit: int, make_model: MakeModel, 
 
 
 def damaged(content: bytes, dice: random.Random) -> bytes:
-    """A copy with one to three random injuries, most of them near the start or the end, where the structure is."""
+    """A copy damaged in one to three random places, most of them near the start or the end, where the structure is."""
     injured = bytearray(content)
     for _ in range(dice.randint(1, 3)):
         size = len(injured)
@@ -387,7 +387,7 @@ def damaged(content: bytes, dice: random.Random) -> bytes:
 
 
 def repacked(content: bytes, dice: random.Random) -> bytes:
-    """A PyTorch file whose pickle is injured, in a sound archive: zip's own sums would hide the pickle from damage."""
+    """A PyTorch file with a damaged pickle in a sound archive: zip's checksums would detect the damage first."""
     target = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(target, "w") as archive:
         for name in source.namelist():
@@ -397,7 +397,7 @@ def repacked(content: bytes, dice: random.Random) -> bytes:
 
 
 def edited_header(content: bytes, dice: random.Random) -> bytes:
-    """A safetensors file whose header is sound JSON that says something else."""
+    """A safetensors file whose header is valid JSON with other content."""
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
     name = dice.choice([name for name in header if name != "__metadata__"])
@@ -418,7 +418,7 @@ def edited_header(content: bytes, dice: random.Random) -> bytes:
 
 
 def test_hundreds_of_damaged_files(weights: dict[str, Tensor], convert: Convert, tmp_path: Path) -> None:
-    """400 of them. What is refused is refused in one line; an injury that hits only numbers still makes a model."""
+    """400 damaged files: each is refused in one line, or loads as a model if the damage hits only numbers."""
     training = {"model": weights, "ema": weights, "opt": {"state": {}}, "args": None}
     zipped, trained = bytes_of(weights), bytes_of(training)
     old, tensors = bytes_of(weights, _use_new_zipfile_serialization=False), save(weights)
@@ -441,4 +441,4 @@ def test_hundreds_of_damaged_files(weights: dict[str, Tensor], convert: Convert,
         left = {entry.name for entry in (tmp_path / "out").iterdir()} if (tmp_path / "out").is_dir() else set()
         assert left <= {"converted"}, (seed, left)
         assert {entry.name for entry in tmp_path.iterdir()} <= {"weights.pt", "out"}, seed
-    assert 0 < sound < 100  # most injuries are seen
+    assert 0 < sound < 100  # most damage is detected

@@ -46,7 +46,7 @@ def test_generate_writes_a_grid_and_the_same_seed_the_same_bytes(tmp_path: Path)
     for name in ("a.png", "b.png"):
         run = dit_hub("generate", TOY, "red-circle", "blue-cross", "--steps", 4, "--out", name, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
-        assert "2 pictures" in run.stdout
+        assert "2 images" in run.stdout
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     other = dit_hub(
         "generate", TOY, "red-circle", "blue-cross", "--steps", 4, "--seed", 1, "--out", "c.png", cwd=tmp_path
@@ -56,13 +56,13 @@ def test_generate_writes_a_grid_and_the_same_seed_the_same_bytes(tmp_path: Path)
 
 
 def test_a_number_that_is_a_name_is_that_class(tmp_path: Path, make_model: Callable[..., DiTTransformer]) -> None:
-    """As in Python. Folders named 1, 2 and 3 become the classes 0, 1 and 2."""
+    """As in Python: folders named 1, 2 and 3 become the classes 0, 1 and 2."""
     model = make_model(in_channels=3, learn_sigma=False, num_classes=3)
     DiTPipeline(model, DDIMScheduler(), None, {0: "1", 1: "2", 2: "3"}).save_pretrained(tmp_path / "model")
     for label in ("0", "1"):
         run = dit_hub("generate", "model", label, "--steps", 2, "--out", f"{label}.png", cwd=tmp_path)
         assert run.returncode == 0, run.stderr
-    # 0 is no name, and so the first class.
+    # 0 is not a name, so it is the first class.
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
 
 
@@ -74,8 +74,8 @@ def test_export_then_generate_runs_on_onnx_runtime(tmp_path: Path) -> None:
     for model, name in ((TOY, "torch.png"), ("onnx", "ort.png")):
         run = dit_hub("generate", model, *arguments, "--out", name, "--trajectory", f"trajectory-{name}", cwd=tmp_path)
         assert run.returncode == 0, run.stderr
-    pictures = [Image.open(tmp_path / name).convert("RGB") for name in ("torch.png", "ort.png")]
-    differences = [abs(a - b) for a, b in zip(pictures[0].tobytes(), pictures[1].tobytes(), strict=True)]
+    images = [Image.open(tmp_path / name).convert("RGB") for name in ("torch.png", "ort.png")]
+    differences = [abs(a - b) for a, b in zip(images[0].tobytes(), images[1].tobytes(), strict=True)]
     assert max(differences) <= 1
     assert Image.open(tmp_path / "trajectory-ort.png").width > 400
     assert_refused(dit_hub("export", "onnx", TOY, "onnx", cwd=tmp_path), "onnx is not empty", "--overwrite")
@@ -90,7 +90,7 @@ def test_info_prints_the_published_sizes_beside_the_papers(tmp_path: Path) -> No
     assert "323,696" in dit_hub("info", "toy", cwd=tmp_path).stdout
 
 
-def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_pictures(tmp_path: Path) -> None:
+def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_images(tmp_path: Path) -> None:
     settings = ("images_per_class=8", "epochs=6", "batch_size=64", "ema_decay=0.9")  # 12 steps
     run = dit_hub("train", "toy", *settings, "--out", "run/toy", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -218,7 +218,7 @@ def test_a_part_of_a_pipeline_is_told_from_its_folder(
     onnx.touch()
     monkeypatch.chdir(tmp_path)
 
-    capsys.readouterr()  # the bars of what was loaded and saved
+    capsys.readouterr()  # the progress bars of loading and saving
 
     def said(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["dit-hub", *arguments])
@@ -247,7 +247,7 @@ def test_a_part_of_a_pipeline_is_told_from_its_folder(
     assert "lora holds adapters; load the model that they adapt, then load_lora_weights." in said("generate", "lora")
     assert "toy/transformer is a part of the pipeline toy; give that folder." in said("generate", "toy/transformer")
     (tmp_path / "folder.png").mkdir()
-    assert "folder.png is a folder, not a picture." in said("generate", TOY, "--out", "folder.png", "--overwrite")
+    assert "folder.png is a folder, not an image." in said("generate", TOY, "--out", "folder.png", "--overwrite")
     assert "model.onnx is a file for ONNX Runtime already" in said("convert", "model.onnx", "out")
 
 
@@ -261,7 +261,7 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
     assert dit_hub("--version", cwd=tmp_path).stdout == f"dit-hub {dit_hub_package.__version__}\n"
 
 
-def test_a_picture_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_image_that_does_not_fit_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     arguments = ("generate", TOY, "0", "--steps", 1, "--out", "grid.png")
     said = "error: grid.png could not be written: the disk is full or a limit is reached."
 
@@ -292,7 +292,7 @@ def test_a_file_that_appears_while_one_is_made_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
-def test_an_existing_picture_is_kept_unless_told(tmp_path: Path) -> None:
+def test_an_existing_image_is_kept_unless_told(tmp_path: Path) -> None:
     (tmp_path / "grid.png").write_bytes(b"mine")
     assert_refused(dit_hub("generate", TOY, "0", "--steps", 1, cwd=tmp_path), "grid.png", "--overwrite")
     assert (tmp_path / "grid.png").read_bytes() == b"mine"

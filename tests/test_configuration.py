@@ -14,7 +14,7 @@ PAPER_MODELS = [(f"DiT-{size}/{patch}", patch, *PAPER_SIZES[size]) for size in P
 
 
 def error_of(**fields: Any) -> str:
-    """What `DiTConfig` says against these fields, which is one sentence on one line."""
+    """The error of `DiTConfig` for these fields, which is one sentence on one line."""
     with pytest.raises(ValueError) as caught:
         DiTConfig(**fields)
     assert_sentence(str(caught.value))

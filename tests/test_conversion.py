@@ -1,4 +1,4 @@
-"""Checkpoints of every family and layout in, and out again."""
+"""Reading checkpoints of every family and layout, and writing them again."""
 
 import argparse
 import copy
@@ -56,7 +56,7 @@ def official_weights(model: DiTTransformer) -> dict[str, Tensor]:
 
 
 def write(path: Path, content: Any) -> Path:
-    """A PyTorch file, or safetensors by its ending."""
+    """A PyTorch file, or safetensors by its suffix."""
     if path.suffix == ".safetensors":
         save_file({name: tensor.clone() for name, tensor in content.items()}, path)
     else:
@@ -211,7 +211,7 @@ def sit_reference(model: DiTTransformer, noise: Tensor, labels: Tensor, steps: i
 
 
 def sit_file(make_model: MakeModel, path: Path, **arguments: Any) -> Path:
-    """As SiT's training script saves it: weights, average, optimizer and the arguments it was called with."""
+    """A checkpoint as SiT's training script saves it: weights, average, optimizer and the script's arguments."""
     averaged, current = make_model(seed=3), make_model(seed=4)
     namespace = argparse.Namespace(
         **{"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", **arguments}
@@ -240,7 +240,7 @@ def test_sit_is_sampled_as_its_authors_do(make_model: MakeModel, tmp_path: Path)
 
     # Times such as 1 - 960/1000 come a rounding apart from 1/25.
     assert error() < 1e-5
-    # Negative control: the same weights read with time and sign of flow matching as diffusers has it.
+    # Negative control: the same weights with the time and sign of diffusers' flow matching.
     assert error(parameterization="flow") > 0.1
 
 
@@ -415,7 +415,7 @@ def test_what_diffusers_cannot_express_is_refused(fields: dict[str, Any], words:
         diffusers_config(make_model(**{**STOCK, **fields}).config)
 
 
-# --- What a door is asked for ----------------------------------------------------------------------------------------
+# --- Arguments of the loaders ----------------------------------------------------------------------------------------
 
 
 def test_a_file_loads_in_the_dtype_that_either_name_asks_for(make_model: MakeModel, tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_a_device_map_that_is_none_is_named_with_those_there_are() -> None:
 
 
 def test_every_option_of_diffusers_is_known_and_nothing_else_that_its_code_names() -> None:
-    """diffusers reads its options by name, so that only its code says them."""
+    """diffusers reads its options by name, so only its code lists them."""
     stock = inspect.unwrap(diffusers.DiffusionPipeline.from_pretrained)
     taken = set(re.findall(r'\bkwargs\.pop\("(\w+)"', inspect.getsource(stock)))
     assert taken == set(STOCK_OPTIONS)
@@ -521,7 +521,7 @@ def test_known_weights_know_imagenets_classes_by_every_synonym(make_model: MakeM
 
 
 def test_1000_classes_of_unknown_weights_have_no_names(make_model: MakeModel, tmp_path: Path) -> None:
-    """1000 products of a shop are not ImageNet's 1000 classes: only what is said of the weights tells."""
+    """1000 products of a shop are not ImageNet's 1000 classes: only the origin of the weights tells."""
     weights = official_weights(make_model(num_classes=1000))
 
     def names(path: Path) -> dict[int, str]:
@@ -551,7 +551,7 @@ def test_a_name_is_the_same_however_its_words_are_joined(make_model: MakeModel) 
     same = ["golden_retriever", "golden-retriever", "Golden Retriever", " golden  retriever "]
     assert pipe.get_label_ids(same) == [0, 0, 0, 0]
     assert pipe.get_label_ids(["red circle", "RED_CIRCLE", "Flat Coated-Dog"]) == [1, 1, 5]
-    assert pipe.get_label_ids(["t-shirt", "t shirt", "7"]) == [2, 3, 4]  # two classes, each by its own spelling
+    assert pipe.get_label_ids(["t-shirt", "t shirt", "7"]) == [2, 3, 4]  # two classes with different spellings
     with pytest.raises(ValueError, match=r"'t_shirt' names the classes 2 \(t-shirt, T-Shirt\), 3 \(t shirt\)"):
         pipe.get_label_ids("t_shirt")
     with pytest.raises(ValueError, match=r"'red_cirle'\. The nearest names: red-circle"):
@@ -618,8 +618,8 @@ def test_a_model_that_cannot_be_saved_is_refused_before_anything_is_written(
         with pytest.raises(ValueError, match=words):
             save()
     assert list(tmp_path.iterdir()) == []
-    assert pipe.config["transformer"][1] is not None  # a save that is refused changes nothing
-    if how != "no library":  # what the sentence says works
+    assert pipe.config["transformer"][1] is not None  # a refused save changes nothing
+    if how != "no library":  # what the error says works
         adapted: Any = pipe.transformer
         expected = predict(adapted, adapted.config)
         if how == "get_peft_model":
@@ -648,7 +648,7 @@ def test_resizing_keeps_rows_and_the_null_class(make_model: MakeModel) -> None:
     model.resize_class_labels(6)
     after = table_of(model)
     assert torch.equal(after[[0, 1, 2, 3, 6]], before[[0, 1, 2, 3, 10]])
-    assert 0.005 < after[4:6].std() < 0.05  # drawn anew, as a fresh model's are
+    assert 0.005 < after[4:6].std() < 0.05  # initialised again, as in a new model
     assert predict(model, model.config).isfinite().all()
 
 

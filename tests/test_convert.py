@@ -1,4 +1,4 @@
-"""`dit-hub convert`, `card` and what a folder says of its origin: round trips, licences, code that travels."""
+"""`dit-hub convert` and `card`, and the origin of a folder: round trips, licences, code that travels."""
 
 import ast
 import builtins
@@ -33,10 +33,10 @@ MakeModel = Callable[..., DiTTransformer]
 # What every layout can express, with the numerics of official weights.
 SHARED: dict[str, Any] = {"timestep_freq_dim": 256, "num_classes": 1000}
 
-# Relative error of equal weights: where they lie in memory decides how some processors sum.
+# Relative error of equal weights: their alignment in memory decides how some processors sum.
 ROUNDING = 1e-6
 
-# The same of pictures in [0, 1] after 20 steps with guidance.
+# The same of images in [0, 1] after 20 steps with guidance.
 IMAGE_ATOL = 1e-5
 
 
@@ -84,7 +84,7 @@ def test_official_to_ours_and_back_is_the_same_file(
     convert(source, tmp_path / "ours", vae=None, num_attention_heads=4, **config)
     convert(tmp_path / "ours", tmp_path / "back", to="official")
     assert_same_weights(weights_of(tmp_path / "back" / "model.pt"), weights_of(source))
-    # The folder remembers what shapes do not show, so that nothing needs to be asked the second time.
+    # The folder keeps what shapes do not show, so nothing has to be given the second time.
     again = convert(tmp_path / "back" / "model.pt", tmp_path / "again", vae=None)
     assert fields_of(again.config) == fields_of(model.config)
     assert_same_weights(
@@ -125,7 +125,7 @@ def test_ours_to_diffusers_and_back_is_the_same_model(shift: float, make_model: 
     before, after = (
         json.loads((tmp_path / name / "transformer" / "config.json").read_text()) for name in ("ours", "back")
     )
-    # Only the epsilon that diffusers' class has is another way to say the same, or where its own numbers are kept.
+    # Only the epsilons differ: diffusers' class states the same in another way, or its own numerics are kept.
     assert {key for key in before if before[key] != after[key]} <= {"mlp_norm_eps"}
     _, text = card_of(tmp_path / "stock")
     assert ("12.8 %" in text) == (shift == 0)
@@ -185,7 +185,7 @@ def test_the_golden_checkpoint_converts_with_its_numbers(golden_a: Golden, tmp_p
 def test_a_conversion_that_changes_numbers_is_refused(
     to: str, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault put into the writing of weights must be found by the check."""
+    """The check must find a fault put into the writing of weights."""
     source = official_file(make_model(**SHARED), tmp_path / "weights.pt")
     write = pipelines._WRITERS[to]
 
@@ -254,10 +254,10 @@ def test_the_licence_of_official_weights_goes_wherever_they_go(
         assert "CC-BY-NC-4.0" in card.text
         assert "Meta Platforms" in card.text
         assert origin.modified == (folder == "tuned")
-    # What was measured is said of the weights it was measured with.
+    # The card shows measurements only of the weights that were measured.
     assert "## Checked" in str(render_card(tmp_path / "ours"))
     assert "## Checked" not in str(render_card(tmp_path / "tuned"))
-    assert "They were changed since." in str(render_card(tmp_path / "tuned"))
+    assert "They have been changed since." in str(render_card(tmp_path / "tuned"))
     with pytest.raises(ValueError, match=r"is under cc-by-nc-4\.0, which stays with its weights; it cannot become mit"):
         convert(source, tmp_path / "mine", num_attention_heads=4, vae=None, license="mit")
     assert not (tmp_path / "mine").exists()
@@ -332,7 +332,7 @@ def test_a_self_contained_folder_draws_the_same_bytes_without_dit_hub(
 
 
 def test_the_code_of_a_self_contained_folder_is_what_it_needs(tmp_path: Path) -> None:
-    """Other people's libraries check what it imports before they load it; each name that it uses is in it."""
+    """Libraries check its imports before they load it, and every name that it uses is defined."""
     convert("dit-toy-shapes", tmp_path / "out", self_contained=True)
     libraries = {"diffusers", "huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
     for file in (tmp_path / "out").glob("*.py"):
@@ -347,7 +347,7 @@ def test_the_code_of_a_self_contained_folder_is_what_it_needs(tmp_path: Path) ->
         used = {name.get_name() for scope in scopes for name in scope.get_symbols() if name.is_global()}
         given = {name.get_name() for name in module.get_symbols() if name.is_assigned() or name.is_imported()}
         assert used - given - set(dir(builtins)) - {"__file__", "__name__"} == set(), file
-        # Of two definitions of one name, the modules that are joined would share the last.
+        # Joined modules that define the same name would share the last definition.
         defined = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         assigned = [node.targets for node in ast.parse(source).body if isinstance(node, ast.Assign)]
         defined += [target.id for targets in assigned for target in targets if isinstance(target, ast.Name)]
@@ -384,7 +384,7 @@ def test_convert_and_card_at_the_command_line(golden_a: Golden, tmp_path: Path) 
 
 
 def test_the_code_of_a_card_runs(golden_a: Golden, make_vae: Callable[..., Any], tmp_path: Path) -> None:
-    """The three lines of every layout, as they stand in the card."""
+    """The code of every layout's card, as it stands there."""
     make_vae().save_pretrained(tmp_path / "vae")
     source = golden_a.folder / "released.pt"
     convert(source, tmp_path / "ours", num_attention_heads=4, vae=str(tmp_path / "vae"))

@@ -392,7 +392,7 @@ def test_the_command_line_trains_and_draws_without_classes(tmp_path: Path, flat:
     assert "unconditional" in card
     assert "12 images." in card
     run = dit_hub("generate", "out", "--per-label", 2, "--steps", 2, cwd=tmp_path)
-    assert (run.returncode, run.stdout) == (0, "2 pictures in grid.png\n"), run.stderr
+    assert (run.returncode, run.stdout) == (0, "2 images in grid.png\n"), run.stderr
 
 
 def test_latents_without_classes_train_an_unconditional_model(
@@ -520,7 +520,7 @@ def test_the_size_of_an_archive_is_said(tmp_path: Path, make_vae: Callable[..., 
     make_vae().save_pretrained(tmp_path / "vae")
     run = dit_hub("latents", "data.npz", "latents", "--vae", "vae", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "The images of data.npz are 8x8, whatever --size." in run.stdout
+    assert "The images of data.npz are 8x8; --size does not change that." in run.stdout
 
 
 def test_too_many_damaged_images_end_the_encoding_early(

@@ -25,9 +25,9 @@ def test_the_table_of_families_is_what_the_example_prints(tmp_path: Path) -> Non
     assert 0.01 < float(control) < 0.1  # diffusers' class without the patch
 
 
-def test_two_people_and_a_hub_get_equal_pictures(tmp_path: Path) -> None:
+def test_two_people_and_a_hub_get_equal_images(tmp_path: Path) -> None:
     output = run("push_and_pull.py", tmp_path)
-    assert output.endswith("The pictures are equal, byte for byte.\n")
+    assert output.endswith("The images are equal, byte for byte.\n")
     for command in ("dit-hub push my-dit me/my-dit --private", "dit-hub generate me/my-dit"):
         assert command in output
         assert command in (ROOT / "docs" / "checkpoints.md").read_text()
@@ -48,15 +48,15 @@ def test_the_table_of_versions_has_the_rows_of_its_example() -> None:
 
 def test_points_are_learnt_by_both_objectives(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    picture = tmp_path / "points.png"
-    printed = run("points.py", tmp_path / "here", "--steps", "400", "--out", str(picture))
+    image = tmp_path / "points.png"
+    printed = run("points.py", tmp_path / "here", "--steps", "400", "--out", str(image))
     floor, noise, flow = (float(line.split()[-1]) for line in printed.splitlines()[:3])
     assert floor < 0.05
     assert max(noise, flow) < 0.2  # 0.29 for points of the right mean and deviation and no form
-    assert picture.stat().st_size > 10_000
+    assert image.stat().st_size > 10_000
 
 
-def test_every_picture_of_the_embedded_model_is_clean(tmp_path: Path) -> None:
+def test_every_image_of_the_embedded_model_is_clean(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
     printed = run("toy_classes.py", tmp_path / "here", "--out", str(tmp_path / "classes.png"))
     assert "drawn: 160 of 160 of their class, 160 nearer than 0.01 to a real one" in printed
@@ -65,9 +65,9 @@ def test_every_picture_of_the_embedded_model_is_clean(tmp_path: Path) -> None:
 
 def test_the_unet_study_compares_networks_of_one_size(tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
-    picture = tmp_path / "study.png"
-    printed = run("unet_study.py", tmp_path / "here", "--quick", "--out", str(picture))
+    image = tmp_path / "study.png"
+    printed = run("unet_study.py", tmp_path / "here", "--quick", "--out", str(image))
     unet, dit = (int(re.findall(rf"{name} +│ +([\d,]+)", printed)[0].replace(",", "")) for name in ("U-Net", "DiT"))
     assert abs(unet / dit - 1) < 0.01
     assert float(re.findall(r"names ([\d.]+)% of fresh real shapes", printed)[0]) > 99
-    assert picture.is_file()
+    assert image.is_file()

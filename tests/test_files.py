@@ -1,4 +1,4 @@
-"""What a user has is never lost: folders that appear whole, replace only what dit-hub wrote, and go when killed."""
+"""Users lose no files: folders appear whole, replace only what dit-hub wrote, and vanish after a kill."""
 
 import contextlib
 import errno
@@ -34,7 +34,7 @@ def write(target: str | Path, text: str = "new", overwrite: bool = False) -> Non
 
 
 def content(folder: Path) -> dict[str, str]:
-    """All files below a folder, hidden ones too, but manifests."""
+    """All files below a folder, hidden ones too, except manifests."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
@@ -74,7 +74,7 @@ def test_a_folder_that_dit_hub_did_not_make_is_not_replaced(tmp_path: Path) -> N
 
 def test_a_file_that_was_changed_since_is_not_lost(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    (tmp_path / "out" / "whole.txt").write_text("my")  # as a card that a person went over
+    (tmp_path / "out" / "whole.txt").write_text("my")  # like a card that a person edited
     with pytest.raises(ValueError, match=r"did not write: whole\.txt \(changed since\)"):
         write(tmp_path / "out", overwrite=True)
     (tmp_path / "out" / "whole.txt").write_text("old")
@@ -83,7 +83,7 @@ def test_a_file_that_was_changed_since_is_not_lost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [2**20 + 1, 5 * 2**20, 20 * 2**20])
 def test_weights_that_were_trained_further_are_not_lost(tmp_path: Path, size: int) -> None:
-    """Which are as large as before; and where one table of them was trained, the rest is as before too."""
+    """They have the same size; and if only one table was trained, the rest is the same too."""
     with new_folder(tmp_path / "out") as folder:
         (folder / "model.safetensors").write_bytes(bytes(size))
     check_free(tmp_path / "out", overwrite=True)
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(tmp_path: Path, m
     (private := tmp_path / "out" / "private").mkdir()
     real = os.scandir
 
-    def scandir(path: Any = ".") -> Any:  # root, who may run this, lists what others may not
+    def scandir(path: Any = ".") -> Any:  # root, who may run this, can list every folder
         if Path(path) == private:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
@@ -129,12 +129,12 @@ def test_samples_that_a_push_draws_are_dit_hubs_own(tmp_path: Path) -> None:
 
 
 def test_the_embedded_model_can_be_made_anew() -> None:
-    """`make toy` overwrites it: after a change by hand, its manifest is to be written anew."""
+    """`make toy` overwrites it; after a change by hand, its manifest must be updated."""
     check_free(Path(__file__).parents[1] / "src" / "dit_hub" / "assets" / TOY, overwrite=True)
 
 
 def test_a_manifest_that_cannot_be_read_is_not_begun_anew(tmp_path: Path) -> None:
-    """As while another process of an older release, or a person, writes it."""
+    """As while a process of an older release, or a person, writes it."""
     write(tmp_path / "out")
     manifest = tmp_path / "out" / MANIFEST_FILE
     manifest.write_text(half := manifest.read_text()[:40])
@@ -144,7 +144,7 @@ def test_a_manifest_that_cannot_be_read_is_not_begun_anew(tmp_path: Path) -> Non
 
 
 def test_a_manifest_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others that read it see the old one or the new one; a kill leaves the old one, and nothing in the way."""
+    """Readers see the old one or the new one; a kill leaves the old one and nothing in the way."""
     write(tmp_path / "out")
     (tmp_path / "out" / "samples.png").write_text("drawn")
     before = (tmp_path / "out" / MANIFEST_FILE).read_text()
@@ -211,7 +211,7 @@ def test_a_target_that_cannot_be_replaced_is_refused(
 
 
 def test_an_empty_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a shell would stand in a folder that is no more."""
+    """Or a shell would be in a folder that no longer exists."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^\. is the current folder"):
         write(".")
@@ -249,7 +249,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 
 
 def write_while_filled(target: str | Path, file: str | Path, overwrite: bool = False) -> None:
-    """A folder whose name somebody else takes by writing a file, before it is ready."""
+    """A folder whose name another process takes by writing a file before it is ready."""
     with new_folder(target, overwrite) as folder:
         (folder / "whole.txt").write_text("new")
         Path(file).parent.mkdir(exist_ok=True)
@@ -324,7 +324,7 @@ def test_a_command_whose_target_is_filled_meanwhile_says_where_its_result_is(tmp
 
 
 def start(script: str, cwd: Path) -> subprocess.Popen[bytes]:
-    """A Python of its own, when it has said that it is where it should be."""
+    """A Python process of its own, once it has reported that it is ready."""
     script = f"import os, sys, time\nfrom dit_hub.files import locked, new_folder\nfrom pathlib import Path\n{script}"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=cwd, stdout=subprocess.PIPE)
     assert process.stdout
@@ -355,11 +355,11 @@ def test_what_a_killed_process_left_goes_with_the_next_command(tmp_path: Path) -
     dead, alive = start(BUILDING, tmp_path), start(BUILDING, tmp_path)
     kill(dead)
     assert len(list(tmp_path.glob(".out-*"))) == 2
-    (mine := tmp_path / ".out-archived").mkdir()  # a folder of the user's, of a like name
+    (mine := tmp_path / ".out-archived").mkdir()  # a user's folder with a similar name
     (mine / "precious.txt").touch()
     check_free(tmp_path / "out")
     left = [path for path in tmp_path.glob(".out-*") if path != mine]
-    assert len(left) == 1  # that of the process which goes on
+    assert len(left) == 1  # that of the process that still runs
     assert (left[0] / "new" / "half").is_file()
     kill(alive)
     write(tmp_path / "out")
@@ -367,7 +367,7 @@ def test_what_a_killed_process_left_goes_with_the_next_command(tmp_path: Path) -
     assert (mine / "precious.txt").is_file()
 
 
-def test_a_picture_that_a_killed_process_left_goes_with_the_next_command(tmp_path: Path) -> None:
+def test_an_image_that_a_killed_process_left_goes_with_the_next_command(tmp_path: Path) -> None:
     drawing = """
 from dit_hub.files import new_file
 with new_file("grid.png") as file:
@@ -379,13 +379,13 @@ with new_file("grid.png") as file:
     kill(dead)
     with new_file(tmp_path / "grid.png") as file:
         file.write_text("whole")
-        assert len(list(tmp_path.glob(".grid.png-*"))) == 2  # this one, and that of the process which goes on
+        assert len(list(tmp_path.glob(".grid.png-*"))) == 2  # this one, and that of the process that still runs
     kill(alive)
     write(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "out"]
 
 
-# Ends as soon as it has a hidden folder, before that is locked.
+# Ends as soon as it has a hidden folder, before it locks it.
 BEGUN = """
 import signal
 print("ready", flush=True)
@@ -414,7 +414,7 @@ def test_what_another_machine_left_on_a_shared_disk_stays(tmp_path: Path) -> Non
     assert len(list(tmp_path.glob(".out-*"))) == 1
 
 
-# Ends at the last moment: the old folder has been moved away, and the new one has not got its name.
+# Ends at the last moment: the old folder has been moved away, and the new one does not have its name yet.
 BETWEEN = """
 import signal
 print("ready", flush=True)
@@ -473,7 +473,7 @@ def test_a_folder_is_removed_but_for_what_others_added(tmp_path: Path) -> None:
 
 
 def test_a_system_that_opens_no_folders_is_not_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows opens no folders, and syncs files only that may be written to."""
+    """Windows opens no folders, and syncs only files opened for writing."""
     opened, synced, real_open, real_sync = {}, [], os.open, os.fsync
 
     def windows_open(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
@@ -499,7 +499,7 @@ def test_a_system_that_opens_no_folders_is_not_asked_to(tmp_path: Path, monkeypa
 def test_a_disk_that_syncs_no_folders_takes_them_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Some network disks answer so; a disk that is full or broken says it here too."""
+    """Some network disks answer so; a full or broken disk reports it here too."""
     real, asked = os.fsync, []
 
     def sync(descriptor: int) -> None:

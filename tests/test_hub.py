@@ -344,7 +344,7 @@ print(json.dumps([before, digest(pipe), url]))
     assert url.startswith(f"{hub.endpoint}/me/tuned/commit/")
     tuned = ModelCard(files_of(hub, "me/tuned")["README.md"].decode())
     assert tuned.data.to_dict()["license"] == "cc-by-nc-4.0"
-    assert "They were changed since." in tuned.text
+    assert "They have been changed since." in tuned.text
     pull = 'from dit_hub import DiTPipeline\nprint(json.dumps(digest(DiTPipeline.from_pretrained("me/{}"))))'
     assert person(hub, tmp_path / "c", pull.format("by-command"), TOKEN) == before
     assert person(hub, tmp_path / "c", pull.format("tuned"), TOKEN) == after != before

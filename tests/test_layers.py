@@ -20,7 +20,7 @@ SOURCES = {
     "dit_hub.model_cards": REPOSITORY / "model_cards",
 }
 
-# From the ground up. A module imports from its own layer and those below.
+# From the bottom up. A module imports from its own layer and those below.
 LAYERS = (
     {"checks", "extras", "files", "manifest", "runtime", "shards"},
     {"configuration_dit"},
@@ -51,7 +51,7 @@ def layer_of(part: str) -> int:
 
 
 def part_of(name: str) -> str:
-    """What of dit_hub a full name belongs to: "dit_hub.conversion.official.to_official" to "conversion"."""
+    """The part of dit_hub that a full name belongs to: "dit_hub.conversion.official.to_official" to "conversion"."""
     names = name.split(".")[1:]
     return module if (module := ".".join(names[:2])) in ABOVE_THEIR_PACKAGE else names[0]
 
@@ -129,7 +129,7 @@ def test_export_and_conversion_do_not_know_each_other() -> None:
 
 
 def run(script: str) -> None:
-    """Run a script in a Python of its own."""
+    """Run a script in a Python process of its own."""
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 def test_what_a_missing_package_asks_for_can_be_installed_from_where_dit_hub_is(
     source: dict[str, Any] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As pip notes it beside what it installed (PEP 610); a clone's folder, since no index may have the package."""
+    """By pip's record of the source (PEP 610): a clone's folder, since no index may have the package."""
     installed = tmp_path / "dit_hub-9.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dit-hub\nVersion: 9\n")
@@ -47,7 +47,7 @@ def test_what_a_missing_package_asks_for_can_be_installed_from_where_dit_hub_is(
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    """By its own name, not only as what another package needs."""
+    """By its own name, not only as a dependency of another package."""
     sources = [
         path for folder in ("src", "conversion", "export", "model_cards") for path in ROOT.glob(f"{folder}/**/*.py")
     ]
@@ -70,7 +70,7 @@ def plain(package: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Built from a copy of the tracked files, so that leftovers of this checkout neither help nor get in the way.
+    # Built from a copy of the tracked files, so that leftovers in this checkout have no effect.
     source = tmp_path_factory.mktemp("source")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):

@@ -1,6 +1,6 @@
-"""Every scheduler class of diffusers in the pipeline: it draws what DDPM draws, or is refused before anything is drawn.
+"""Every scheduler class of diffusers in the pipeline: it samples what DDPM samples, or is refused before sampling.
 
-The denoiser is exact: the data are normal and independent, so that the best prediction at every noise level is known.
+The denoiser is exact: the data are normal and independent, so the best prediction at every noise level is known.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 # The data: the mean of each channel, and the deviation of every number from it.
 MEAN, DEVIATION = torch.linspace(-1, 1, 4).view(1, 4, 1, 1), 0.5
 
-# What reaches the data from the same noise without drawing more, after 50 steps: relative error of the samples against
-# the exact flow. First-order solvers make 3 %, a wrong noise level 20 % and more.
+# Schedulers that draw no further noise, after 50 steps: relative error of the samples against the exact flow.
+# First-order solvers make 3 %, a wrong noise level 20 % and more.
 STEPS, LARGEST_ERROR = 50, 0.05
 
-# What draws noise at every step, after 100 steps: against DDPM of 250 steps, error of each channel's mean and of the
-# deviation, both in deviations. Of 4096 numbers, a mean is known to 0.016, and few steps make deviations small.
+# Those that draw noise at every step, after 100 steps: error of each channel's mean and of the deviation, in deviations
+# and against DDPM of 250 steps. 4096 numbers give a mean to within 0.016, and few steps make deviations small.
 STOCHASTIC_STEPS, LARGEST_SHIFT = 100, 0.08
 
 DETERMINISTIC = {
@@ -52,7 +52,7 @@ FLOW_DETERMINISTIC = {
 }  # fmt: skip
 FLOW_STOCHASTIC = {"LTXEulerAncestralRFScheduler", "SASolverScheduler"}
 
-# Of models that are no DiTs, or steps from data to noise.
+# Schedulers of models that are no DiTs, or that step from data to noise.
 OTHERS = {
     "AmusedScheduler", "BlockRefinementScheduler", "CMStochasticIterativeScheduler", "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler", "ConsistencyDecoderScheduler", "CosineDPMSolverMultistepScheduler", "DDIMInverseScheduler",
@@ -110,14 +110,14 @@ class ExactDenoiser:
 
 
 def make(name: str, config: Any = None, **fields: Any) -> Any:
-    """A scheduler by its name, from the config of another one where it can be."""
+    """A scheduler by its name, from the config of another one if possible."""
     kind = getattr(diffusers.schedulers, name)
     needed = {**NEEDED.get(name, {}), **fields}
     return kind(**needed) if config is None else kind.from_config(config, **needed)
 
 
 def pipeline(scheduler: Any, parameterization: str = "diffusion") -> DiTPipeline:
-    """The exact denoiser with the scheduler in place of its own."""
+    """The exact denoiser with this scheduler instead of its own."""
     own = own_scheduler() if parameterization == "diffusion" else diffusers.FlowMatchEulerDiscreteScheduler()
     pipe = DiTPipeline(ExactDenoiser(parameterization), own)
     pipe.set_progress_bar_config(disable=True)
@@ -140,7 +140,7 @@ def error_of_the_flow(samples: Tensor) -> float:
 
 
 def for_velocities(name: str) -> Any:
-    """A scheduler that steps along the straight path; the general ones are told to."""
+    """A scheduler that steps along the straight path; general ones are set to."""
     general = name in DETERMINISTIC | STOCHASTIC
     return make(name, **({"prediction_type": "flow_prediction", "use_flow_sigmas": True} if general else {}))
 
@@ -170,7 +170,7 @@ def test_bare_schedulers_draw_the_same_or_are_refused(name: str, drawn_by_ddpm: 
 
 
 def test_latents_are_not_cut_to_the_range_of_pixels() -> None:
-    """diffusers' DDIM clips where a config says nothing, as those of classes that cannot clip do."""
+    """diffusers' DDIM clips by default, and configs of classes that cannot clip do not say otherwise."""
     own = make("DPMSolverMultistepScheduler", beta_start=1e-4, beta_end=0.02)
     pipe = DiTPipeline(ExactDenoiser(), own)
     pipe.set_progress_bar_config(disable=True)
@@ -277,7 +277,7 @@ def makers(name: str, own: Any) -> list[Callable[[], Any]]:
         kind = diffusers.schedulers.scheduling_consistency_decoder.ConsistencyDecoderScheduler
     needed = NEEDED.get(name, {})
     bare: list[Callable[[], Any]] = [lambda: kind(**needed)]
-    # diffusers refuses to make this one of linear noise levels.
+    # diffusers refuses to create this one with linear noise levels.
     return bare if name == "UnCLIPScheduler" else [*bare, lambda: kind.from_config(own.config, **needed)]
 
 
@@ -293,7 +293,7 @@ def test_schedulers_of_other_models_are_refused_for_velocities(name: str) -> Non
 
 
 def test_a_scheduler_of_other_noise_levels_draws_something_else() -> None:
-    """The bound above tells the two apart: here the pipeline takes the wrong scheduler for the model's own."""
+    """The bound above tells the two apart: here the pipeline treats the wrong scheduler as the model's own."""
     pipe = DiTPipeline(ExactDenoiser(), diffusers.CogVideoXDDIMScheduler.from_config(own_scheduler().config))
     pipe.set_progress_bar_config(disable=True)
     assert error_of_the_flow(draw(pipe, STEPS)) > 4 * LARGEST_ERROR
@@ -347,7 +347,7 @@ def test_settings_that_keep_the_noise_levels_are_free() -> None:
 
 
 def test_the_advice_helps_where_defaults_of_classes_differ() -> None:
-    """diffusers' `from_config` puts the new class's defaults for values that the old one had by default."""
+    """diffusers' `from_config` replaces the old class's defaults by the new one's."""
     pipe = DiTPipeline(ExactDenoiser(), diffusers.DDPMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     kind: Any = diffusers.HeunDiscreteScheduler

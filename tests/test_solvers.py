@@ -74,7 +74,7 @@ def compare(model: DiTTransformer, scheduler: Any, steps: int, **arguments: Any)
 def test_a_table_samples_as_its_scheduler(name: str, steps: int, make_model: MakeModel) -> None:
     kind, fields = DETERMINISTIC[name]
     scheduler = getattr(diffusers, kind)(**OFFICIAL, **fields)
-    # float32 on both sides; at 20 steps the latents of a random model have grown and carry their roundings along.
+    # float32 on both sides; at 20 steps the latents of a random model have grown, and their rounding errors with them.
     assert compare(make_model(), scheduler, steps) < 2e-5
 
 
@@ -98,7 +98,7 @@ def test_official_timesteps_make_a_table(make_model: MakeModel) -> None:
 
 
 def test_every_column_counts(make_model: MakeModel) -> None:
-    """Negative control: a change of any column that is not zero changes what is drawn."""
+    """Negative control: a change of any column that is not zero changes the samples."""
     scheduler = diffusers.DDPMScheduler(**OFFICIAL, **STOCHASTIC["learned"], rescale_betas_zero_snr=False)
     for kind, table in (
         ("DDPM", solver_table(scheduler, 6)),
@@ -129,8 +129,8 @@ def test_every_column_counts(make_model: MakeModel) -> None:
         ("PNDMScheduler", {}, "cannot be written as a table"),
         ("HeunDiscreteScheduler", {}, "cannot be written as a table"),
         ("EulerAncestralDiscreteScheduler", {}, "cannot be written as a table"),
-        ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler clips, which no table can say"),
-        ("DDPMScheduler", {"thresholding": True}, "thresholds, which no table can say"),
+        ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler clips, which no table can express"),
+        ("DDPMScheduler", {"thresholding": True}, "thresholds, which no table can express"),
     ],
 )
 def test_schedulers_of_another_form_are_refused(kind: str, fields: dict[str, Any], words: str) -> None:

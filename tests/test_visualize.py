@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Images of results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,28 +26,28 @@ def test_rows_of_a_trajectory_are_named_after_their_classes(make_pipeline: Calla
     assert draw(pipe, ["crane", 7, 1]).names == ["crane", "7", "tench"]
     assert draw(pipe, [3, 1], num_images_per_label=2).names == ["crane", "crane", "tench", "tench"]
     unconditional = make_pipeline(in_channels=3, num_classes=0)
-    assert draw(unconditional, None, num_images_per_label=2).names == ["picture 1", "picture 2"]
+    assert draw(unconditional, None, num_images_per_label=2).names == ["image 1", "image 2"]
 
 
-def test_names_stand_beside_the_rows_of_the_picture(make_pipeline: Callable[..., Any]) -> None:
+def test_names_stand_beside_the_rows_of_the_image(make_pipeline: Callable[..., Any]) -> None:
     pipe = make_pipeline(in_channels=3)
     pipe.register_to_config(id2label={1: "a name", 2: "a much longer name"})
     trajectory = draw(pipe, [1, 1, 2])
-    picture = trajectory.picture(pipe)
+    image = trajectory.image(pipe)
     bare = image_grid(pipe.numpy_to_pil(np.zeros((6, 8, 8, 3))), 2, ["t"] * 6)
-    assert picture.height == bare.height
-    indent = picture.width - bare.width
+    assert image.height == bare.height
+    indent = image.width - bare.width
     assert indent > 60  # room for the longest name
 
-    def names_in(picture: Image.Image, rows: int) -> list[np.ndarray]:
-        return np.array_split((np.asarray(picture.convert("L"))[4:, :indent] < 128), rows)
+    def names_in(image: Image.Image, rows: int) -> list[np.ndarray]:
+        return np.array_split((np.asarray(image.convert("L"))[4:, :indent] < 128), rows)
 
-    first, second, third = names_in(picture, 3)
+    first, second, third = names_in(image, 3)
     assert first.any()
     assert np.array_equal(first, second)
     assert third.sum() > first.sum()
     # Where not all rows are shown, those that are keep their names.
-    shown = names_in(trajectory.picture(pipe, max_rows=2), 2)
+    shown = names_in(trajectory.image(pipe, max_rows=2), 2)
     assert np.array_equal(shown[0], first)
     assert np.array_equal(shown[1], third)
 

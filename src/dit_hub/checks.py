@@ -1,4 +1,4 @@
-"""What callers pass as arguments: returned as its plain type, or refused in one sentence."""
+"""Checks of callers' arguments: each returns a plain type, or raises ValueError in one sentence."""
 
 import math
 import textwrap
@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: on one line, and not long."""
+    """A value for an error message: on one line, shortened to 80 characters."""
     return textwrap.shorten(repr(value), 80, placeholder=" …")
 
 
 def listed(names: Sequence[Any], most: int = 10) -> str:
-    """Some names in an error message, and how many more there are."""
+    """Names for an error message: the first few, and how many more there are."""
     return ", ".join(map(str, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """An integer of Python, numpy or torch. No bool, and no float even where it is whole."""
+    """An integer of Python, numpy or torch; bools and floats are refused, whole ones too."""
     plain = _plain(value)
     if isinstance(plain, bool) or not isinstance(plain, int):
         raise ValueError(f"{name} must be a whole number, not {shown(value)}.")
@@ -31,7 +31,7 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
 
 
 def real_number(name: str, value: Any, least: float | None = None, most: float | None = None) -> float:
-    """A finite number of Python, numpy or torch; no bool."""
+    """A finite number of Python, numpy or torch; bools are refused."""
     plain = _plain(value)
     if isinstance(plain, bool) or not isinstance(plain, (int, float)) or not math.isfinite(plain):
         raise ValueError(f"{name} must be a finite number, not {shown(value)}.")
@@ -40,7 +40,7 @@ def real_number(name: str, value: Any, least: float | None = None, most: float |
 
 
 def _plain(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's."""
+    """A scalar of numpy or torch as Python's; any other value as it is."""
     return value.item() if isinstance(value, (np.generic, np.ndarray, Tensor)) and value.ndim == 0 else value
 
 
@@ -63,7 +63,7 @@ def rising_pair(name: str, value: Any) -> tuple[float, float]:
 
 
 def random_source(generator: Any, count: int) -> torch.Generator | list[torch.Generator] | None:
-    """One generator, or one for each of `count` pictures."""
+    """One generator, or one for each of `count` images."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     listed = isinstance(generator, (list, tuple))
@@ -71,12 +71,12 @@ def random_source(generator: Any, count: int) -> torch.Generator | list[torch.Ge
         raise ValueError("generator must be a torch.Generator, such as torch.Generator().manual_seed(0), or a list of "
                          f"them, not {shown(generator)}.")  # fmt: skip
     if len(generator) != count:
-        raise ValueError(f"There are {len(generator)} generators for {count} pictures; give one, or one for each.")
+        raise ValueError(f"There are {len(generator)} generators for {count} images; give one, or one for each.")
     return list(generator)
 
 
 def initial_noise(latents: Any) -> Tensor:
-    """Floats of torch or numpy, as a tensor of at least one dimension."""
+    """Floats of torch or numpy as a tensor of at least one dimension."""
     tensor = torch.from_numpy(latents) if isinstance(latents, np.ndarray) and latents.dtype.kind == "f" else latents
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise ValueError(f"latents must be a tensor of floats, not {shown(latents)}.")

@@ -20,7 +20,7 @@ _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28,
 PUBLISHED_HEADS = {width: heads for _, width, heads in _SIZES.values()}
 PUBLISHED_MODELS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (8, 4, 2))
 
-# The embedded toy: 16x16 RGB pictures of 4 colours x 4 shapes, 323,696 parameters.
+# The embedded toy: 16x16 RGB images of 4 colours x 4 shapes, 323,696 parameters.
 TOY: dict[str, Any] = dict(
     sample_size=16,
     patch_size=4,
@@ -41,8 +41,8 @@ _VAE_SCALE_FACTOR = 8
 # Flow-matching schedulers of diffusers count the time from data (0) to noise in thousandths.
 FLOW_TIMESTEPS = 1000
 
-# Keys that transformers itself may write into config.json beside its fields, which are fields below too: its
-# properties, and what those who load, quantise, train or share a model put there.
+# Keys of config.json that are no fields of `DiTConfig`: transformers' own properties, and what loading, quantising,
+# training or sharing a model adds.
 _LIBRARY_KEYS = {
     *(name for name, _ in inspect.getmembers(PreTrainedConfig, lambda member: isinstance(member, property))),
     *("attn_implementation", "auto_map", "fusion_config", "model_type", "quantization_config", "use_cache"),
@@ -56,12 +56,12 @@ def nearest(name: str, known: list[str] | tuple[str, ...], count: int = 5) -> st
     return ", ".join(by_folded[match] for match in matches) or ", ".join(known[:count])
 
 
-# Of any size in a config: a damaged file must not ask for 2**70 layers.
+# The largest of any size in a config: a damaged file must not ask for 2**70 layers.
 _LARGEST = 65536
 
 
 def _plain_errors(config_class: ConfigClass) -> ConfigClass:
-    """Let the strict dataclass raise ValueError in one sentence for a value of a wrong type."""
+    """Make the strict dataclass raise ValueError in one sentence for a value of the wrong type."""
     strict_init = config_class.__init__
 
     @functools.wraps(strict_init)
@@ -90,7 +90,7 @@ class DiTConfig(PreTrainedConfig):
         mlp_ratio: width of a block's MLP, as a multiple of `hidden_size`.
         num_classes: number of classes; 0 makes the model unconditional.
         class_dropout_prob: share of the labels replaced by the null class in training. Above 0 the label table has one
-            row more, the null class `num_classes`, and the model can be guided.
+            more row, the null class `num_classes`, and the model can be guided.
         learn_sigma: predict the variance too: twice the output channels, noise first.
         conditioning: how timestep and class enter the blocks (paper, Section 3.2): "adaln_zero", "adaln",
             "cross_attention" or "in_context".
@@ -98,11 +98,11 @@ class DiTConfig(PreTrainedConfig):
         timestep_freq_dim: width of the sinusoidal timestep embedding.
         timestep_freq_shift: frequencies are exp(-ln(10000) k / (half - shift)): 0 in the official code, 1 in diffusers.
         norm_eps: epsilon of every LayerNorm.
-        mlp_norm_eps: another epsilon for the one before the MLP, which diffusers sets apart; None means `norm_eps`.
-        guidance_channels: how many leading channels classifier-free guidance touches. None: see `guided_channels`.
+        mlp_norm_eps: epsilon of the LayerNorm before the MLP, which diffusers sets separately; None means `norm_eps`.
+        guidance_channels: how many leading channels classifier-free guidance changes. None: see `guided_channels`.
         parameterization: what the network predicts. "diffusion": what DDPM's schedulers step with, noise unless
             theirs says otherwise, at timesteps 0 to T - 1. "flow": the velocity noise - data of the straight path, at
-            timesteps 0 (data) to 1000 (noise), for flow-matching schedulers. "sit": the same to the outside; inside,
+            timesteps 0 (data) to 1000 (noise), for flow-matching schedulers. "sit": the same for callers; inside,
             the network was trained as SiT (Ma et al. 2024) on data - noise at times 0 (noise) to 1 (data).
 
     Raises:
@@ -212,9 +212,9 @@ class DiTConfig(PreTrainedConfig):
 
     @property
     def guided_channels(self) -> int:
-        """How many leading channels guidance touches: `guidance_channels`, or what the family's code does.
+        """How many leading channels guidance changes: `guidance_channels`, or as many as the family's code guides.
 
-        The official code guides 3 of the 4 latent channels; diffusers' class, which `timestep_freq_shift` 1 stands for,
+        The official code guides 3 of the 4 latent channels; diffusers' class, for which `timestep_freq_shift` is 1,
         guides all of them, and so do models of other inputs. The variance is never guided.
         """
         if self.guidance_channels is not None:
@@ -255,7 +255,7 @@ class DiTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`; files that say 3 guided channels of fewer, once the default, still load."""
+        """As `PreTrainedConfig.from_dict`; old files that guide 3 channels of fewer, then the default, still load."""
         if config_dict.get("guidance_channels") == 3 and config_dict.get("in_channels") in (1, 2):
             config_dict = {**config_dict, "guidance_channels": None}
         return super().from_dict(config_dict, **kwargs)
@@ -265,8 +265,8 @@ class DiTConfig(PreTrainedConfig):
         """The configuration of a published model ("DiT-XL/2") or of the "toy".
 
         Args:
-            name: one of `PUBLISHED_MODELS`, or "toy"; upper and lower case are equal.
-            image_size: side of the picture in pixels, for the published models (8 times the latent's).
+            name: one of `PUBLISHED_MODELS`, or "toy", in upper or lower case.
+            image_size: side of the image in pixels, for the published models (8 times the latent's).
             overrides: any field of `DiTConfig`.
 
         Raises:

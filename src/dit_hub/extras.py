@@ -1,4 +1,4 @@
-"""Other packages: the optional ones, which are imported where they are used, and what all of them print."""
+"""Optional packages, which are imported where they are used, and quiet libraries."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ def require(module: str, extra: str) -> Any:
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra where this dit-hub comes from: a clone, a repository, a wheel or an index."""
+    """The pip command for an extra, from the source of this dit-hub: a clone, a repository, a wheel or an index."""
     try:
         source = json.loads(metadata.distribution("dit-hub").read_text("direct_url.json") or "{}")
     except metadata.PackageNotFoundError:
@@ -41,18 +41,18 @@ def install_command(extra: str) -> str:
 
 
 def _address(source: dict[str, Any]) -> str:
-    """Of what pip noted beside the package (PEP 610), in a requirement; "" where it comes from an index."""
+    """The address in a requirement, from pip's record of the source (PEP 610); "" for an index."""
     if "vcs_info" in source:
         return f" @ {source['vcs_info']['vcs']}+{source['url']}@{source['vcs_info']['commit_id']}"
     return f" @ {source['url']}" if source else ""
 
 
 def quiet_libraries() -> None:
-    """Silence bars and advice of transformers, diffusers and huggingface_hub in programs that have their own to say."""
+    """Silence the progress bars and advice of transformers, diffusers and huggingface_hub."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # each attempt to reach a Hub that cannot be reached
-    # diffusers says it with each model that it looks for on the Hub.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it warns of every retry
+    # diffusers causes it for each model that it looks up on the Hub.
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument")
     for library in ("transformers", "diffusers"):
         importlib.import_module(f"{library}.utils.logging").disable_progress_bar()

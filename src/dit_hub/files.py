@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 
 from .manifest import MANIFEST_FILE, files_in, foreign_files, listed_foreign, write_manifest, written_files
 
-# In a folder that one process works in.
+# The lock of a folder that one process works in.
 LOCK_FILE = ".lock"
 
-# What libraries say when the system takes no more bytes.
+# Parts of libraries' errors where the disk is full or a limit is reached.
 _FULL = (
     "No space left",
     "File too large",
@@ -30,15 +30,15 @@ _FULL = (
     "iostream error",
 )
 
-# Of a disk that did not take what was written.
+# Errors of a disk that lost what was written.
 _LOSSES = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
-# Of file systems without locks.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class TakenError(ValueError):
-    """The name of a result was taken while it was made; the result is whole in the folder `kept`."""
+    """The name of a result was taken while it was made; the complete result is in the folder `kept`."""
 
     def __init__(self, message: str, kept: Path):
         super().__init__(message)
@@ -50,16 +50,17 @@ class TakenError(ValueError):
 
 @contextmanager
 def new_folder(target: str | os.PathLike, overwrite: bool = False, late: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes the name `target` when the block ends well and vanishes when it raises.
+    """A folder to fill, which takes the name `target` when the block succeeds and is removed when it raises.
 
-    Until then it lies in a hidden folder beside the target. One that a killed process left there goes with the next
-    call, on the same machine.
+    Until then it is in a hidden folder beside the target. The next call on the same machine removes those that killed
+    processes left there.
 
     Args:
-        target: where the result goes; missing parents are made. A link stays, and what it leads to is meant.
-        overwrite: replace a folder that is there, if all files in it are as `new_folder` wrote them. Until the new one
-            is complete, the old one stays.
-        late: long work was done already, after `check_free`: what the target holds by now is looked at in the end only.
+        target: the path of the result; missing parents are created. A link stays and is followed.
+        overwrite: replace an existing folder, if all files in it are as `new_folder` wrote them. The old one stays
+            until the new one is complete.
+        late: the long work is done already, after a `check_free`; the target is checked again only at the end, so that
+            the result is kept even if the target has been filled.
 
     Raises:
         ValueError: see `check_free`.
@@ -80,7 +81,7 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False, late: bool = 
             _finish(building)
             _put(building, place, work / "old" if overwrite else None, target)
         _sync(place.parent)
-    except Exception as error:  # torch and safetensors have no OSError for it
+    except Exception as error:  # torch and safetensors raise others than OSError
         if any(sign in str(error) for sign in _FULL):
             raise OSError(f"{target} could not be written: the disk is full or a limit is reached.") from error
         raise
@@ -91,14 +92,14 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False, late: bool = 
 
 @contextmanager
 def new_file(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """A path to write, which takes the name `target` when the block ends well and vanishes when it raises.
+    """A path to write to, which takes the name `target` when the block succeeds and is removed when it raises.
 
     Args:
-        target: where the file goes, in a folder that is there; the path that is given has its ending.
-        overwrite: replace a file that is there. Until the new one is complete, the old one stays.
+        target: the path of the file, in an existing folder; the path to write to has the same suffix.
+        overwrite: replace an existing file. The old one stays until the new one is complete.
 
     Raises:
-        ValueError: there is such a file and `overwrite` is off.
+        ValueError: the file exists and `overwrite` is off.
         OSError: the disk is full.
     """
     target = Path(target)
@@ -121,7 +122,7 @@ def new_file(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
 
 
 def _link(file: Path, name: Path) -> None:
-    """Give a file a second name; unlike a rename, this fails where the name was taken meanwhile."""
+    """Give a file a second name; unlike a rename, this fails where the name has been taken meanwhile."""
     try:
         os.link(file, name)
     except FileExistsError:
@@ -133,10 +134,10 @@ def _link(file: Path, name: Path) -> None:
 
 
 def check_free(target: str | os.PathLike, overwrite: bool = False) -> None:
-    """Raise ValueError where `new_folder` would, so that long work need not be done first.
+    """Raise ValueError where `new_folder` would, to be called before long work.
 
-    That is where `target` is a file, lies in one or where nothing can be written, is the current folder or holds it, is
-    a mount point, or has content and `overwrite` is off, or content that `new_folder` did not write.
+    It refuses a `target` that is a file, is inside one or in a folder that cannot be written to, is or contains the
+    current folder, is a mount point, or has content: any if `overwrite` is off, else what `new_folder` did not write.
     """
     place = _place(target)
     if place.exists() and not place.is_dir():
@@ -150,7 +151,7 @@ def check_free(target: str | os.PathLike, overwrite: bool = False) -> None:
             raise ValueError(f"{target} {what} the current folder, which cannot be replaced; choose another folder.")
     parent = next(folder for folder in place.parents if folder.exists())
     if not parent.is_dir():
-        raise ValueError(f"{parent} is a file, so that {target} cannot be made in it.")
+        raise ValueError(f"{parent} is a file, so {target} cannot be created in it.")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"{parent} cannot be written to.")
     if parent == place.parent:
@@ -164,21 +165,21 @@ def check_free(target: str | os.PathLike, overwrite: bool = False) -> None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the hidden folders in which killed processes of this machine were at work.
+    """Remove the hidden folders that killed processes of this machine left behind.
 
-    A folder that one of them had moved out of the way gets its name back.
+    A folder that one of them had moved aside gets its name back.
     """
-    with contextlib.suppress(OSError):  # of folders that cannot be listed
+    with contextlib.suppress(OSError):  # a folder that cannot be listed
         for work in [path for path in parent.iterdir() if re.fullmatch(r"\..+-[a-z0-9_]{8}", path.name)]:
-            with contextlib.suppress(OSError):  # of another user's
+            with contextlib.suppress(OSError):  # another user's
                 if (work / _work_lock()).is_file():
                     _remove_leftover(work)
                 else:
-                    work.rmdir()  # killed before it was locked, or when it was all but gone; fails for all but these
+                    work.rmdir()  # empty: not locked yet, or all but removed
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove what `new_folder` wrote; files that others added stay where they are."""
+    """Remove what `new_folder` wrote; files that others added stay."""
     names, written = set(files_in(folder)), written_files(folder).keys()
     if names <= written:
         with workplace(folder) as work:  # whole or not at all
@@ -193,12 +194,12 @@ def remove_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Work in a folder as the only process; it is made where it is missing, and goes again where nothing is in it.
+    """Hold the lock of a folder; a missing one is created, and removed again if nothing is put into it.
 
-    The system lets the lock go when the process ends, however it ends. The same thread may lock it again inside.
+    The system releases the lock when the process ends, however it ends. The same thread may lock it again inside.
 
     Raises:
-        ValueError: another process, or thread, has it; the message is `refusal`.
+        ValueError: another process or thread holds it; the message is `refusal`.
     """
     made = _make_parents(folder)
     folder.mkdir(exist_ok=True)
@@ -209,8 +210,8 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter <= 1:
-            with contextlib.suppress(OSError):  # Windows removes no open file
-                (folder / LOCK_FILE).unlink()  # before the release, so that nobody's lock is removed
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file
+                (folder / LOCK_FILE).unlink()  # before the release: later it may be another's lock
         lock.release()
         _remove_empty([folder, *made])
 
@@ -219,9 +220,9 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 
 
 def _place(target: str | os.PathLike) -> Path:
-    """Where a target really lies: absolute, without links."""
+    """The absolute path of a target, with links resolved."""
     if Path(target).parts[:1] == ("~",):
-        raise ValueError(f"{target}: the shell did not put your home folder in place of ~; write it out.")
+        raise ValueError(f"{target}: the shell did not expand ~; write out the path of your home folder.")
     place = Path(os.path.realpath(target))
     if place.is_symlink():
         raise ValueError(f"{target} is a link that leads in a circle.")
@@ -230,9 +231,9 @@ def _place(target: str | os.PathLike) -> Path:
 
 @contextmanager
 def workplace(target: Path) -> Iterator[Path]:
-    """A hidden folder beside a target, locked while the block runs, and gone afterwards."""
+    """A hidden folder beside a target, locked while the block runs and removed afterwards."""
     lock = None
-    while lock is None:  # again where `remove_leftovers` took the folder before it was locked
+    while lock is None:  # again if `remove_leftovers` removed the folder before it was locked
         work = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}-", dir=target.parent))
         with contextlib.suppress(FileNotFoundError):
             lock = _hold(work / _work_lock())
@@ -243,7 +244,7 @@ def workplace(target: Path) -> Iterator[Path]:
     finally:
         _clear(work)
         lock.release()
-        shutil.rmtree(work, ignore_errors=True)  # Windows removes no open file
+        shutil.rmtree(work, ignore_errors=True)  # Windows cannot remove an open file
 
 
 def _work_lock() -> str:
@@ -256,13 +257,13 @@ def _remove_leftover(work: Path) -> None:
     if lock is None or not lock.is_locked:
         return
     try:
-        _clear(work)  # before the release, or somebody who is just making a folder of this name could lock it
+        _clear(work)  # before the release, or a process that is creating a folder of this name could lock it
     finally:
         lock.release()
 
 
 def _clear(work: Path) -> None:
-    """Remove a hidden folder; what was moved into it, to be replaced, and was not, gets its name back."""
+    """Remove a hidden folder; a folder that was moved into it but not replaced gets its name back."""
     for old in work.glob("old/*"):
         _put_back(old, work.parent / old.name)
     shutil.rmtree(work, ignore_errors=True)
@@ -272,8 +273,8 @@ def _hold(file: Path, again: bool = False) -> FileLock | None:
     """The lock of a file, held where the file system has locks; None where another process or thread holds it.
 
     Args:
-        file: made where it is missing.
-        again: whether the thread that holds it may hold it once more.
+        file: created if missing.
+        again: whether the thread that holds it may acquire it again.
     """
     lock = FileLock(file, blocking=False, is_singleton=again)
     try:
@@ -287,29 +288,29 @@ def _hold(file: Path, again: bool = False) -> FileLock | None:
 
 
 def _finish(building: Path) -> None:
-    """Write the manifest, and have all of a folder on the disk."""
+    """Write the manifest of a folder and sync all of it to the disk."""
     write_manifest(building)
     for path in building.rglob("*"):
         if path.is_file():
-            path.chmod(0o644)  # safetensors writes files that their owner alone can read
+            path.chmod(0o644)  # safetensors writes files that only their owner can read
         _sync(path)
     _sync(building)
 
 
 def _put(building: Path, place: Path, old: Path | None, target: str | os.PathLike) -> None:
-    """Give a finished folder its name, in one step; one beside it where the name is taken.
+    """Give a finished folder its name in one step, or a free one beside it where the name is taken.
 
     Args:
         building: the folder.
         place: its name.
-        old: where what is there moves to; None where nothing may be there.
+        old: where an existing folder is moved to; None where there must be none.
         target: the name as the user wrote it.
     """
     try:
         if old is not None and place.is_dir():
             old.mkdir()
             place.rename(old / place.name)
-            if any(foreign_files(old / place.name)):  # where nobody finds it, so that this look is the last
+            if any(foreign_files(old / place.name)):  # looked at where nobody adds files any more
                 raise FileExistsError(errno.EEXIST, "")
         _rename(building, place)
     except OSError as error:
@@ -321,7 +322,7 @@ def _put(building: Path, place: Path, old: Path | None, target: str | os.PathLik
 
 
 def _put_back(old: Path, place: Path) -> None:
-    """Give a folder its name back; where that is taken, one beside it if it holds files of others."""
+    """Give a folder its name back; where that is taken, a free one beside it if it holds files of others."""
     try:
         _rename(old, place)
     except OSError:
@@ -339,21 +340,21 @@ def _keep_beside(folder: Path, place: Path) -> Path:
             _rename(folder, beside)
             return beside
         except OSError:
-            if not os.path.lexists(beside):  # not taken meanwhile, but something else
+            if not os.path.lexists(beside):  # not because the name has been taken meanwhile
                 raise
     raise AssertionError
 
 
 def _rename(folder: Path, place: Path) -> None:
-    """Give a folder a name that is free or an empty folder's, in one step; OSError where it is another's."""
-    if os.name == "nt":  # which puts no folder in place of an empty one
+    """Rename a folder to a free name, or over an empty folder, in one step; OSError where the name is taken."""
+    if os.name == "nt":  # which does not rename over an empty folder
         with contextlib.suppress(OSError):
             place.rmdir()
     folder.rename(place)
 
 
 def _make_parents(place: Path) -> list[Path]:
-    """Make the folders above; returns those that were missing, the deepest first."""
+    """Create the parents of a path; returns those that were missing, the deepest first."""
     made = [folder for folder in place.parents if not folder.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     return made
@@ -367,14 +368,14 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk take a file, or the names in a folder, where the system does that for folders."""
+    """Sync a file to the disk, or the entries of a folder where the system can."""
     folder = path.is_dir()
     try:
-        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs what can be written to
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs only files open for writing
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:  # Windows opens no folders, some network disks sync none
+    except OSError as error:  # Windows opens no folders, and some network disks sync none
         if not folder or error.errno in _LOSSES:
             raise

@@ -11,7 +11,7 @@ from .modeling_dit import DiTTransformer
 
 
 class Size(NamedTuple):
-    """Size of a model: `parameters`, and `gmacs`, 10^9 multiply-accumulates of one forward pass of one picture."""
+    """Size of a model: `parameters`, and `gmacs`, 10^9 multiply-accumulates of a forward pass of one image."""
 
     parameters: int
     gmacs: float
@@ -33,7 +33,7 @@ PUBLISHED = {
     "DiT-XL/2": (675, 118.64, 19.47),
 }
 
-# The other conditionings, all DiT-XL/2.
+# The same by conditioning, all DiT-XL/2.
 PUBLISHED_CONDITIONINGS = {
     "in_context": (449, 119.37, 35.24),
     "cross_attention": (598, 137.62, 26.14),
@@ -43,7 +43,7 @@ PUBLISHED_CONDITIONINGS = {
 
 
 def measure(config: DiTConfig) -> Size:
-    """Count parameters and multiply-accumulates of a configuration, without memory for its weights.
+    """The parameters and multiply-accumulates of a configuration, counted without memory for its weights.
 
     The paper's "Gflops" are multiply-accumulates; a counter of floating-point operations shows twice as many.
     """
@@ -59,7 +59,7 @@ def measure(config: DiTConfig) -> Size:
 
 
 def matmul_peak(device: torch.device | str, dtype: torch.dtype, side: int, repeats: int = 20) -> float:
-    """The best of some products of square matrices of a side, in operations per second (two for a multiply-add)."""
+    """The best rate of products of two square matrices, in operations per second (two for a multiply-add)."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = torch.randn(2, side, side, device=device, generator=generator).to(dtype)
     wait = (lambda: None) if left.device.type == "cpu" else torch.accelerator.synchronize

@@ -23,16 +23,16 @@ def imagenet_id2label() -> dict[int, str]:
 
 
 def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> list[int]:
-    """Class ids of labels given by id or by name; a lone one counts as a list of one.
+    """The class ids of labels given by id or by name; a single label counts as a list of one.
 
     Args:
-        labels: ids below `num_classes`, or names; "golden_retriever", "golden-retriever", "Golden Retriever" are one.
+        labels: ids below `num_classes`, or names; case and the separators of words ("golden_retriever") do not matter.
         id2label: names by id; several names of one class are separated by commas.
         num_classes: number of classes.
 
     Raises:
-        ValueError: an id out of range, an unknown or ambiguous name, of which the message lists the nearest, or any
-            label of a model without classes.
+        ValueError: an id out of range, an unknown name (the message lists the nearest), an ambiguous one, or any label
+            of a model without classes.
     """
     wanted = _listed(labels)
     if wanted and not num_classes:
@@ -73,7 +73,7 @@ def _by_name(label: str, by_name: dict[str, list[tuple[int, str]]], id2label: di
 
 
 def _folded(name: str) -> str:
-    """A name without what people write in different ways: upper and lower case, and what stands between two words."""
+    """A name without what people write differently: its case, and the separators of its words."""
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", name.strip().casefold())
 
 
@@ -88,12 +88,12 @@ def _checked(label: Any, num_classes: int) -> int:
 
 
 def same_classes(names: Sequence[str], id2label: dict[int, str]) -> list[int | None]:
-    """For each class, the id of the one that has the same name; None where there is none.
+    """For each class, the id of the class in `id2label` with the same name; None where there is none.
 
     Args:
-        names: of each class; several names of one class are separated by commas, and any of them will do.
-        id2label: names by id, as for `label_ids`. Of several classes of one name (ImageNet has two cranes) only that of
-            the same place counts.
+        names: of each class; several names of one class are separated by commas, and any of them may match.
+        id2label: names by id, as for `label_ids`. Where several classes share a name (ImageNet has two cranes), only
+            the one at the same position counts.
     """
     by_name: dict[str, set[int]] = {}
     for index, others in id2label.items():

@@ -14,15 +14,15 @@ from .configuration_dit import FLOW_TIMESTEPS, DiTConfig
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Position tables of other sizes than the trained one that are held; XL/2 at 512x512 has one of 4.7 MB.
+# How many position tables are cached for other sizes than the trained one; that of XL/2 at 512x512 has 4.7 MB.
 POSITION_TABLES = 16
 _held_tables: dict[tuple[int, int, int, torch.device], Tensor] = {}
 
 
 def initialised_by(kind: str, module: Module) -> Module:
-    """Note how a layer starts: "xavier", "normal" or "zeros"; `DiTTransformer._init_weights` reads it.
+    """Mark how a layer is initialised: "xavier", "normal" or "zeros"; `DiTTransformer._init_weights` reads it.
 
-    transformers calls that function on layers without children only, so these carry it themselves.
+    transformers calls that function only on layers without children, so each of these carries its own mark.
     """
     module.dit_init = kind  # pyright: ignore[reportArgumentType]
     return module
@@ -31,8 +31,8 @@ def initialised_by(kind: str, module: Module) -> Module:
 def for_layer(layer: nn.Module, input: Tensor) -> Tensor:
     """A tensor in the dtype that a layer computes in.
 
-    That is its bias's, since a quantised weight is no float; while diffusers' layerwise casting stores the layer in
-    fewer bits, it is the casting's.
+    It is the bias's, since a quantised weight may be no float, or that of diffusers' layerwise casting, which stores
+    the layer in fewer bits.
     """
     registry = layer.__dict__.get("_diffusers_hook")  # getattr takes 2 % of the toy's time to find nothing
     casting = None if registry is None else registry.get_hook("layerwise_casting")
@@ -40,7 +40,7 @@ def for_layer(layer: nn.Module, input: Tensor) -> Tensor:
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 whatever its weights are stored in, also under autocast."""
+    """A linear layer that computes in float32 whatever dtype its weights have, also under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
@@ -55,7 +55,7 @@ class Float32Linear(nn.Linear):
 
 
 class Float32LayerNorm(nn.LayerNorm):
-    """A layer norm over the float32 residual stream, whatever its weights are stored in."""
+    """A layer norm over the float32 residual stream, whatever dtype its weights have."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.float()
@@ -82,13 +82,13 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device | s
 
 
 def held_sincos_positions(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """As `sincos_positions`, but the last `POSITION_TABLES` are held: a tensor to read, not to write to."""
+    """As `sincos_positions`, with the last `POSITION_TABLES` cached: a tensor to read, not to write to."""
     key = (height, width, dim, device)
     table = _held_tables.get(key)
     if table is None:
-        with torch.inference_mode(mode=False):  # or autograd could not use a table that was first asked for in there
+        with torch.inference_mode(mode=False):  # or autograd could not use a table that was made in it
             table = sincos_positions(height, width, dim, device)
-        if type(table) is Tensor:  # a tracer's own kind is of no use to others
+        if type(table) is Tensor:  # a tracer's tensors are of no use outside it
             while len(_held_tables) >= POSITION_TABLES:
                 _held_tables.pop(next(iter(_held_tables)), None)
             _held_tables[key] = table

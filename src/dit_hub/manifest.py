@@ -1,4 +1,4 @@
-"""The list of what dit-hub wrote into a folder, by which the files of others are told apart."""
+"""The list of the files that dit-hub wrote into a folder, which tells them from the files of others."""
 
 import hashlib
 import itertools
@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# In each folder that `files.new_folder` finished: what it wrote there, by relative path, each with its mark.
+# In each folder that `files.new_folder` finished: the files it wrote there, by relative path, each with its mark.
 MANIFEST_FILE = ".dit-hub.json"
 
-# It, and one that is being written, or was when a process was killed.
+# The manifest, and one that is being written, or was when a process was killed.
 _MANIFESTS = re.compile(re.escape(MANIFEST_FILE) + r"(\.[a-z0-9_]{8})?")
 
-# What is read of a large file, which one of the same size may replace when its weights are trained further: this many
-# blocks, evenly spread. A gigabyte is looked at each megabyte, so that the change of a single table is seen too.
+# Of a large file this many blocks are read, evenly spread: in a gigabyte one each megabyte, so that the change of a
+# single table is seen. The size alone does not tell, since further training keeps it.
 _BLOCKS, _BLOCK = 1024, 4096
 
 
@@ -26,17 +26,17 @@ def write_manifest(folder: Path) -> None:
 
 
 def note_written(file: Path) -> None:
-    """Take note that dit-hub wrote a file into a folder of `new_folder`, or into a folder of one, after it was made."""
+    """Add a file that dit-hub wrote later to the manifest of its folder, or of the folder above."""
     for folder in (file.parent, file.parent.parent):
         if (folder / MANIFEST_FILE).is_file():
             mark, written = _mark(file), _read(folder)
-            if written is not None:  # one that cannot be read is not begun anew, or all other files would be foreign
+            if written is not None:  # a new one would make all other files foreign
                 _write(folder, {**written, file.relative_to(folder).as_posix(): mark})
             return
 
 
 def written_files(folder: Path) -> dict[str, str]:
-    """What the manifest of a folder says; nothing where there is none, or none that can be read."""
+    """The files that the manifest of a folder lists, with their marks; none where it is missing or unreadable."""
     return _read(folder) or {}
 
 
@@ -75,7 +75,7 @@ def files_in(folder: Path) -> Iterator[str]:
 
 
 def _mark(file: Path) -> str:
-    """What changes when a file does: its size and the SHA-256 of its bytes, or where a link leads."""
+    """A string that changes with the file: its size and the SHA-256 of its bytes, or the target of a link."""
     if file.is_symlink():
         return os.readlink(file)
     size, read = file.stat().st_size, hashlib.sha256()
@@ -97,7 +97,7 @@ def _read(folder: Path) -> dict[str, str] | None:
 
 
 def _write(folder: Path, written: dict[str, str]) -> None:
-    """Put a manifest in place of that which is there, in one step: other processes may be reading it."""
+    """Replace the manifest of a folder in one step, since other processes may be reading it."""
     number, building = tempfile.mkstemp(prefix=f"{MANIFEST_FILE}.", dir=folder)
     try:
         with open(number, "w") as file:

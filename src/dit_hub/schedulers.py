@@ -1,4 +1,4 @@
-"""What DiT needs to know of diffusers' schedulers: which ones fit, the official timesteps, the learned variance."""
+"""diffusers' schedulers for DiT: which ones fit, the official timesteps, the learned variance."""
 
 import inspect
 import itertools
@@ -13,7 +13,7 @@ from torch import Tensor
 from .checks import real_number, shown, whole_number
 from .configuration_dit import FLOW_TIMESTEPS, DiTConfig
 
-# Short names for the command line. Every scheduler of diffusers that steps from noise to data works in the pipeline.
+# Short names for the command line. In Python, the pipeline takes every scheduler that `check_scheduler` accepts.
 SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
@@ -27,7 +27,7 @@ SCHEDULERS = {
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
 }
 
-# In the names of diffusers' schedulers that step with a velocity, and of those for models that DiTs are not.
+# Parts of the names of schedulers that step with a velocity, and of those for other kinds of models.
 _VELOCITY = ("FlowMatch", "FlowMap", "EulerAncestralRF")
 _OTHER_MODELS = {
     "LCM": "samples consistency models, which predict the result at every step",
@@ -35,7 +35,7 @@ _OTHER_MODELS = {
     "Helios": "samples in stages of growing size",
 }
 
-# Fields of configs that noise levels follow from, and what those stand for that lack one.
+# Config fields that determine the noise levels, with the value of one that a config lacks.
 _NOISE_FIELDS = {
     "num_train_timesteps": None,
     "beta_schedule": None,
@@ -46,7 +46,7 @@ _NOISE_FIELDS = {
     "snr_shift_scale": 1.0,
 }
 
-# What bounds the predicted data to the range of pixels.
+# Settings that clip the predicted data to the range of pixels.
 _BOUNDS = ("clip_sample", "thresholding")
 
 
@@ -54,7 +54,7 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
     """A scheduler of another kind for the same noise levels.
 
     Args:
-        scheduler: the one whose configuration to take over.
+        scheduler: the one whose configuration is taken over.
         name: a short name of `SCHEDULERS`.
 
     Raises:
@@ -62,10 +62,10 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
     """
     if name not in SCHEDULERS:
         raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
-    # Without diffusers' note of which values were defaults, for which classes put their own.
+    # Without diffusers' record of which values were defaults: classes put their own in place of those.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     kind: Any = getattr(diffusers, SCHEDULERS[name])
-    # Some classes clip to -1..1 where nothing says otherwise, as the configs of those that cannot clip do not.
+    # Some classes clip to -1..1 by default, and the config of a class that cannot clip says nothing of it.
     return kind.from_config({"clip_sample": False, **config} if "clip_sample" in settings_of(kind) else config)
 
 
@@ -90,7 +90,7 @@ def official_scheduler(config: DiTConfig) -> Any:
 
 
 def scheduler_from_dict(config: dict[str, Any]) -> Any:
-    """The scheduler of diffusers that a config describes, which names its class under "_class_name".
+    """The scheduler of diffusers that a config describes; "_class_name" there is its class.
 
     Raises:
         ValueError: no such scheduler.
@@ -111,13 +111,13 @@ def is_flow_matching(scheduler: Any) -> bool:
 
 
 def check_scheduler(scheduler: Any, config: DiTConfig, own: Any, latent: bool) -> None:
-    """Raise ValueError for a scheduler that would draw something else than the model has learned.
+    """Raise ValueError for a scheduler that does not sample what the model has learned.
 
     Args:
         scheduler: the one to sample with.
         config: of the model.
         own: the scheduler that came with the model, whose noise levels it was trained for.
-        latent: whether the model is one of latents, which are not bounded as pixels are.
+        latent: whether the model predicts latents, which have no fixed range as pixels do.
     """
     name, flow = type(scheduler).__name__, config.parameterization != "diffusion"
     if flow:
@@ -143,7 +143,7 @@ def check_scheduler(scheduler: Any, config: DiTConfig, own: Any, latent: bool) -
 
 
 def _steps_alone(scheduler: Any) -> bool:
-    """Whether a step asks for no more than the prediction, the timestep and the sample."""
+    """Whether a step takes only the prediction, the timestep and the sample."""
     try:
         inspect.signature(scheduler.step).bind(None, None, None, return_dict=False)
     except (AttributeError, TypeError):
@@ -152,7 +152,7 @@ def _steps_alone(scheduler: Any) -> bool:
 
 
 def _noise_levels(scheduler: Any) -> Tensor | None:
-    """(T,) shares of the signal's variance by timestep, float32 on the CPU; None where there are no such."""
+    """(T,) the signal's share of the variance by timestep, float32 on the CPU; None if the scheduler has none."""
     levels = getattr(scheduler, "alphas_cumprod", None)
     return levels.float().cpu() if isinstance(levels, Tensor) else None
 
@@ -169,8 +169,8 @@ def _check_straight_path(scheduler: Any) -> None:
 def _check_noise_levels(scheduler: Any, config: DiTConfig, own: Any) -> None:
     name, fields = type(scheduler).__name__, scheduler.config
     if fields.get("timestep_type") == "continuous":
-        raise ValueError(f'{name} with timestep_type="continuous" gives the model logarithms of noise levels in place '
-                         'of timesteps; set timestep_type="discrete".')  # fmt: skip
+        raise ValueError(f'{name} with timestep_type="continuous" gives the model logarithms of noise levels '
+                         'instead of timesteps; set timestep_type="discrete".')  # fmt: skip
     levels, trained = _noise_levels(scheduler), _noise_levels(own)
     if levels is not None and trained is not None and not _equal(levels, trained):
         raise ValueError(f"This {name} has other noise levels than this model was trained for; make it with "
@@ -185,27 +185,27 @@ def _check_noise_levels(scheduler: Any, config: DiTConfig, own: Any) -> None:
 
 
 def _check_bounds(scheduler: Any, own: Any) -> None:
-    """Refuse what bounds the predicted data to -1..1, where the model's own scheduler does not."""
+    """Refuse a scheduler that clips the predicted data to -1..1 if the model's own does not."""
     name = type(scheduler).__name__
     for setting in _BOUNDS:
         here = setting in settings_of(type(scheduler)) and scheduler.config.get(setting)
         if here and not own.config.get(setting):
-            raise ValueError(f"This {name} cuts what is predicted to -1..1, and latents go further; make it with "
+            raise ValueError(f"This {name} clips the prediction to -1..1, and latents go beyond; make it with "
                              f"{name}.from_config(pipe.scheduler.config, {setting}=False).")  # fmt: skip
 
 
 def settings_of(kind: type) -> Container[str]:
-    """What a class of schedulers can be told, of all that its configs may hold."""
+    """The settings that a class of schedulers reads; its configs may hold others."""
     return inspect.signature(kind).parameters
 
 
 def _equal(levels: Tensor, others: Tensor) -> bool:
-    """Whether two noise schedules are one; a last level of 0 is a small number in some schedulers."""
+    """Whether two noise schedules are the same; a last level of 0 is a small number in some schedulers."""
     return levels.shape == others.shape and torch.allclose(levels, others, rtol=1e-3, atol=1e-6)
 
 
 def _differing(fields: Any, own: Any) -> str:
-    """The noise levels of the model's own scheduler as further arguments, where the others differ."""
+    """Further arguments for `from_config`: the model's own noise settings where the other's differ."""
     pairs = {name: (fields.get(name, default), own.get(name, default)) for name, default in _NOISE_FIELDS.items()}
     return "".join(f", {name}={shown(value)}" for name, (other, value) in pairs.items() if other != value)
 
@@ -281,7 +281,7 @@ def _set_sigmas(scheduler: Any, sigmas: Any, timesteps: Any, device: torch.devic
 
 
 def _falling(timesteps: Any, trained: int, flow: bool) -> list[Any]:
-    """A list of timesteps of a model with `trained` ones, checked."""
+    """A caller's falling list of timesteps, checked for a model with `trained` of them."""
     values = timesteps.tolist() if isinstance(timesteps, (np.ndarray, Tensor)) else timesteps
     if not isinstance(values, Sequence) or not values:
         raise ValueError(f'timesteps must be a list of numbers or "official", not {shown(timesteps)}.')
@@ -294,18 +294,18 @@ def _falling(timesteps: Any, trained: int, flow: bool) -> list[Any]:
 
 
 def uses_learned_variance(scheduler: Any) -> bool:
-    """Whether the scheduler takes the variance from the prediction: a DDPM set to, and no other.
+    """Whether the scheduler takes the variance from the prediction, as only a DDPM does, when set to.
 
-    The others keep a DDPM's `variance_type` in their config when they are made from it.
+    Others keep a DDPM's `variance_type` in their config when they are made from it.
     """
     takes_variance = isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler))
     return takes_variance and str(scheduler.config.get("variance_type")).startswith("learned")
 
 
 def without_foreign_variance(scheduler: Any) -> Any:
-    """The scheduler itself, or one that leaves the variance alone.
+    """The scheduler, or a copy that ignores the learned variance, if the scheduler would misread it.
 
-    DPM solvers made from a DDPM's config act on its learned variance: they keep 3 channels of any prediction.
+    DPM solvers made from a DDPM's config act on its `variance_type`: they keep 3 channels of any prediction.
     """
     inherited = str(scheduler.config.get("variance_type")).startswith("learned")
     acts_on_it = "variance_type" in settings_of(type(scheduler))
@@ -315,5 +315,5 @@ def without_foreign_variance(scheduler: Any) -> Any:
 
 
 def prediction_for(scheduler: Any, prediction: Tensor, channels: int) -> Tensor:
-    """(N, C or 2C, H, W) -> what the scheduler steps with: the learned variance too where it uses one."""
+    """(N, C or 2C, H, W) -> what the scheduler steps with: all of it, or no variance if it uses none."""
     return prediction if uses_learned_variance(scheduler) else prediction[:, :channels]

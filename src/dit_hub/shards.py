@@ -1,4 +1,4 @@
-"""Checkpoints in parts: the files that their index names."""
+"""Sharded checkpoints: the files that their index names."""
 
 import json
 from pathlib import Path

@@ -8,7 +8,7 @@ A solver that is linear in the sample, the prediction and one earlier estimate n
 with z of unit variance, and `variance` the learned one of the model (in -1..1) if it has one. DDIM, DPM-Solver++ of
 first and second order, Euler along the straight path and DDPM are of this form. Coefficients are not copied from
 diffusers but measured: each step of the scheduler is run on random inputs and the three unknowns are solved for, so
-that a scheduler that does anything else is found out.
+that a scheduler of any other form is detected.
 """
 
 import copy
@@ -27,19 +27,19 @@ from .schedulers import is_flow_matching, set_timesteps, settings_of, uses_learn
 # Columns of a table.
 COLUMNS = ("timestep", "p", "q", "clip", "a", "b", "c", "noise", "exponent")
 
-# Instead of infinity, which ONNX's Clip would have to take for NaN times zero.
+# In place of infinity, which gives NaN where it is multiplied by zero.
 _NO_CLIP = 1e30
 
-# Largest residue of the fit, relative to the step's output, above which a scheduler is of another form.
+# The largest residue of the fit, relative to the step's output; above it, a scheduler is of another form.
 _MAX_RESIDUE = 1e-5
-_EXPERIMENTS = (64, 1, 1, 1)  # a batch of one-pixel pictures
+_EXPERIMENTS = (64, 1, 1, 1)  # a batch of one-pixel images
 
-# Tables by scheduler and steps: measuring 50 steps takes 6 ms, a tenth of sampling 16 toy pictures.
+# Tables by scheduler and steps: measuring 50 steps takes 6 ms, a tenth of sampling 16 toy images.
 _measured: dict[tuple, np.ndarray] = {}
 _MOST_MEASURED = 100
 
 _OTHER_FORM = (
-    "{} cannot be written as a table: a step of it needs more than the sample, the prediction and one estimate before. "
+    "{} cannot be written as a table: a step of it needs more than the sample, the prediction and the estimate before. "
     "DPMSolverMultistepScheduler, DDIMScheduler, DDPMScheduler and FlowMatchEulerDiscreteScheduler can."
 )
 
@@ -96,15 +96,15 @@ def _measure(scheduler: Any, num_inference_steps: int, timesteps: Any) -> np.nda
 
 
 def _take_clip(scheduler: Any) -> float:
-    """The bound of the estimate, which is switched off in the scheduler."""
+    """The bound of the estimate; clipping is then switched off in the scheduler."""
     config = scheduler.config
     if config.get("thresholding"):
-        raise ValueError(f"{type(scheduler).__name__} thresholds, which no table can say; set thresholding=False.")
-    # A scheduler made from another's config keeps fields that it does not heed.
+        raise ValueError(f"{type(scheduler).__name__} thresholds, which no table can express; set thresholding=False.")
+    # A scheduler made from another's config keeps fields that it does not use.
     if not config.get("clip_sample") or "clip_sample_range" not in settings_of(type(scheduler)):
         return _NO_CLIP
     if isinstance(scheduler, diffusers.DDIMScheduler):  # mixes a clipped estimate with an unclipped prediction
-        raise ValueError("DDIMScheduler clips, which no table can say; set clip_sample=False.")
+        raise ValueError("DDIMScheduler clips, which no table can express; set clip_sample=False.")
     scheduler.register_to_config(clip_sample=False)
     return float(config["clip_sample_range"])
 
@@ -138,7 +138,7 @@ def _deterministic_step(
 def _stochastic_step(
     scheduler: Any, timestep: Tensor, sample: Tensor, prediction: Tensor, estimate: Tensor
 ) -> list[float]:
-    """The same of a DDPM, whose noise is known from its seed; learned variances are tried at both of their ends."""
+    """The same columns of a DDPM, whose noise is known from its seed; a learned variance is tried at both ends."""
 
     def run(variance: float) -> list[float]:
         noise = torch.randn(_EXPERIMENTS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -156,7 +156,7 @@ def _stochastic_step(
 
 
 def _solve(unknowns: list[Tensor], result: Tensor, scheduler: Any) -> list[float]:
-    """The weights with which the first tensors sum up to the last."""
+    """The weights with which the unknowns sum to the result."""
     columns, target = torch.stack([unknown.flatten() for unknown in unknowns], dim=1), result.double().flatten()
     solution = torch.linalg.lstsq(columns, target).solution
     if (columns @ solution - target).norm() > _MAX_RESIDUE * target.norm():

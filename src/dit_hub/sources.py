@@ -1,4 +1,4 @@
-"""What a name stands for: a folder, an embedded model, a file on the Hub; and what the Hub may refuse."""
+"""Where a named model is: in a folder, in the package, or on the Hub, whose errors become one sentence."""
 
 import contextlib
 import os
@@ -29,18 +29,17 @@ EMBEDDED_MODELS = {"dit-toy-shapes": Path(__file__).parent / "assets" / "dit-toy
 
 CARD_FILE = "README.md"
 
-
-# Files that hold weights, by their endings.
+# Suffixes of files that hold weights.
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".json")
 
 
 def is_url(source: str | os.PathLike) -> bool:
-    """Whether a source is an address of the web."""
+    """Whether a source is a web address."""
     return str(source).startswith(("https://", "http://"))
 
 
 def local_folder(name: str | os.PathLike) -> Path | None:
-    """The folder that a name stands for: itself or an embedded model's. None for a Hub id.
+    """The folder that a name stands for: one of that path, else an embedded model's. None for a Hub id.
 
     Raises:
         ValueError: it is none of these.
@@ -68,13 +67,13 @@ def _is_path(name: str) -> bool:
 
 
 def _not_a_folder(file: Path) -> str:
-    """What to do with a file where a pipeline's folder is needed."""
+    """The message for a file in place of a pipeline folder, with what to do."""
     around = next((folder for folder in file.parents[:2] if (folder / "model_index.json").is_file()), None)
     if file.suffix == ".onnx":
         run = f"give {around}, the folder it is a part of" if around else "give the folder of its pipeline"
         return (
             f"{file} is a file for ONNX Runtime already: {run}, to sample with it; `dit-hub export tensorrt` takes it "
-            "as it is, and other exports start from the model it was made of."
+            "as it is, and other exports start from the model it was made from."
         )
     if around:
         return f"{file} is a part of the pipeline {around}; give that folder."
@@ -86,7 +85,7 @@ def fetch_url(url: str, hub_options: dict[str, Any]) -> str:
 
     Args:
         url: "https://huggingface.co/ORG/NAME/resolve/REVISION/FILE".
-        hub_options: of huggingface_hub's downloads; a revision there stands before that of the address.
+        hub_options: of huggingface_hub's downloads; a revision there replaces that of the address.
     """
     found = re.fullmatch(r"(https?://[^/]+)/([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/(.+?)(?:\?.*)?", url)
     if not found or found[1] not in ("https://huggingface.co", "https://hf.co", ENDPOINT):
@@ -95,21 +94,21 @@ def fetch_url(url: str, hub_options: dict[str, Any]) -> str:
         )
     _, repository, revision, name = found.groups()
     hub_options = {"revision": revision, **hub_options}
-    for fact in (ORIGIN_FILE, CARD_FILE):  # beside the file, where its licence may be named
+    for fact in (ORIGIN_FILE, CARD_FILE):  # files beside it that may name its licence
         with contextlib.suppress(OSError):
             fetch(repository, str(PurePosixPath(name).with_name(fact)), hub_options)
     return fetch(repository, name, hub_options)
 
 
 def fetch(repository: str, name: str, hub_options: dict[str, Any], aside: str = "") -> str:
-    """The cached path of a repository's file; what the Hub refuses becomes one sentence, with the caller's aside."""
+    """The cached path of a file of a repository; the Hub's errors become one sentence, with the caller's aside."""
     with plain_hub_errors(f"load {repository}{aside} from", name, hub_options.get("revision")):
         return hf_hub_download(repository, name, **hub_options)
 
 
 @contextmanager
 def plain_hub_errors(action: str, name: str = "such file", revision: str | None = None) -> Iterator[None]:
-    """One sentence for what the Hub refuses; it holds no token, nor an address that could hold one."""
+    """Turn the Hub's errors into one sentence, without tokens and without addresses that could hold one."""
     try:
         yield
     except GatedRepoError as error:

@@ -1,4 +1,4 @@
-"""Pictures of results: labelled grids, denoising trajectories, loss curves."""
+"""Images of results: labelled grids, denoising trajectories, loss curves."""
 
 import math
 import os
@@ -25,20 +25,20 @@ def image_grid(
     min_side: int = 96,
     row_names: Sequence[str] | None = None,
 ) -> Image.Image:
-    """One picture of many.
+    """A grid of images as one image.
 
     Args:
-        images: pictures of equal size.
-        columns: pictures in a row.
-        captions: a line of text under each picture.
-        min_side: small pictures are enlarged by a whole factor to at least this width, pixels kept sharp.
+        images: of equal size.
+        columns: images in a row.
+        captions: a line of text under each image.
+        min_side: small images are enlarged by a whole factor to at least this width, with sharp pixels.
         row_names: a line of text to the left of each row.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: no images.
     """
     if not images:
-        raise ValueError("A grid needs at least one picture.")
+        raise ValueError("A grid needs at least one image.")
     factor = max(1, -(-min_side // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
     cell_width, cell_height = width + _MARGIN, height + _MARGIN + (_CAPTION if captions else 0)
@@ -66,8 +66,8 @@ def sample_grid(
     Args:
         pipeline: a `DiTPipeline`.
         labels: draw these classes instead.
-        count: pictures; an unconditional model draws as many.
-        steps: denoising steps, or fewer where the noise schedule has not as many.
+        count: images; an unconditional model draws as many.
+        steps: denoising steps, at most as many as the noise schedule has.
         callback: called after each step, as `callback_on_step_end`.
     """
     num_classes = pipeline.transformer.config.num_classes
@@ -86,7 +86,7 @@ def sample_grid(
 
 
 class Trajectory:
-    """Collects the pictures of a denoising run: pass it to the pipeline as `callback_on_step_end`.
+    """Collects the latents of a denoising run: pass it to the pipeline as `callback_on_step_end`.
 
     Args:
         frames: how many moments to keep, evenly spread from the first step to the last.
@@ -102,10 +102,10 @@ class Trajectory:
         self.latents.append((int(timestep), tensors["latents"].detach().clone()))
         return {}
 
-    def picture(self, pipeline: Any, max_rows: int = 4) -> Image.Image:
-        """A row for each of up to `max_rows` pictures, from noise to result, named after its class, or else numbered.
+    def image(self, pipeline: Any, max_rows: int = 4) -> Image.Image:
+        """A grid with a row for each of up to `max_rows` samples, from noise to result.
 
-        Captions name the timesteps.
+        Rows are named after their classes, or else numbered; captions give the timesteps.
         """
         chosen = [self.latents[index] for index in _spread(len(self.latents), self.frames)]
         rows = _spread(len(chosen[0][1]), max_rows)
@@ -116,8 +116,8 @@ class Trajectory:
 
 
 def _name(pipeline: Any, label: int | None, index: int) -> str:
-    """What to call the picture of a class: the class's first name or its id, or else the picture's number."""
-    return f"picture {index + 1}" if label is None else pipeline.id2label.get(label, str(label)).split(",")[0]
+    """The caption of a sample: its class's first name or id, or else its number."""
+    return f"image {index + 1}" if label is None else pipeline.id2label.get(label, str(label)).split(",")[0]
 
 
 def _spread(length: int, count: int) -> list[int]:
@@ -132,10 +132,10 @@ def loss_curve(
     reference: dict[int, float] | None = None,
     title: str = "",
 ) -> None:
-    """Draw the mean loss of each epoch to a file, and another run's losses by epoch as points beside it."""
+    """Plot the mean loss of each epoch to a file, with another run's losses by epoch as points."""
     pyplot = require("matplotlib.pyplot", "train")
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    # Dots, since a line through one epoch would not be seen.
+    # With dots where epochs are few, since a line through one would not be seen.
     axes.plot(range(1, len(epoch_losses) + 1), epoch_losses, "." * (len(epoch_losses) < 50) + "-", label="this run")
     if reference:
         axes.plot(list(reference), list(reference.values()), "o", label="published")
@@ -152,19 +152,19 @@ def loss_curve(
 
 
 def difference(first: Tensor, second: Tensor) -> int:
-    """Largest difference of two batches of pictures in 0..1, in steps of 1/255."""
+    """The largest difference of two batches of images in 0..1, in steps of 1/255."""
     return int((torch.round(first * 255) - torch.round(second * 255)).abs().max())
 
 
-# The card's picture is drawn while pushing where it costs no more than this many multiply-accumulates in all, which are
-# seconds on a CPU, or where there is a GPU.
+# The card's image is drawn while pushing if it takes no more than this many multiply-accumulates in all, which are
+# seconds on a CPU, or if there is a GPU.
 SAMPLES_FILE = "samples.png"
 _CHEAP = 1e12
 _SAMPLES, _SAMPLE_STEPS = 16, 50
 
 
 def draws_quickly(pipeline: Any) -> bool:
-    """Whether the card's picture of a pipeline takes seconds, and can be drawn at all."""
+    """Whether a pipeline can draw the image of its card, and within seconds."""
     config = pipeline.transformer.config
     passes = _SAMPLES * _SAMPLE_STEPS * (1 if config.null_class is None else 2)
     cheap = pipeline.device.type == "cuda" or measure(config).gmacs * 1e9 * passes <= _CHEAP
@@ -172,12 +172,12 @@ def draws_quickly(pipeline: Any) -> bool:
 
 
 def draw_samples(pipeline: Any, folder: str | os.PathLike, force: bool = False) -> bool:
-    """Draw the card's picture into a folder, unless it is there; False where that would take long.
+    """Draw the card's image into a folder unless it is there; return False if that would take long.
 
     Args:
         pipeline: the one to draw with.
         folder: the pipeline's.
-        force: draw it whatever it costs, and anew if it is there.
+        force: draw it however long it takes, and again if it is there.
 
     Raises:
         ValueError: the pipeline has no decoder for its latents, and `force` is on.

@@ -28,7 +28,7 @@ app.command()(card)
 app.command()(push)
 app.add_typer(export_app, name="export")
 
-# In PyTorch's errors, on processors and on GPUs.
+# Parts of PyTorch's errors, on processors and on GPUs.
 _MEMORY_ERRORS = ("can't allocate memory", "out of memory")
 
 
@@ -44,11 +44,11 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What goes before the name of a command."""
+    """Options before the name of a command."""
 
 
 def main() -> None:
-    """Run the command line. What the user can mend is one sentence and exit status 2."""
+    """Run the command line. An error that the user can correct is one sentence and exit status 2."""
     try:
         app()
     except (ValueError, OSError, ImportError) as error:
@@ -56,7 +56,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in _MEMORY_ERRORS):
             raise
-        _refuse("There is not enough memory for this; draw fewer pictures at a time, or take smaller batches.")
+        _refuse("There is not enough memory for this; draw fewer images at a time, or use smaller batches.")
 
 
 def _refuse(message: str) -> NoReturn:

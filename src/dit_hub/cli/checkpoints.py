@@ -11,10 +11,10 @@ from .common import Overwrite, make_table
 
 def info(
     model: Annotated[str | None, typer.Argument(help="A size (DiT-XL/2), a Hub id, or a folder.")] = None,
-    image_size: Annotated[int, typer.Option(help="Side of the picture in pixels, for sizes given by name.")] = 256,
-    all_sizes: Annotated[bool, typer.Option("--all", help="All published sizes beside the paper's figures.")] = False,
+    image_size: Annotated[int, typer.Option(help="Side of the image in pixels, for a size given by name.")] = 256,
+    all_sizes: Annotated[bool, typer.Option("--all", help="All published sizes, with the paper's figures.")] = False,
 ) -> None:
-    """Parameters and multiply-accumulates of a model, or of all published sizes."""
+    """Show parameters and multiply-accumulates of a model, or of all published sizes."""
     if (model is None) != all_sizes:
         raise ValueError("Give a model, or --all for all published sizes.")
     quiet_libraries()
@@ -40,7 +40,7 @@ def info(
         table.add_row(name, str(getattr(config, name)))
     table.add_section()
     table.add_row("parameters", f"{size.parameters:,}")
-    table.add_row("multiply-accumulates", f"{size.gmacs:.4g} G for one picture")
+    table.add_row("multiply-accumulates", f"{size.gmacs:.4g} G for one image")
     Console().print(table)
 
 
@@ -73,23 +73,25 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[str, typer.Option(help="Layout: dit-hub, official or diffusers.")] = "dit-hub",
     weights: Annotated[
-        str | None, typer.Option(help="Key of a training checkpoint: ema, model, …; default: ema where there is one.")
+        str | None, typer.Option(help="Key of a training checkpoint: ema, model, …; default: ema, if there is one.")
     ] = None,
-    family: Annotated[str | None, typer.Option(help="dit or sit; default: what the file says.")] = None,
+    family: Annotated[str | None, typer.Option(help="dit or sit; default: as the file says.")] = None,
     num_attention_heads: Annotated[
         int | None, typer.Option(help="Attention heads; default: those of the published model of this width.")
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes, without the null class; default: as seen.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes, without the null class; default: as the weights show.")
+    ] = None,
     sample_size: Annotated[
-        int | None, typer.Option(help="Side of the input in latent pixels; default: as seen.")
+        int | None, typer.Option(help="Side of the input in latent pixels; default: as the weights show.")
     ] = None,
     timestep_freq_shift: Annotated[
-        float | None, typer.Option(help="For diffusers' layout: 0 for official weights, 1 for its own.")
+        float | None, typer.Option(help="For diffusers' layout: 0 for official weights, 1 for diffusers' own.")
     ] = None,
     vae: Annotated[
         str | None, typer.Option(help="Decoder of latents: a folder or Hub id, or none; default: Stable Diffusion's.")
     ] = None,
-    license: Annotated[str | None, typer.Option(help="Licence of the weights, where the source does not say.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the weights, if the source does not name it.")] = None,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Put the code beside the weights, for people without dit-hub.")
     ] = False,
@@ -132,7 +134,7 @@ def _print_conversion(result: Any) -> None:
     Console().print(table)
     if result.patch:
         print(
-            "diffusers' class divides the timestep's frequencies by 127, these weights want 128 (12.8 % of the output "
+            "diffusers' class divides the timestep's frequencies by 127, these weights need 128 (12.8 % of the output "
             f"of a random model). After loading there, run:\n{result.patch}"
         )
     if origin.license == "unknown":
@@ -141,31 +143,33 @@ def _print_conversion(result: Any) -> None:
 
 def card(
     folder: Annotated[str, typer.Argument(help="A pipeline folder, an export, a conversion, or dit-toy-shapes.")],
-    repository: Annotated[str | None, typer.Option(help="What the card's code loads; default: the folder.")] = None,
+    repository: Annotated[
+        str | None, typer.Option(help="The name that the card's code loads; default: the folder.")
+    ] = None,
 ) -> None:
-    """Show the card that a push would make."""
+    """Show the card that `push` would write."""
     quiet_libraries()
     from dit_hub.model_cards import render_card
 
     from ..sources import local_folder
 
     path = local_folder(folder)
-    if path is None:  # what could be a Hub id
+    if path is None:  # it could be a Hub id
         raise ValueError(f"There is no folder {folder}.")
     print(render_card(path, repository))
 
 
 def push(
     folder: Annotated[Path, typer.Argument(help="A pipeline folder, an export or a conversion.")],
-    repository: Annotated[str, typer.Argument(help="ORGANISATION/NAME on the Hub; made where it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    repository: Annotated[str, typer.Argument(help="ORGANISATION/NAME on the Hub; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     token: Annotated[
-        str | None, typer.Option(help="Token of the Hub; default: HF_TOKEN, or the one you logged in with.")
+        str | None, typer.Option(help="Token for the Hub; default: HF_TOKEN, or that of your login.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; default: main.")] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     draw: Annotated[
-        bool, typer.Option("--draw", help="Draw the card's samples first, even where that takes long.")
+        bool, typer.Option("--draw", help="Draw the card's samples first, even if that takes long.")
     ] = False,
 ) -> None:
     """Push a folder with its card to the Hub."""

@@ -1,4 +1,4 @@
-"""What the commands share: options, and what they check and print alike."""
+"""Options, checks and tables that several commands share."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ Model = Annotated[str, typer.Argument(help="A Hub id, a folder, or dit-toy-shape
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError where PyTorch has no such device, or one that does not compute pictures."""
+    """Raise ValueError where PyTorch has no such device, or one that does not compute."""
     import torch
 
     try:

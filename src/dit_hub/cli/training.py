@@ -17,14 +17,14 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe, as key=value.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the trained pipeline; default: outputs/RECIPE.")] = None,
     resume: Annotated[
-        str, typer.Option(help="auto: resume from the last checkpoint of a run that was cut; never: start over.")
+        str, typer.Option(help="auto: resume from the last checkpoint of an interrupted run; never: start over.")
     ] = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model and save it as a pipeline folder.
 
-    The same command resumes a run that was stopped, or one that was killed from its last checkpoint; save_every is the
-    number of steps between checkpoints.
+    The same command resumes a run that was stopped, or one that was killed, from its last checkpoint; save_every is
+    the number of steps between checkpoints.
     """
     from ..files import check_free
 
@@ -35,7 +35,7 @@ def train(
     quiet_libraries()
     from ..training.recipe import get_recipe
 
-    for module in ("accelerate", "matplotlib", "tensorboard"):  # before the work: some are needed only at its end
+    for module in ("accelerate", "matplotlib", "tensorboard"):  # before the work, since some are needed only at its end
         require(module, "train")
 
     changes = dict(_split_setting(setting) for setting in settings or [])
@@ -50,7 +50,7 @@ def latents(
     data: Annotated[
         str, typer.Argument(help="A folder of images, or of one folder per class, an .npz archive or hf:NAME.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the latents; a run that was cut resumes there.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the latents; an interrupted run resumes there.")],
     vae: Annotated[str, typer.Option(help="A folder or Hub id of an AutoencoderKL.")] = "stabilityai/sd-vae-ft-mse",
     size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
@@ -75,7 +75,7 @@ def latents(
     encoder: Any = AutoencoderKL.from_pretrained(vae)
     _, height, width = dataset.sample_shape
     if (height, width) != (size, size):
-        print(f"The images of {data} are {height}x{width}, whatever --size.")
+        print(f"The images of {data} are {height}x{width}; --size does not change that.")
     for note in dataset.notes:
         print(note)
     with Progress() as bar:

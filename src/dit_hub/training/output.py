@@ -84,7 +84,7 @@ def _draw(result: TrainingResult, folder: Path) -> None:
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         if draws_quickly(pipeline):
             sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
-            trajectory.picture(pipeline).save(folder / "trajectory.png")
+            trajectory.image(pipeline).save(folder / "trajectory.png")
     with _warn_on_error("No losses were drawn"):
         loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result), _title(result))
 
