@@ -168,13 +168,16 @@ class Modulation(nn.Sequential):
     def __init__(self, config: DiTConfig, rows: int, per_layer: int):
         linear = initialised_by("zeros", Float32Linear(config.hidden_size, rows * config.hidden_size))
         super().__init__(nn.SiLU(), linear)
-        self.rows, self.per_layer = rows, per_layer
+        self.per_layer, self.width = per_layer, config.hidden_size
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         # Vectors get a dimension of their own: the backward of chunk on the last one is wrong on Apple's MPS.
         vectors = super().forward(condition)
-        rows = vectors.view(vectors.shape[0], self.rows, 1, -1).unbind(1)
+        rows = vectors.view(vectors.shape[0], -1, 1, self.width).unbind(1)
         return tuple([row + 1 if index % self.per_layer == 1 else row for index, row in enumerate(rows)])
+
+
+_HOOKS = frozenset(["_hf_hook", "_diffusers_hook"])  # accelerate's and diffusers' mark on a module
 
 
 class DiTBlock(GradientCheckpointingLayer):
@@ -369,10 +372,18 @@ class DiTTransformer(PreTrainedModel, DiffusersModelMixin):
             In-context and cross-attention: what `condition` returns.
         """
         condition = self.condition(timestep, class_labels)
-        if not self.config.modulation_rows:
-            return condition
+        return torch.cat(self._modulations(condition), dim=1) if self.config.modulation_rows else condition
+
+    def _modulations(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """(N, D) condition -> K modulations of all layers, each (N, 1, D); see `precompute`."""
         layers: Any = (*self.blocks, self.final_layer)
-        return torch.cat([row for layer in layers for row in layer.adaLN_modulation(condition)], dim=1)
+        return tuple([row for layer in layers for row in layer.adaLN_modulation(condition)])
+
+    @property
+    def _blocks_are_bare(self) -> bool:
+        """Whether no library moves, shards or replaces the blocks, so that parts of them can be called from outside."""
+        bare = [type(block) is DiTBlock and _HOOKS.isdisjoint(block.__dict__) for block in self.blocks]
+        return len(bare) == self.config.num_hidden_layers and all(bare)
 
     def embed(self, hidden_states: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, T, D) tokens with positions, float32."""
@@ -398,8 +409,11 @@ class DiTTransformer(PreTrainedModel, DiffusersModelMixin):
         """(N, T, D) tokens -> (N, T, patch * patch * output channels); condition and precomputed as in `forward`."""
         count, per_block = tokens.shape[1], self.config.modulation_rows
         ahead: tuple[Tensor, ...] | None = None
-        if precomputed is not None and per_block:
+        if per_block and precomputed is not None:
             condition, ahead = None, precomputed.unsqueeze(2).unbind(1)  # K of (N, 1, D)
+        elif per_block and condition is not None and self._blocks_are_bare:
+            # Faster than in turns with the blocks, whose larger products evict these weights: 5 % of the toy's time.
+            ahead = self._modulations(condition)
         if self.config.conditioning == "in_context" and condition is not None:
             tokens = torch.cat([tokens, condition], dim=1)
         for index, block in enumerate(self.blocks):
