@@ -91,7 +91,7 @@ bench-gpu: .venv/.installed  ## Latency of XL/2 on an NVIDIA GPU: eager, compile
 bench-training-gpu: .venv/.installed  ## Training of B/2 and XL/2 on an NVIDIA GPU against the official train step.
 	$(BIN)/python benchmarks/training_gpu.py
 
-toy: .venv/.installed  ## Train the embedded model anew, with its pictures and card.
+toy: .venv/.installed  ## Train the embedded model anew, with its images and card.
 	$(BIN)/dit-hub train toy-shapes --out src/dit_hub/assets/dit-toy-shapes --overwrite
 
 clean:  ## Remove what the other targets made.

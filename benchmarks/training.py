@@ -34,17 +34,17 @@ def bare_loop(recipe: Recipe) -> float:
     torch.manual_seed(recipe.seed)
     model = DiTTransformer(recipe.config).train()
     scheduler = DDPMScheduler(recipe.num_train_timesteps)
-    pictures, labels = shapes(recipe.images_per_class, recipe.seed)
-    steps = recipe.epochs * (len(pictures) // recipe.batch_size)
+    images, labels = shapes(recipe.images_per_class, recipe.seed)
+    steps = recipe.epochs * (len(images) // recipe.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
     learning_rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     ends: list[float] = []
     for _ in range(recipe.epochs):
-        order = torch.randperm(len(pictures))
+        order = torch.randperm(len(images))
         for indices in order.split(recipe.batch_size):
             if len(indices) < recipe.batch_size:
                 continue
-            clean, noise = pictures[indices], torch.randn(len(indices), *pictures.shape[1:])
+            clean, noise = images[indices], torch.randn(len(indices), *images.shape[1:])
             timestep = torch.randint(0, recipe.num_train_timesteps, (len(indices),))
             noisy = scheduler.add_noise(clean, noise, timestep)  # pyright: ignore[reportArgumentType]
             loss = (model(noisy, timestep, labels[indices]).sample - noise).square().mean()

@@ -380,19 +380,19 @@ def test_missing_timestep_is_an_error(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("patch", [1, 2, 3])
 def test_patches_are_taken_and_put_back_row_by_row(make_model: MakeModel, patch: int) -> None:
     model = make_model(patch_size=patch, sample_size=(6, 12), learn_sigma=False)
-    picture, _, _ = inputs_for(model)
+    image, _, _ = inputs_for(model)
     rows, columns = 6 // patch, 12 // patch
     patches = [
-        picture[:, :, patch * row : patch * (row + 1), patch * column : patch * (column + 1)]
+        image[:, :, patch * row : patch * (row + 1), patch * column : patch * (column + 1)]
         for row in range(rows)
         for column in range(columns)
     ]
     embedded = torch.stack([piece.flatten(1) for piece in patches], dim=1)  # channel, row, column
     weight, bias = model.x_embedder.proj.weight.flatten(1), model.x_embedder.proj.bias
-    torch.testing.assert_close(model.x_embedder(picture), F.linear(embedded, weight, bias), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.x_embedder(image), F.linear(embedded, weight, bias), rtol=0, atol=1e-5)
     tokens = torch.stack([piece.permute(0, 2, 3, 1).flatten(1) for piece in patches], dim=1)  # row, column, channel
-    torch.testing.assert_close(model.unpatchify(tokens, 6, 12), picture, rtol=0, atol=0)
-    assert predict(model).shape == picture.shape
+    torch.testing.assert_close(model.unpatchify(tokens, 6, 12), image, rtol=0, atol=0)
+    assert predict(model).shape == image.shape
 
 
 def test_positions_of_a_rectangle_encode_column_then_row(make_model: MakeModel) -> None:

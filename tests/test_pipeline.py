@@ -82,7 +82,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_equal_weights(actual: DiTPipeline, expected: DiTPipeline) -> None:
-    """Every weight bit for bit. Pictures may differ: where weights lie in memory decides how some processors sum."""
+    """Every weight bit for bit. Images may differ: where weights lie in memory decides how some processors sum."""
     for name, module in expected.components.items():
         if isinstance(module, torch.nn.Module):
             weights = dict(actual.components[name].state_dict())
@@ -106,7 +106,7 @@ def pipe(make_model: MakeModel) -> DiTPipeline:
 
 @pytest.fixture
 def latent_pipe(make_model: MakeModel, make_vae: Callable[..., Any]) -> DiTPipeline:
-    """The same with a VAE of 2 pixels per latent pixel: 16x16 pictures."""
+    """The same with a VAE of 2 pixels per latent pixel: 16x16 images."""
     return pipeline_of(make_model(), vae=make_vae())
 
 
@@ -674,13 +674,13 @@ def test_other_sizes_of_a_model_with_learned_positions_are_an_error(make_model: 
 # --- Outputs ---------------------------------------------------------------------------------------------------------
 
 
-def test_output_types_show_the_same_pictures(latent_pipe: DiTPipeline) -> None:
-    pt, array, pictures = (sample(latent_pipe, output_type=kind) for kind in ("pt", "np", "pil"))
+def test_output_types_show_the_same_images(latent_pipe: DiTPipeline) -> None:
+    pt, array, drawn = (sample(latent_pipe, output_type=kind) for kind in ("pt", "np", "pil"))
     assert pt.shape == (2, 3, 16, 16)
     assert 0 <= pt.min() < pt.max() <= 1
     assert_same(torch.from_numpy(array), pt.permute(0, 2, 3, 1))
-    assert all(isinstance(picture, Image.Image) and picture.mode == "RGB" for picture in pictures)
-    assert_same(torch.from_numpy(np.stack(pictures)), (torch.from_numpy(array) * 255).round().to(torch.uint8))
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in drawn)
+    assert_same(torch.from_numpy(np.stack(drawn)), (torch.from_numpy(array) * 255).round().to(torch.uint8))
 
 
 def test_pixel_models_need_no_vae(make_model: MakeModel) -> None:
@@ -690,15 +690,15 @@ def test_pixel_models_need_no_vae(make_model: MakeModel) -> None:
 
 
 def test_one_channel_gives_grey_pictures(make_model: MakeModel) -> None:
-    picture = sample(pipeline_of(make_model(in_channels=1, num_classes=0)), None, output_type="pil")[0]
-    assert (picture.mode, picture.size) == ("L", (8, 8))
+    image = sample(pipeline_of(make_model(in_channels=1, num_classes=0)), None, output_type="pil")[0]
+    assert (image.mode, image.size) == ("L", (8, 8))
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_pixels_are_pictures_and_may_be_cut_to_their_range(make_model: MakeModel, channels: int, mode: str) -> None:
     pipe = pipeline_of(make_model(in_channels=channels), new_scheduler("DDIMScheduler", clip_sample=False))
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=True)
-    assert [picture.mode for picture in sample(pipe, output_type="pil")] == [mode, mode]
+    assert [image.mode for image in sample(pipe, output_type="pil")] == [mode, mode]
 
 
 def test_default_output_is_pil(latent_pipe: DiTPipeline) -> None:
