@@ -102,6 +102,16 @@ def test_model_cpu_offload(make_model: MakeModel) -> None:
     torch.testing.assert_close(draw(pipe, output_type="pt"), expected, rtol=0, atol=1e-5)
 
 
+def test_sequential_cpu_offload(make_model: MakeModel) -> None:
+    """The weights of both components are elsewhere until their layers are called."""
+    pipe = pipeline_of(make_model(), vae=small_vae())
+    expected = draw(pipe, output_type="pt")
+    for component in (pipe.transformer, pipe.vae):  # as `enable_sequential_cpu_offload` does on accelerators
+        accelerate.cpu_offload(component, torch.device("cpu"), offload_buffers=len(component._parameters) > 0)
+    assert pipe.vae.device.type == "meta"
+    torch.testing.assert_close(draw(pipe, output_type="pt"), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"": "disk"}])
 def test_device_maps(make_model: MakeModel, device_map: Any, tmp_path: Path) -> None:
     model = make_model(num_hidden_layers=3)
@@ -186,6 +196,23 @@ def test_caches_skip_work_and_leave_no_trace(make_model: MakeModel, name: str, c
         assert torch.isfinite(draw(pipe, guidance_interval=(0.3, 0.8))).all()
     model.disable_cache()
     hook.remove()
+    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
+
+
+def test_a_run_that_was_cut_off_leaves_nothing_to_the_next(make_model: MakeModel) -> None:
+    model = make_model(num_hidden_layers=4)
+    pipe = pipeline_of(model)
+    model.enable_cache(CACHES["FirstBlockCache"](pipe))
+    expected = draw(pipe)
+
+    def fail(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 3:
+            raise InterruptedError
+        return {}
+
+    with pytest.raises(InterruptedError):
+        pipe([5, 6], num_inference_steps=STEPS, output_type="latent", callback_on_step_end=fail)
+    assert pipe.current_timestep is None
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
 
 

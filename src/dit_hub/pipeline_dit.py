@@ -334,20 +334,22 @@ class DiTPipeline(HubPipeline, LoraMixin):
     ) -> Tensor:
         """(N, C, H, W) noise -> latents."""
         scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:  # pyright: ignore[reportCallIssue]
-            for i, t in enumerate(self.scheduler.timesteps):
-                if self._interrupt:
-                    break
-                self._current_timestep = t
-                prediction = predict(i, scale_input(sample, t))
-                prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
-                sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": sample, "noise_pred": prediction}
-                    given = {name: tensors[name] for name in tensor_inputs}
-                    sample = replaced_latents(sample, callback_on_step_end(self, i, t, given))
-                progress.update()
-        self._current_timestep = None
+        try:
+            with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:  # pyright: ignore[reportCallIssue]
+                for i, t in enumerate(self.scheduler.timesteps):
+                    if self._interrupt:
+                        break
+                    self._current_timestep = t
+                    prediction = predict(i, scale_input(sample, t))
+                    prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
+                    sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
+                    if callback_on_step_end is not None:
+                        tensors = {"latents": sample, "noise_pred": prediction}
+                        given = {name: tensors[name] for name in tensor_inputs}
+                        sample = replaced_latents(sample, callback_on_step_end(self, i, t, given))
+                    progress.update()
+        finally:
+            self._current_timestep = None
         return sample
 
     def _sample_at_once(
