@@ -32,8 +32,9 @@ def for_layer(layer: nn.Module, input: Tensor) -> Tensor:
     """A tensor in the dtype that a layer computes in.
 
     That is its bias's, since a quantised weight is no float; while diffusers' layerwise casting stores the layer in
-    fewer bits, it is the casting's.
+    fewer bits, it is the casting's. Of a layer with adapters it is that of the layer they adapt, which is what is cast.
     """
+    layer = cast(Any, layer).get_base_layer() if hasattr(layer, "get_base_layer") else layer
     registry = getattr(layer, "_diffusers_hook", None)
     casting = None if registry is None else registry.get_hook("layerwise_casting")
     return input.to(cast(Any, layer).bias.dtype if casting is None else casting.compute_dtype)
@@ -45,6 +46,9 @@ class Float32Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if hasattr(weight, "qdata"):  # torchao's own products would be in the dtype that it was quantised from
+            if type(weight).dequantize is Tensor.dequantize:  # but it has nothing else for some kinds, such as int4
+                bias = None if self.bias is None else self.bias.to(weight.dtype)
+                return F.linear(input.to(weight.dtype), weight, bias).float()
             weight = weight.dequantize()
         bias = None if self.bias is None else self.bias.float()
         device = input.device.type
