@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from dit_hub import DiTPipeline, DiTTransformer
+from dit_hub.export import export_onnx
 from dit_hub.layers import Float32Linear
 
 # Not imported by name, so that what checks types need not have them.
@@ -111,6 +112,15 @@ def test_adapters_on_quantised_weights(make_model: MakeModel, name: str, tmp_pat
     pipe.load_lora_weights(tmp_path / "style", adapter_name="again")
     pipe.unload_lora_weights()
     assert relative_error(predict(quantised), predict(make_model(hidden_size=128))) < bound
+
+
+def test_weights_of_bitsandbytes_are_not_exported(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    pipe = DiTPipeline(DiTTransformer.from_pretrained(tmp_path / "model", quantization_config=config), DDIMScheduler())
+    with pytest.raises(ValueError, match="bitsandbytes has quantised the denoiser; give the model"):
+        export_onnx(pipe, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_weights_that_torchao_only_multiplies_with(make_model: MakeModel) -> None:
