@@ -338,6 +338,17 @@ def test_copies_and_pickles_draw_the_same(make_model: MakeModel) -> None:
         assert other.id2label == {3: "perch"}
 
 
+def test_from_pipe_keeps_the_licence(make_model: MakeModel, tmp_path: Path) -> None:
+    pipeline_of(make_model()).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "evaluation.json").write_text("{}")
+    pipe = DiTPipeline.from_pretrained(tmp_path / "model")
+    other = DiTPipeline.from_pipe(pipe)
+    assert other.origin is pipe.origin is not None
+    other.save_pretrained(tmp_path / "other")
+    written = {path.name for path in (tmp_path / "other").iterdir()}
+    assert written == {path.name for path in (tmp_path / "model").iterdir()} | {"origin.json"}
+
+
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 def test_both_names_of_the_dtype(make_model: MakeModel, name: str, tmp_path: Path) -> None:
     pipeline_of(make_model()).save_pretrained(tmp_path)

@@ -78,8 +78,15 @@ class DiTPipeline(HubPipeline, LoraMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers' `from_pipe`, which by itself leaves out a decoder whose class our signature does not name."""
-        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+        """As diffusers' `from_pipe`, with what is known of the weights: their origin and licence.
+
+        By itself that leaves out a decoder whose class our signature does not name.
+        """
+        made = super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+        for name in ("origin", "_facts", "_loaded_weights", "_own_classes", "_base_classes", "_merged_adapters"):
+            if hasattr(pipeline, name):
+                setattr(made, name, getattr(pipeline, name))
+        return made
 
     @property
     def class_labels(self) -> list[int | None]:
