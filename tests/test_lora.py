@@ -258,3 +258,43 @@ def test_classes_change_on_an_offloaded_pipeline(tmp_path: Path, make_model: Mak
     close(predict(pipe.transformer, (0, 1)), predict(pets, (0, 1)))
     pipe.set_adapters("style")
     close(predict(pipe.transformer), expected)
+
+
+def test_adapters_that_are_disabled_take_their_classes_along(tmp_path: Path, make_model: MakeModel) -> None:
+    pets = add_adapters(make_model().resize_class_labels(2), rank=2)
+    save_adapters(pets, 2, "someone/model", {0: "cats", 1: "dogs"}, tmp_path)
+    pipe = pipeline_of(make_model())
+    plain = predict(pipe.transformer)
+    pipe.load_lora_weights(tmp_path)
+    pipe.disable_lora()
+    assert pipe.id2label[9] == "class 9"
+    close(predict(pipe.transformer), plain)
+    pipe.enable_lora()
+    assert pipe.id2label == {0: "cats", 1: "dogs"}
+    close(predict(pipe.transformer, (0, 1)), predict(pets, (0, 1)))
+
+
+def test_hot_swapping_takes_the_place_of_an_adapter(tmp_path: Path, make_model: MakeModel) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        expected = write_with_peft(tmp_path / name, make_model(), seed, lora_alpha=8)
+    pipe = pipeline_of(make_model())
+    pipe.load_lora_weights(tmp_path / "a", adapter_name="style")
+    pipe.load_lora_weights(tmp_path / "b", adapter_name="style", hotswap=True)
+    assert pipe.get_list_adapters() == {"transformer": ["style"]}
+    close(predict(pipe.transformer), expected)  # pyright: ignore[reportPossiblyUnbound]
+
+
+@pytest.mark.parametrize("offload", ["sequential", "group"])
+def test_adapters_are_fused_on_an_offloaded_pipeline(tmp_path: Path, make_model: MakeModel, offload: str) -> None:
+    expected = write_with_peft(tmp_path, make_model(), lora_alpha=8)
+    pipe = pipeline_of(make_model())
+    pipe.load_lora_weights(tmp_path)
+    if offload == "group":
+        pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    else:
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    if offload == "sequential":
+        pipe.remove_all_hooks()
+    close(predict(pipe.transformer), expected)

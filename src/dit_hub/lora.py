@@ -39,7 +39,7 @@ class LoraMixin(LoraBaseMixin):
                 `merge_adapters=false`, a Hub id, or what diffusers' `load_lora_adapter` takes: a file or a dictionary
                 whose names start with "transformer.".
             adapter_name: to call them by; None numbers them.
-            kwargs: of diffusers' `load_lora_adapter`: `weight_name`, `revision`, `token`, …
+            kwargs: of diffusers' `load_lora_adapter`: `weight_name`, `revision`, `token`, `hotswap`, …
 
         Raises:
             ValueError: no adapters, damaged ones, those of another model, or a denoiser of another runtime or one that
@@ -63,10 +63,11 @@ class LoraMixin(LoraBaseMixin):
         adapters = read_adapters(folder, self.transformer)
         trainable = {parameter: parameter.requires_grad for parameter in self.transformer.parameters()}
         known = set(getattr(self.transformer, "peft_config", None) or ())
-        self.transformer.load_lora_adapter(
-            adapters.lora, prefix=None, adapter_name=adapter_name, metadata=adapters.config.to_dict(), _pipeline=self
-        )
-        (name,) = set(self.transformer.peft_config) - known
+        read = {"prefix": None, "metadata": adapters.config.to_dict(), "_pipeline": self}
+        self.transformer.load_lora_adapter(adapters.lora, **{**kwargs, **read, "adapter_name": adapter_name})
+        (name,) = set(self.transformer.peft_config) - known or {
+            adapter_name
+        }  # with `hotswap` it is in the place of one
         for parameter, was_trainable in trainable.items():  # peft freezes all but the adapters
             parameter.requires_grad = was_trainable
         self._own_classes = {**self._own_classes, name: adapters}
@@ -95,15 +96,28 @@ class LoraMixin(LoraBaseMixin):
     def fuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
         """As diffusers' `fuse_lora`: add the active adapters to the weights, so that they cost no time."""
         self._loaded_weights = None  # peft adds past the count of writes that would tell that they changed
-        super().fuse_lora(components=list(components), **kwargs)
+        with _weights_in_place(self):
+            super().fuse_lora(components=list(components), **kwargs)
 
     def unfuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
         """As diffusers' `unfuse_lora`: take what was fused out of the weights."""
-        super().unfuse_lora(components=list(components), **kwargs)
+        with _weights_in_place(self):
+            super().unfuse_lora(components=list(components), **kwargs)
+
+    def disable_lora(self) -> None:
+        """As diffusers' `disable_lora`: the model computes, and has the classes, as without adapters."""
+        super().disable_lora()
+        self._choose_classes()
+
+    def enable_lora(self) -> None:
+        """As diffusers' `enable_lora`: take back what `disable_lora` did."""
+        super().enable_lora()
+        self._choose_classes()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As diffusers' `delete_adapters`."""
-        super().delete_adapters(adapter_names)
+        with _weights_in_place(self):
+            super().delete_adapters(adapter_names)
         gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         self._own_classes = {name: own for name, own in self._own_classes.items() if name not in gone}
         self._choose_classes()
@@ -111,7 +125,8 @@ class LoraMixin(LoraBaseMixin):
     def unload_lora_weights(self) -> None:
         """As diffusers' `unload_lora_weights`: take all adapters out; what is fused stays in the weights."""
         fused = bool(self.num_fused_loras)
-        super().unload_lora_weights()
+        with _weights_in_place(self):
+            super().unload_lora_weights()
         if not fused:
             self._own_classes = {}
             self._choose_classes()
@@ -125,7 +140,9 @@ class LoraMixin(LoraBaseMixin):
 
     def _choose_classes(self) -> None:
         """Give the model the table of the last active adapter that has one, or its own."""
-        active = self.get_active_adapters() if self._own_classes else []
+        layers = (module for module in self.transformer.modules() if hasattr(module, "disable_adapters"))
+        in_use = self._own_classes and not any(layer.disable_adapters is True for layer in layers)
+        active = self.get_active_adapters() if in_use else []
         chosen = next((self._own_classes[name] for name in reversed(active)
                        if name in self._own_classes and self._own_classes[name].table), None)  # fmt: skip
         pipeline: Any = self
