@@ -199,7 +199,7 @@ def load_pytorch(model: str | os.PathLike | DiTPipeline) -> DiTPipeline:
     """The pipeline of a model in PyTorch.
 
     Raises:
-        ValueError: it is an export.
+        ValueError: it is an export, or its weights are bitsandbytes', which only its own kernels read.
     """
     if not isinstance(model, DiTPipeline) and Path(model).suffix in (".onnx", ".engine"):
         raise ValueError(f"{model} is an export already; give the model that it was made from.")
@@ -207,4 +207,7 @@ def load_pytorch(model: str | os.PathLike | DiTPipeline) -> DiTPipeline:
     if not isinstance(pipeline.transformer, nn.Module):
         name = type(pipeline.transformer).__name__
         raise ValueError(f"{name} is an export already; give the model in PyTorch that it was made from.")
+    if getattr(pipeline.transformer, "quantization_method", None) == "bitsandbytes":
+        raise ValueError("bitsandbytes has quantised the denoiser; give the model that it was made from, and say the "
+                         "precision of the export.")  # fmt: skip
     return pipeline

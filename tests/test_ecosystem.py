@@ -102,6 +102,16 @@ def test_model_cpu_offload(make_model: MakeModel) -> None:
     torch.testing.assert_close(draw(pipe, output_type="pt"), expected, rtol=0, atol=1e-5)
 
 
+def test_sequential_cpu_offload(make_model: MakeModel) -> None:
+    """The weights of both components are elsewhere until their layers are called."""
+    pipe = pipeline_of(make_model(), vae=small_vae())
+    expected = draw(pipe, output_type="pt")
+    for component in (pipe.transformer, pipe.vae):  # as `enable_sequential_cpu_offload` does on accelerators
+        accelerate.cpu_offload(component, torch.device("cpu"), offload_buffers=len(component._parameters) > 0)
+    assert pipe.vae.device.type == "meta"
+    torch.testing.assert_close(draw(pipe, output_type="pt"), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, {"": "disk"}])
 def test_device_maps(make_model: MakeModel, device_map: Any, tmp_path: Path) -> None:
     model = make_model(num_hidden_layers=3)
@@ -186,6 +196,23 @@ def test_caches_skip_work_and_leave_no_trace(make_model: MakeModel, name: str, c
         assert torch.isfinite(draw(pipe, guidance_interval=(0.3, 0.8))).all()
     model.disable_cache()
     hook.remove()
+    torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
+
+
+def test_a_run_that_was_cut_off_leaves_nothing_to_the_next(make_model: MakeModel) -> None:
+    model = make_model(num_hidden_layers=4)
+    pipe = pipeline_of(model)
+    model.enable_cache(CACHES["FirstBlockCache"](pipe))
+    expected = draw(pipe)
+
+    def fail(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 3:
+            raise InterruptedError
+        return {}
+
+    with pytest.raises(InterruptedError):
+        pipe([5, 6], num_inference_steps=STEPS, output_type="latent", callback_on_step_end=fail)
+    assert pipe.current_timestep is None
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
 
 
@@ -309,6 +336,17 @@ def test_copies_and_pickles_draw_the_same(make_model: MakeModel) -> None:
     for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe)), DiTPipeline.from_pipe(pipe)):
         torch.testing.assert_close(draw(other, output_type="pt"), expected, rtol=0, atol=1e-6)
         assert other.id2label == {3: "perch"}
+
+
+def test_from_pipe_keeps_the_licence(make_model: MakeModel, tmp_path: Path) -> None:
+    pipeline_of(make_model()).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "evaluation.json").write_text("{}")
+    pipe = DiTPipeline.from_pretrained(tmp_path / "model")
+    other = DiTPipeline.from_pipe(pipe)
+    assert other.origin is pipe.origin is not None
+    other.save_pretrained(tmp_path / "other")
+    written = {path.name for path in (tmp_path / "other").iterdir()}
+    assert written == {path.name for path in (tmp_path / "model").iterdir()} | {"origin.json"}
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

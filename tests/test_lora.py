@@ -192,3 +192,109 @@ def test_a_refused_folder_changes_nothing(tmp_path: Path, make_model: MakeModel)
                 door(tmp_path / name)
     assert pipe.transformer.state_dict().keys() == keys
     torch.testing.assert_close(predict(pipe.transformer), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [["qkv", "proj", "fc1", "fc2"], ["q", "kv"]])
+def test_layers_with_adapters_are_cast(tmp_path: Path, make_model: MakeModel, layers: list[str]) -> None:
+    """diffusers' layerwise casting stores the layer within peft's in fewer bits."""
+    conditioning = "cross_attention" if "q" in layers else "adaln_zero"
+    expected = write_with_peft(tmp_path, make_model(conditioning=conditioning), lora_alpha=4, target_modules=layers)
+    pipe = pipeline_of(make_model(conditioning=conditioning))
+    pipe.load_lora_weights(tmp_path)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    error = (predict(pipe.transformer) - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+
+
+def test_a_denoiser_that_torch_compile_wrapped_is_refused(tmp_path: Path, make_model: MakeModel) -> None:
+    expected = write_with_peft(tmp_path, make_model(), lora_alpha=4)
+    pipe = pipeline_of(make_model())
+    inner = pipe.transformer
+    pipe.transformer = torch.compile(inner, backend="eager")
+    for door in (pipe.load_lora_weights, pipe.load_adapters):
+        with pytest.raises(ValueError, match=r"compile it in place: pipe\.transformer\.compile\(\)"):
+            door(tmp_path)
+    pipe.transformer = inner
+    pipe.transformer.compile(backend="eager")
+    predict(pipe.transformer)
+    pipe.load_lora_weights(tmp_path)
+    close(predict(pipe.transformer), expected)
+
+
+def test_what_was_measured_stays_behind_once_adapters_are_fused(tmp_path: Path, make_model: MakeModel) -> None:
+    write_with_peft(tmp_path / "style", make_model(), lora_alpha=4)
+    pipeline_of(make_model()).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "evaluation.json").write_text("{}")
+    for fuse, kept in ((False, True), (True, False)):
+        pipe = DiTPipeline.from_pretrained(tmp_path / "model")
+        pipe.load_lora_weights(tmp_path / "style")
+        if fuse:
+            pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        pipe.save_pretrained(tmp_path / f"fused-{fuse}")
+        assert (tmp_path / f"fused-{fuse}" / "evaluation.json").is_file() is kept
+
+
+@pytest.mark.parametrize("offload", ["sequential", "group"])
+def test_classes_change_on_an_offloaded_pipeline(tmp_path: Path, make_model: MakeModel, offload: str) -> None:
+    pets = add_adapters(make_model().resize_class_labels(2), rank=2)
+    save_adapters(pets, 2, "someone/model", {0: "cats", 1: "dogs"}, tmp_path / "pets")
+    write_with_peft(tmp_path / "style", make_model(), lora_alpha=4)
+    pipe = pipeline_of(make_model())
+    for name in ("pets", "style"):
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+    pipe.set_adapters("style")
+    expected = predict(pipe.transformer)
+    if offload == "group":
+        pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    else:
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    for name in ("pets", "style", "pets"):
+        pipe.set_adapters(name)
+    table = pipe.transformer.y_embedder.embedding_table
+    assert hasattr(table, "_hf_hook") or table._diffusers_hook.hooks  # still offloaded
+    if offload == "sequential":
+        pipe.remove_all_hooks()
+    close(predict(pipe.transformer, (0, 1)), predict(pets, (0, 1)))
+    pipe.set_adapters("style")
+    close(predict(pipe.transformer), expected)
+
+
+def test_adapters_that_are_disabled_take_their_classes_along(tmp_path: Path, make_model: MakeModel) -> None:
+    pets = add_adapters(make_model().resize_class_labels(2), rank=2)
+    save_adapters(pets, 2, "someone/model", {0: "cats", 1: "dogs"}, tmp_path)
+    pipe = pipeline_of(make_model())
+    plain = predict(pipe.transformer)
+    pipe.load_lora_weights(tmp_path)
+    pipe.disable_lora()
+    assert pipe.id2label[9] == "class 9"
+    close(predict(pipe.transformer), plain)
+    pipe.enable_lora()
+    assert pipe.id2label == {0: "cats", 1: "dogs"}
+    close(predict(pipe.transformer, (0, 1)), predict(pets, (0, 1)))
+
+
+def test_hot_swapping_takes_the_place_of_an_adapter(tmp_path: Path, make_model: MakeModel) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        expected = write_with_peft(tmp_path / name, make_model(), seed, lora_alpha=8)
+    pipe = pipeline_of(make_model())
+    pipe.load_lora_weights(tmp_path / "a", adapter_name="style")
+    pipe.load_lora_weights(tmp_path / "b", adapter_name="style", hotswap=True)
+    assert pipe.get_list_adapters() == {"transformer": ["style"]}
+    close(predict(pipe.transformer), expected)  # pyright: ignore[reportPossiblyUnbound]
+
+
+@pytest.mark.parametrize("offload", ["sequential", "group"])
+def test_adapters_are_fused_on_an_offloaded_pipeline(tmp_path: Path, make_model: MakeModel, offload: str) -> None:
+    expected = write_with_peft(tmp_path, make_model(), lora_alpha=8)
+    pipe = pipeline_of(make_model())
+    pipe.load_lora_weights(tmp_path)
+    if offload == "group":
+        pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    else:
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    if offload == "sequential":
+        pipe.remove_all_hooks()
+    close(predict(pipe.transformer), expected)

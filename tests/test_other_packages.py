@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import DDIMScheduler, PipelineQuantizationConfig
@@ -12,6 +13,8 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from dit_hub import DiTPipeline, DiTTransformer
+from dit_hub.export import export_onnx
+from dit_hub.layers import Float32Linear
 
 # Not imported by name, so that what checks types need not have them.
 cache_dit, bitsandbytes, torchao = (
@@ -19,6 +22,7 @@ cache_dit, bitsandbytes, torchao = (
     for package in ("cache_dit", "bitsandbytes", "torchao.quantization")
 )
 
+TorchAOBaseTensor: Any = pytest.importorskip("torchao.utils").TorchAOBaseTensor
 MakeModel = Callable[..., DiTTransformer]
 
 STEPS = 8
@@ -89,6 +93,62 @@ def test_quantised_loading(make_model: MakeModel, name: str, dtype: torch.dtype,
     assert torch.isfinite(draw(pipe)).all()
     again = DiTPipeline.from_pretrained(tmp_path / "quantised").transformer
     assert relative_error(predict(again).float(), predict(quantised).float()) < bound / 2
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_adapters_on_quantised_weights(make_model: MakeModel, name: str, tmp_path: Path) -> None:
+    config, _, bound = QUANTISED[name]
+    model: Any = make_model(hidden_size=128)
+    model.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["qkv", "fc1"], init_lora_weights=False)
+    adapted: Any = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(str(tmp_path / "style"))
+    expected = predict(adapted)
+    quantised = DiTTransformer.from_pretrained(tmp_path / "model", quantization_config=config)
+    pipe = DiTPipeline(quantised, DDIMScheduler())
+    pipe.load_lora_weights(tmp_path / "style", adapter_name="style")
+    assert relative_error(predict(quantised), expected) < bound
+    pipe.load_lora_weights(tmp_path / "style", adapter_name="again")
+    pipe.unload_lora_weights()
+    assert relative_error(predict(quantised), predict(make_model(hidden_size=128))) < bound
+
+
+def test_weights_of_bitsandbytes_are_not_exported(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path / "model")
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    pipe = DiTPipeline(DiTTransformer.from_pretrained(tmp_path / "model", quantization_config=config), DDIMScheduler())
+    with pytest.raises(ValueError, match="bitsandbytes has quantised the denoiser; give the model"):
+        export_onnx(pipe, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_weights_that_torchao_only_multiplies_with(make_model: MakeModel) -> None:
+    """As int4 on a GPU: its tensors cannot be taken back to floats, and want the dtype that they were made of."""
+
+    class Weight(TorchAOBaseTensor):
+        tensor_data_names = ["qdata"]
+        tensor_attribute_names: list[str] = []
+
+        def __new__(cls, qdata: Tensor) -> Any:
+            return Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=qdata.dtype)
+
+        def __init__(self, qdata: Tensor):
+            self.qdata = qdata
+
+    @Weight.implements_torch_function([torch.nn.functional.linear])
+    def product(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+        input, weight, bias = args
+        assert input.dtype == bias.dtype == torch.bfloat16
+        return torch.nn.functional.linear(input, weight.qdata, bias)
+
+    model: Any = make_model()
+    expected = predict(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, Float32Linear)]
+    assert len(layers) > 2
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(Weight(layer.weight.detach().bfloat16()), requires_grad=False)
+    assert relative_error(predict(model), expected) < 0.02
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU")

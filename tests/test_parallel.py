@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import ContextParallelConfig
+from diffusers import ContextParallelConfig, DDIMScheduler
 from diffusers.hooks import apply_context_parallel
 from diffusers.models._modeling_parallel import ParallelConfig
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers.distributed import DistributedConfig
 
-from dit_hub import DiTTransformer
+from dit_hub import DiTPipeline, DiTTransformer
 
 from .together import PROCESSES, Together
 
@@ -95,6 +95,10 @@ def _shard_blocks(folder: Path) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     assert model.blocks[0].adaLN_modulation[1].weight.to_local().shape[0] == model.config.hidden_size * 6 // PROCESSES
+    pipe = DiTPipeline(model, DDIMScheduler())  # whose weights are whole only while a block is called
+    pipe.set_progress_bar_config(disable=True)
+    draws = pipe([1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent").images
+    assert torch.isfinite(draws).all()
     _end(folder, {"forward": predict(model)})
 
 

@@ -127,20 +127,15 @@ def _new_config(rank: int, **fields: Any) -> Any:
 
 def _check_shapes(model: DiTTransformer, lora: dict[str, Tensor], table: dict[str, Tensor], folder: Path) -> None:
     """Raise ValueError where the adapters are not made for the model."""
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    fits = bool(lora) and all(name.startswith(f"{_TABLE}.") for name in table)
-    for name, tensor in (*lora.items(), *table.items()):
+    shapes = {name: weight.shape for name, weight in model.state_dict().items() if name.startswith(_TABLE)}
+    modules = dict(model.named_modules())
+    fits = bool(lora) and all(name in shapes and tensor.shape[1:] == shapes[name][1:] for name, tensor in table.items())
+    for name, tensor in lora.items():
         layer, _, kind = name.partition(".lora_")
-        # An adapted layer has its weight one level down, in peft's own layer around it.
-        found = name if name in table else next(
-            (key for key in (f"{layer}.weight", f"{layer}.base_layer.weight") if key in shapes), "")  # fmt: skip
-        if not (fits := fits and found in shapes):
-            break
-        if name in table:
-            fits = tensor.shape[1:] == shapes[found][1:]
-        elif kind in ("A.weight", "B.weight") and len(shapes[found]) == 2:
-            side = 1 if kind == "A.weight" else 0
-            fits = tensor.shape[side] == shapes[found][side]
+        fits = fits and layer in modules
+        if fits and kind in ("A.weight", "B.weight"):  # a quantised weight has the shape of its packing
+            side, features = (1, "in_features") if kind == "A.weight" else (0, "out_features")
+            fits = tensor.shape[side] == getattr(modules[layer], features, tensor.shape[side])
     if not fits:
         raise ValueError(f"The adapters of {folder} are of another model than this one.")
     if not all(torch.isfinite(tensor).all() for tensor in (*lora.values(), *table.values())):

@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .extras import require
@@ -140,14 +141,17 @@ def check_cache_of_unguided_steps(transformer: Any) -> None:
 def takes_precomputed(transformer: Any) -> bool:
     """Whether a denoiser can be handed the modulations that its `precompute` made ahead of the loop.
 
-    Exports without that method cannot. Nor can a model whose weights hooks bring when its `forward` or a block's is
-    called, and only then, or whose blocks cache-dit calls with one set of arguments for all: there each block computes
-    its own.
+    Exports without that method cannot. Nor can a model whose weights hooks or FSDP bring when its `forward` or a
+    block's is called, and only then, or whose blocks cache-dit calls with one set of arguments for all: there each
+    block computes its own.
     """
     if not hasattr(transformer, "precompute") or getattr(transformer, "_is_cached", False):
         return False
     modules = transformer.modules() if isinstance(transformer, nn.Module) else ()
-    return not any(hasattr(module, "_hf_hook") or _is_offloaded(module) for module in modules)
+    brought = (FSDPModule, FullyShardedDataParallel)
+    return not any(
+        isinstance(module, brought) or hasattr(module, "_hf_hook") or _is_offloaded(module) for module in modules
+    )
 
 
 def _is_offloaded(module: Any) -> bool:

@@ -86,8 +86,8 @@ class GuidedDenoiser:
         if not self._is_hooked:
             return self.transformer(rows, **inputs).sample
         # Caches know arguments by their names and outputs as tuples. A guided step has twice the rows: states are kept
-        # apart, and those of a cache that does not are of no use after a change.
-        if step and self.guided[step] != self.guided[step - 1]:
+        # apart, and those of a cache that does not are of no use after a change, nor those of a run that was cut off.
+        if not step or self.guided[step] != self.guided[step - 1]:
             self.transformer._reset_stateful_cache()
         with self.transformer.cache_context("guided" if self.guided[step] else "unguided"):
             return self.transformer(hidden_states=rows, **inputs, return_dict=False)[0]

@@ -32,8 +32,10 @@ def for_layer(layer: nn.Module, input: Tensor) -> Tensor:
     """A tensor in the dtype that a layer computes in.
 
     It is the bias's, since a quantised weight may be no float, or that of diffusers' layerwise casting, which stores
-    the layer in fewer bits.
+    the layer in fewer bits. For a layer with adapters it is that of the layer they adapt, which is what is cast.
     """
+    if type(layer) is not nn.Linear and hasattr(layer, "get_base_layer"):
+        layer = cast(Any, layer).get_base_layer()
     registry = layer.__dict__.get("_diffusers_hook")  # getattr takes 2 % of the toy's time to find nothing
     casting = None if registry is None else registry.get_hook("layerwise_casting")
     return input.to(cast(Any, layer).bias.dtype if casting is None else casting.compute_dtype)
@@ -45,6 +47,9 @@ class Float32Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if hasattr(weight, "qdata"):  # torchao's own products would be in the dtype that it was quantised from
+            if type(weight).dequantize is Tensor.dequantize:  # but it has nothing else for some kinds, such as int4
+                bias = None if self.bias is None else self.bias.to(weight.dtype)
+                return F.linear(input.to(weight.dtype), weight, bias).float()
             weight = weight.dequantize()
         bias = None if self.bias is None else self.bias.float()
         device = input.device.type

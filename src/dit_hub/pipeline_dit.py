@@ -78,8 +78,15 @@ class DiTPipeline(HubPipeline, LoraMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """As diffusers' `from_pipe`, which by itself leaves out a decoder whose class our signature does not name."""
-        return super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+        """As diffusers' `from_pipe`, with what is known of the weights: their origin and licence.
+
+        By itself that leaves out a decoder whose class our signature does not name.
+        """
+        made = super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
+        for name in ("origin", "_facts", "_loaded_weights", "_own_classes", "_base_classes", "_merged_adapters"):
+            if hasattr(pipeline, name):
+                setattr(made, name, getattr(pipeline, name))
+        return made
 
     @property
     def class_labels(self) -> list[int | None]:
@@ -334,20 +341,22 @@ class DiTPipeline(HubPipeline, LoraMixin):
     ) -> Tensor:
         """(N, C, H, W) noise -> latents."""
         scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:  # pyright: ignore[reportCallIssue]
-            for i, t in enumerate(self.scheduler.timesteps):
-                if self._interrupt:
-                    break
-                self._current_timestep = t
-                prediction = predict(i, scale_input(sample, t))
-                prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
-                sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": sample, "noise_pred": prediction}
-                    given = {name: tensors[name] for name in tensor_inputs}
-                    sample = replaced_latents(sample, callback_on_step_end(self, i, t, given))
-                progress.update()
-        self._current_timestep = None
+        try:
+            with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:  # pyright: ignore[reportCallIssue]
+                for i, t in enumerate(self.scheduler.timesteps):
+                    if self._interrupt:
+                        break
+                    self._current_timestep = t
+                    prediction = predict(i, scale_input(sample, t))
+                    prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
+                    sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
+                    if callback_on_step_end is not None:
+                        tensors = {"latents": sample, "noise_pred": prediction}
+                        given = {name: tensors[name] for name in tensor_inputs}
+                        sample = replaced_latents(sample, callback_on_step_end(self, i, t, given))
+                    progress.update()
+        finally:
+            self._current_timestep = None
         return sample
 
     def _sample_at_once(

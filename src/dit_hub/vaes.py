@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -22,11 +23,19 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """
     config = vae.config
     if hasattr(vae, "decoder_patch_size"):  # RAE scales latents itself, and its images are in 0..1
-        return vae.decode(latents.to(vae.device, vae.dtype)).sample * 2 - 1
+        return vae.decode(latents.to(_execution_device(vae), vae.dtype)).sample * 2 - 1
     mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     latents = latents / config.scaling_factor
     if mean is not None and std is not None:
         latents = latents * latents.new_tensor(std).view(1, -1, 1, 1) + latents.new_tensor(mean).view(1, -1, 1, 1)
     else:
         latents = latents + (getattr(config, "shift_factor", None) or 0.0)
-    return vae.decode(latents.to(vae.device, vae.dtype)).sample
+    return vae.decode(latents.to(_execution_device(vae), vae.dtype)).sample
+
+
+def _execution_device(vae: Any) -> torch.device:
+    """Where an autoencoder computes: where accelerate's hooks, which offload it, move its weights to."""
+    for module in vae.modules() if hasattr(vae, "modules") else ():  # exports have none
+        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+            return torch.device(device)
+    return vae.device

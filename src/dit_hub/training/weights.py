@@ -159,9 +159,9 @@ class Weights:
 def shard(model: DiTTransformer, mixed_precision: str, accelerator: Accelerator) -> None:
     """Shard the weights of a model over the processes (FSDP2).
 
-    Attention and MLP are sharded each on their own; the modulation stays with the root, since it runs before all
-    blocks. In bf16 they are gathered in the dtype to which autocast would cast them, so that the numbers are DDP's;
-    gradients are summed in float32.
+    Attention and MLP are sharded each on their own; the modulations, which compute in float32, stay with the root and
+    are gathered once a step. In bf16 attention and MLP are gathered in the dtype to which autocast would cast them, so
+    that the numbers are DDP's; gradients are summed in float32.
     """
     half = torch.bfloat16 if mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
