@@ -12,7 +12,10 @@ from importlib import resources
 from pathlib import Path
 
 # In the order of their imports. What loads other layouts and pushes stays out: such a folder needs neither.
-_MODEL_MODULES = ("checks", "shards", "configuration_dit", "layers", "extras", "ecosystem", "modeling_dit")
+_MODEL_MODULES = (
+    *("checks", "shards", "configuration_dit", "layers", "extras", "ecosystem", "pretrained"),
+    "modeling_dit",
+)
 _PIPELINE_MODULES = (
     *("checks", "extras", "configuration_dit", "ecosystem", "guidance", "labels", "schedulers", "solvers", "vaes"),
     "pipeline_dit",

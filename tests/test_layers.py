@@ -25,6 +25,7 @@ LAYERS = (
     {"checks", "extras", "files", "manifest", "runtime", "shards"},
     {"configuration_dit"},
     {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers", "vaes"},
+    {"pretrained"},
     {"modeling_dit"},
     {"adapters", "conversion", "flops", "guidance", "visualize"},
     {"model_cards"},
