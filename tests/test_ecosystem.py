@@ -99,7 +99,7 @@ def test_layerwise_casting(make_model: MakeModel, conditioning: str) -> None:
 def test_a_denoiser_with_hooks_is_not_exported(make_model: MakeModel, tmp_path: Path) -> None:
     pipe = pipeline_of(make_model())
     pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    with pytest.raises(ValueError, match="diffusers' hooks .* give one without them"):
+    with pytest.raises(ValueError, match=r"diffusers' hooks .* give one without them"):
         export_onnx(pipe, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
