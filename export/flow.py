@@ -199,7 +199,7 @@ def load_pytorch(model: str | os.PathLike | DiTPipeline) -> DiTPipeline:
     """The pipeline of a model in PyTorch.
 
     Raises:
-        ValueError: it is an export, or its weights are bitsandbytes', which only its own kernels read.
+        ValueError: it is an export, its weights are bitsandbytes', which only its own kernels read, or it has hooks.
     """
     if not isinstance(model, DiTPipeline) and Path(model).suffix in (".onnx", ".engine"):
         raise ValueError(f"{model} is an export already; give the model that it was made from.")
@@ -210,4 +210,8 @@ def load_pytorch(model: str | os.PathLike | DiTPipeline) -> DiTPipeline:
     if getattr(pipeline.transformer, "quantization_method", None) == "bitsandbytes":
         raise ValueError("bitsandbytes has quantised the denoiser; give the model that it was made from, and say the "
                          "precision of the export.")  # fmt: skip
+    registries = (getattr(module, "_diffusers_hook", None) for module in pipeline.transformer.modules())
+    if any(registry is not None and registry.hooks for registry in registries):
+        raise ValueError("diffusers' hooks (offloading, casting, caches) change how the denoiser computes; give one "
+                         "without them.")  # fmt: skip
     return pipeline

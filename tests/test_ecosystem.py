@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from dit_hub import DiTPipeline, DiTTransformer
+from dit_hub.export import export_onnx
 
 from .conftest import small_vae
 
@@ -93,6 +94,14 @@ def test_layerwise_casting(make_model: MakeModel, conditioning: str) -> None:
     expected = predict(half)
     half.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert relative_error(predict(half), expected) < 0.1
+
+
+def test_a_denoiser_with_hooks_is_not_exported(make_model: MakeModel, tmp_path: Path) -> None:
+    pipe = pipeline_of(make_model())
+    pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ValueError, match=r"diffusers' hooks .* give one without them"):
+        export_onnx(pipe, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_model_cpu_offload(make_model: MakeModel) -> None:
