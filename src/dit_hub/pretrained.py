@@ -16,7 +16,7 @@ from transformers import initialization as init
 from .checks import listed
 from .configuration_dit import DiTConfig
 from .ecosystem import DiffusersModelMixin, check_quantization
-from .layers import LabelEmbedder, sincos_positions
+from .layers import LabelEmbedder, PatchEmbed, sincos_positions
 from .shards import check_shards
 
 
@@ -36,7 +36,7 @@ class DiTPreTrainedModel(PreTrainedModel, DiffusersModelMixin):
     # What quantisers leave alone: in 4 bits it raises the error of S/2 from 4e-3 to 9e-2 (examples/quantised.py).
     _keep_in_fp32_modules = ["final_layer"]
     pos_embed: Tensor
-    x_embedder: nn.Module
+    x_embedder: PatchEmbed
     y_embedder: LabelEmbedder
 
     @torch.no_grad()
