@@ -88,7 +88,8 @@ class _Sampler(nn.Module):
             return self.transformer(sample, precomputed=condition.expand(count, -1, -1)).sample
         # Where there are as many rows as images, both halves below are the whole, and guidance adds nothing.
         prediction = self.transformer(torch.cat([sample, sample])[:rows], precomputed=condition).sample
-        return guide(prediction[:count], prediction[rows - count :], guidance_scale, self.config.guided_channels)
+        uncond = prediction.narrow(0, rows - count, count)
+        return guide(prediction[:count], uncond, guidance_scale, self.config.guided_channels)
 
     def _images(self, sample: Tensor) -> Tensor:
         """(N, height, width, channels) uint8."""

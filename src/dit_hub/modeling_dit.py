@@ -387,7 +387,7 @@ class DiTTransformer(DiTPreTrainedModel):
 
     def transform(self, tokens: Tensor, condition: Tensor | None, precomputed: Tensor | None = None) -> Tensor:
         """(N, T, D) tokens -> (N, T, patch * patch * output channels); condition and precomputed as in `forward`."""
-        count, per_block = tokens.shape[1], self.config.modulation_rows
+        per_block, extra = self.config.modulation_rows, 0
         ahead: tuple[Tensor, ...] | None = None
         if per_block and precomputed is not None:
             condition, ahead = None, precomputed.unsqueeze(2).unbind(1)  # K of (N, 1, D)
@@ -395,10 +395,11 @@ class DiTTransformer(DiTPreTrainedModel):
             # Faster than in turns with the blocks, whose larger products evict these weights: 5 % of the toy's time.
             ahead = self._modulations(condition)
         if self.config.conditioning == "in_context" and condition is not None:
-            tokens = torch.cat([tokens, condition], dim=1)
+            tokens, extra = torch.cat([tokens, condition], dim=1), condition.shape[1]
         for index, block in enumerate(self.blocks):
             tokens = block(tokens, condition, ahead and ahead[index * per_block : (index + 1) * per_block])
-        return self.final_layer(tokens, condition, ahead and ahead[-2:])[:, :count]
+        output = self.final_layer(tokens, condition, ahead and ahead[-2:])
+        return output[:, :-extra] if extra else output
 
     @contextlib.contextmanager
     def _attention_weights(self, blocks: bool | Sequence[int]) -> Iterator[list[Tensor]]:
