@@ -304,6 +304,11 @@ def test_words_of_diffusers_pipelines(make_model: MakeModel) -> None:
     assert seen == [(step, STEPS, 4.0, ["latents", "noise_pred"]) for step in range(STEPS)]
     torch.testing.assert_close(images, draw(pipe, num_images_per_label=2), rtol=0, atol=0)
     assert pipe.current_timestep is None
+    with pytest.raises(ValueError, match="are the same; give one"):
+        draw(pipe, num_images_per_prompt=2, num_images_per_label=3)
+    for names in (None, "latents"):
+        with pytest.raises(ValueError, match="must be a list of names"):
+            draw(pipe, callback_on_step_end_tensor_inputs=names)
     with pytest.raises(ValueError, match="may name latents, noise_pred, not 'prompt_embeds'"):
         draw(pipe, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 

@@ -176,6 +176,35 @@ def test_what_diffusers_wrote_loads(tmp_path: Path, make_model: MakeModel) -> No
     close(predict(other.transformer), expected)
 
 
+def test_fused_adapters_are_left_alone_until_they_are_taken_out(tmp_path: Path, make_model: MakeModel) -> None:
+    write_with_peft(tmp_path, make_model(), lora_alpha=4)
+    pipe = pipeline_of(make_model())
+    plain = predict(pipe.transformer)
+    pipe.load_lora_weights(tmp_path, adapter_name="a")
+    pipe.fuse_lora()
+    for change in (
+        lambda: pipe.set_adapters("a", 0.5),
+        lambda: pipe.delete_adapters("a"),
+        lambda: pipe.load_lora_weights(tmp_path, adapter_name="b"),
+    ):
+        with pytest.raises(ValueError, match="Adapters are fused"):
+            change()
+    pipe.unfuse_lora()
+    pipe.set_adapters("a", 0.0)
+    close(predict(pipe.transformer), plain)
+
+
+def test_a_file_without_weights_of_a_transformer_is_refused(tmp_path: Path, make_model: MakeModel) -> None:
+    write_with_peft(tmp_path, make_model(), lora_alpha=4)
+    pipe = pipeline_of(make_model())
+    for given, options in (
+        (tmp_path / "adapter_model.safetensors", {}),
+        (tmp_path, {"weight_name": "adapter_model.safetensors"}),
+    ):
+        with pytest.raises(ValueError, match=r"start with \"transformer\.\""):
+            pipe.load_lora_weights(given, **options)
+
+
 def test_a_refused_folder_changes_nothing(tmp_path: Path, make_model: MakeModel) -> None:
     write_with_peft(tmp_path / "wide", make_model(hidden_size=64), lora_alpha=4)
     write_with_peft(tmp_path / "cut", make_model(), lora_alpha=4)

@@ -151,6 +151,18 @@ def test_weights_that_torchao_only_multiplies_with(make_model: MakeModel) -> Non
     assert relative_error(predict(model), expected) < 0.02
 
 
+def test_what_quantised_weights_cannot_do_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    """torchao's files of learned positions do not load; weights that are rounded anew are not what they were."""
+    make_model(hidden_size=128, pos_embed="learned").save_pretrained(tmp_path / "plain")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    pipe = DiTPipeline(DiTTransformer.from_pretrained(tmp_path / "plain", quantization_config=config), DDIMScheduler())
+    with pytest.raises(ValueError, match="has learned positions; nothing was written"):
+        pipe.save_pretrained(tmp_path / "quantised")
+    assert not (tmp_path / "quantised").exists()
+    with pytest.raises(ValueError, match="would be rounded anew"):
+        pipe.fuse_lora()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="waits for a machine without a GPU")
 @pytest.mark.parametrize(
     ("config", "words"),

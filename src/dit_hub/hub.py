@@ -138,6 +138,13 @@ def _check_saveable(name: str, component: Any) -> None:
             f"The {name} holds adapters, which a pipeline folder has no place for, so nothing was written; add them to "
             f"its weights first: {merge}."
         )
+    config: Any = getattr(component, "config", None)
+    torchao = type(getattr(config, "quantization_config", None)).__name__ == "TorchAoConfig"
+    if torchao and getattr(config, "pos_embed", None) == "learned":
+        raise ValueError(
+            f"torchao's files of the {name} would not load, since it has learned positions; nothing was written. Save "
+            "it as it was before it was quantised."
+        )
     bases = (
         getattr(sys.modules[library], base, None)
         for library, classes in LOADABLE_CLASSES.items()

@@ -55,10 +55,15 @@ class LoraMixin(LoraBaseMixin):
         if hasattr(self.transformer, "_orig_mod"):
             raise ValueError("torch.compile has wrapped the denoiser, where adapters cannot be reached; load them "
                              "before that, or compile it in place: pipe.transformer.compile().")  # fmt: skip
+        self._refuse_while_fused()
         folder = None if isinstance(given, Mapping) else _adapter_folder(given, kwargs)
         if folder is None:
             options = {"prefix": "transformer", "adapter_name": adapter_name, "_pipeline": self, **kwargs}
+            before = set(getattr(self.transformer, "peft_config", None) or ())
             self.transformer.load_lora_adapter(given, **options)
+            if before == set(getattr(self.transformer, "peft_config", None) or ()) and not kwargs.get("hotswap"):
+                raise ValueError('No adapters were loaded: there the names of their weights start with "transformer."; '
+                                 "of what peft wrote, give the folder.")  # fmt: skip
             return
         adapters = read_adapters(folder, self.transformer)
         trainable = {parameter: parameter.requires_grad for parameter in self.transformer.parameters()}
@@ -90,11 +95,15 @@ class LoraMixin(LoraBaseMixin):
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """As diffusers' `set_adapters`: these adapters are active, each with its weight."""
+        self._refuse_while_fused()
         super().set_adapters(adapter_names, adapter_weights)
         self._choose_classes()
 
     def fuse_lora(self, components: Sequence[str] = ("transformer",), **kwargs: Any) -> None:
         """As diffusers' `fuse_lora`: add the active adapters to the weights, so that they cost no time."""
+        if getattr(self.transformer, "is_quantized", False):
+            raise ValueError("Quantised weights would be rounded anew with each adapter that is fused into them and "
+                             "taken out; use the adapters beside them.")  # fmt: skip
         self._loaded_weights = None  # peft adds past the count of writes that would tell that they changed
         with _weights_in_place(self):
             super().fuse_lora(components=list(components), **kwargs)
@@ -116,6 +125,7 @@ class LoraMixin(LoraBaseMixin):
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As diffusers' `delete_adapters`."""
+        self._refuse_while_fused()
         with _weights_in_place(self):
             super().delete_adapters(adapter_names)
         gone = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
@@ -132,6 +142,11 @@ class LoraMixin(LoraBaseMixin):
             self._choose_classes()
         self._own_classes, self._base_classes = {}, None
         self._merged_adapters = set()
+
+    def _refuse_while_fused(self) -> None:
+        if self.num_fused_loras:
+            raise ValueError("Adapters are fused into the weights: unfuse_lora first, or keep them there with "
+                             "unload_lora_weights.")  # fmt: skip
 
     # --- The classes of adapters -------------------------------------------------------------------------------------
 
@@ -179,9 +194,11 @@ def _weights_in_place(pipeline: Any) -> Iterator[None]:
 def _adapter_folder(given: str | os.PathLike, options: dict[str, Any]) -> Path | None:
     """A folder in peft's format, from here or the Hub; None for what diffusers reads itself."""
     path = Path(given)
+    if "weight_name" in options:
+        return None
     if path.is_dir():
         return path if (path / CONFIG_FILE).is_file() or not any(path.glob("*.safetensors")) else None
-    if path.is_file() or "weight_name" in options or str(given).count("/") != 1:
+    if path.is_file() or str(given).count("/") != 1:
         return None
     hub_options = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
     with plain_hub_errors(f"load {given} from"):

@@ -204,6 +204,8 @@ class DiTPipeline(HubPipeline, LoraMixin):
         self._check_output(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
         latents = None if latents is None else initial_noise(latents)
         if num_images_per_prompt is not None:
+            if num_images_per_label != 1:
+                raise ValueError("num_images_per_prompt and num_images_per_label are the same; give one.")
             num_images_per_label = whole_number("num_images_per_prompt", num_images_per_prompt, 1)
         labels = self._expand_labels(class_labels, num_images_per_label, latents)
         self._class_labels = labels
@@ -265,6 +267,8 @@ class DiTPipeline(HubPipeline, LoraMixin):
             )
         if callback is not None and not callable(callback):
             raise ValueError(f"callback_on_step_end must be a function, not {shown(callback)}.")
+        if isinstance(tensor_inputs, str) or not isinstance(tensor_inputs, Sequence):
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be a list of names, not {shown(tensor_inputs)}.")
         for name in tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 known = ", ".join(self._callback_tensor_inputs)
