@@ -51,7 +51,7 @@ def test_without_openvino_the_error_names_the_extra(exported: dict[str, Path], t
 def test_an_export_is_not_trained_further(exported: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a ORTDiTTransformer, which cannot be trained; give the model that"):
         train(Recipe(init_from=str(exported["onnxruntime"])))
-    with pytest.raises(ValueError, match="merged into a model in PyTorch, and this is a ORTDiTTransformer"):
+    with pytest.raises(ValueError, match="put into a model in PyTorch, and this is a ORTDiTTransformer"):
         DiTPipeline.from_pretrained(exported["onnxruntime"]).load_adapters(tmp_path)
 
 
