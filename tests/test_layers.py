@@ -34,6 +34,7 @@ LAYERS = (
     {"hub"},
     {"pipeline_dit"},
     {"conversion.pipelines", "export", "training"},
+    {"evaluation"},
     {"cli"},
 )
 
