@@ -7,6 +7,7 @@ import typer
 
 from .. import __version__
 from .checkpoints import card, convert, info, push
+from .evaluating import evaluate
 from .exporting import export_app
 from .sampling import generate
 from .training import SETTINGS, latents, train
@@ -23,6 +24,7 @@ app.command()(generate)
 app.command()(info)
 app.command(epilog=SETTINGS)(train)
 app.command()(latents)
+app.command()(evaluate)
 app.command()(convert)
 app.command()(card)
 app.command()(push)
