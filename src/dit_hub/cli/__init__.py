@@ -8,7 +8,7 @@ import typer
 from .. import __version__
 from .checkpoints import card, convert, info, push
 from .exporting import export_app
-from .sampling import generate
+from .sampling import generate, sample
 from .training import SETTINGS, latents, train
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(generate)
+app.command()(sample)
 app.command()(info)
 app.command(epilog=SETTINGS)(train)
 app.command()(latents)
