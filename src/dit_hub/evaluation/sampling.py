@@ -58,8 +58,8 @@ def sample_images(
             end), and at the end samples.npz in ADM's format: `arr_0` (num, H, W, 3) uint8, and for a model with classes
             `arr_1` (num,) int64.
         num: of images. A folder may be resumed with a larger one.
-        labels: "balanced": image i has the class i modulo their number; "random": uniform, by the seed; a text file with
-            an id or a name on each line, or a list, with one for each image. Models without classes take none.
+        labels: "balanced": image i has the class i modulo their number; "random": uniform, by the seed; a text file
+            with an id or a name on each line, or a list, with one for each image. Models without classes take none.
         seed: of the noise and the random labels, 0 to 2**63 - 1.
         batch_size: images per forward pass.
         num_inference_steps: None means 250, or all timesteps that the model was trained with if they are fewer.
@@ -187,7 +187,7 @@ class _Samples:
             return False
         check_same(self.folder, noted, self.facts)
         if noted["num"] > self.num:
-            raise ValueError(f"{self.folder} is for {noted['num']} images, and not resumed with only {self.num}; choose "
+            raise ValueError(f"{self.folder} is for {noted['num']} images, and this run wants only {self.num}; choose "
                              "another folder.")  # fmt: skip
         labels = None if self.classes is None else _digest(self.classes[: noted["num"]])
         if (noted["labels"] or {}).get("sha256") != labels:
