@@ -34,13 +34,14 @@ from together import Together
 from .command_line import dit_hub
 
 SAMPLING = {
-    "version": 1,
+    "schema_version": 1,
     "finished": True,
-    "labels": "balanced",
-    "num_inference_steps": 50,
-    "scheduler": "DDIMScheduler",
-    "guidance_scale": 4.0,
-    "precision": "float32",
+    "labels": {"policy": "balanced"},
+    "steps": 50,
+    "scheduler": {"_class_name": "DDIMScheduler"},
+    "guidance": {"scale": 4.0},
+    "precision": {"transformer": "float32"},
+    "runtime": "DiTTransformer",
 }
 
 
@@ -101,7 +102,7 @@ def test_training_data_are_a_reference_as_they_were_drawn() -> None:
 
 def test_a_folder_of_samples_says_how_they_were_made(samples: Path) -> None:
     images, facts = open_samples(samples)
-    assert (len(images), images.side, facts["labels"]) == (160, (16, 16), "balanced")
+    assert (len(images), images.side, facts["steps"]) == (160, (16, 16), 50)
     assert images.labels is not None
     assert images.labels.tolist() == [label for label in range(16) for _ in range(10)]
 
@@ -372,7 +373,7 @@ def test_the_command_line_measures_compares_and_fills_a_card(samples: Path, make
     assert facts["samples"]["sampling"] == SAMPLING
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| shapes | FD-shapes | " in card
-    assert "160 samples, balanced labels, 50 steps of DDIMScheduler, guidance 4" in card
+    assert "160 samples, balanced labels, 50 steps of DDIM, guidance 4, float32 DiTTransformer" in card
     again = dit_hub(*command, cwd=tmp_path)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "exists; choose another name or pass --overwrite" in again.stderr

@@ -9,7 +9,7 @@ from .. import __version__
 from .checkpoints import card, convert, info, push
 from .evaluating import evaluate
 from .exporting import export_app
-from .sampling import generate
+from .sampling import generate, sample
 from .training import SETTINGS, latents, train
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(generate)
+app.command()(sample)
 app.command()(info)
 app.command(epilog=SETTINGS)(train)
 app.command()(latents)
