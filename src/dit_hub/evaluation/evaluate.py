@@ -12,6 +12,7 @@ import transformers
 
 from .. import __version__
 from ..configuration_dit import nearest
+from ..extras import require
 from .estimates import METRICS, Collected, Estimate, Options, compute
 from .extractors import Extractor, get_extractor
 from .images import Images, open_reference, open_samples
@@ -44,7 +45,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure how near generated images are to real ones.
 
-    Started by `accelerate launch`, each process sees a part of the images, and all return the same.
+    Started by `accelerate launch`, each process sees a part of the images, and the main one measures: in the others
+    there are no results.
 
     Args:
         samples: a folder of `dit-hub sample`, an .npz archive with `arr_0`, uint8 (N, H, W, 3), or such an array.
@@ -73,8 +75,6 @@ def evaluate(
     networks = [get_extractor(one, device, inception) if isinstance(one, str) else one for one in given]
     if not networks:
         raise ValueError("Give an extractor.")
-    if held_out is not None and metrics is not None:
-        metrics = [*metrics, "fid"]  # of which FDr is a multiple
     wanted = [_choose(network, metrics, real_images is not None, file) for network in networks]
     if missing := [name for name in metrics or () if name != "fdr" and not any(name in names for names in wanted)]:
         raise ValueError(_why_not(missing[0], networks, real_images is not None, file, reference))
@@ -83,19 +83,15 @@ def evaluate(
         raise ValueError(f"FDr needs held-out images, and {held_out} holds statistics alone.")
     if "fdr" in (metrics or ()) and apart is None:
         raise ValueError("FDr is a distance in units of that of held-out real images; give them as held_out.")
-    results: list[Result] = []
-    ratios: list[Estimate] = []
+    if apart is not None:  # FDr is a multiple of the distance
+        wanted = [[name for name in METRICS if name in names or name == "fid"] for names in wanted]
+    seen = []
     for network, names in zip(networks, wanted, strict=True):
         fake = collect(images, network, _outputs(names), None, batch_size, progress)
         real = _collect_reference(real_images, network, names, file, batch_size, progress)
-        estimates = compute(names, real, fake, Options(half, seed))
-        if apart is not None and "features" in network.outputs:
-            ratios.append(_ratio(estimates["fid"], network, apart, real, batch_size, progress))
-            estimates["fdr"] = ratios[-1]
-        results += [_result(name, estimate, network, len(images)) for name, estimate in estimates.items()]
-    if len(ratios) > 1:
-        mean = Estimate(float(np.mean([r.value for r in ratios])), float(np.mean([r.error for r in ratios])))
-        results.append(_plain(f"fdr{len(ratios)}", f"FDr{len(ratios)}", mean, "+".join(n.name for n in networks), True))
+        held = collect(apart, network, ["features"], 0, batch_size, progress) if apart is not None else None
+        seen.append((network, names, real, fake, held))
+    results = _measure(seen, Options(half, seed)) if _processes().is_main_process else []
     return Evaluation(
         results,
         samples={**_identity(images), **({"sampling": sampling} if sampling else {})},
@@ -153,10 +149,7 @@ def collect(
     Raises:
         ValueError: an output that is not finite.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    outputs, count, state = list(outputs), len(images), PartialState()
+    outputs, count, state = list(outputs), len(images), _processes()
     bounds = np.linspace(0, count, state.num_processes + 1).round().astype(int)
     start, stop = int(bounds[state.process_index]), int(bounds[state.process_index + 1])
     kept = np.arange(count) if keep is None else np.unique(np.linspace(0, count - 1, keep).round().astype(int))
@@ -173,8 +166,15 @@ def collect(
         start += len(batch)
         progress(images.name, start - int(bounds[state.process_index]), stop - int(bounds[state.process_index]))
     mine = ({output: np.concatenate(parts) for output, parts in rows.items() if parts}, moments)
-    together = gather_object([mine]) if state.num_processes > 1 else [mine]
+    if state.num_processes == 1:
+        return _merged([mine], images, keep is None)
+    together = require("accelerate.utils", "eval").gather_object([mine])
     return _merged(together, images, keep is None)
+
+
+def _processes() -> Any:
+    """accelerate's state: this process, and how many share the images."""
+    return require("accelerate", "eval").PartialState()
 
 
 def _merged(parts: list[tuple[dict[str, np.ndarray], dict[str, Moments]]], images: Images, complete: bool) -> Collected:
@@ -215,13 +215,26 @@ def _collect_reference(
     return Collected(seen.rows, {**seen.statistics, **known}, seen.count)
 
 
-def _ratio(
-    distance: Estimate, extractor: Extractor, held_out: Images, real: Collected, batch_size: int, progress: Progress
-) -> Estimate:
-    """A Fréchet distance in units of that of held-out images."""
-    apart = collect(held_out, extractor, ["features"], 0, batch_size, progress).statistics["features"]
-    unit = frechet_distance(real.statistics["features"], apart)
-    return Estimate(distance.value / unit, distance.error / unit)
+def _measure(
+    seen: Sequence[tuple[Extractor, list[str], Collected, Collected, Collected | None]], options: Options
+) -> list[Result]:
+    """The metrics of each extractor, from what it saw of the reference, the samples and held-out images."""
+    results: list[Result] = []
+    ratios: list[Estimate] = []
+    for extractor, names, real, fake, held in seen:
+        estimates = compute(names, real, fake, options)
+        if held is not None:
+            unit = frechet_distance(real.statistics["features"], held.statistics["features"])
+            ratios.append(Estimate(estimates["fid"].value / unit, estimates["fid"].error / unit))
+            estimates["fdr"] = ratios[-1]
+        results += [_result(name, estimate, extractor, fake.count) for name, estimate in estimates.items()]
+    if len(ratios) > 1:
+        # All see the same samples, so that their errors do not cancel.
+        mean = Estimate(float(np.mean([ratio.value for ratio in ratios])),
+                        float(np.mean([ratio.error for ratio in ratios])))  # fmt: skip
+        names = "+".join(extractor.name for extractor, *_ in seen)
+        results.append(_plain(f"fdr{len(ratios)}", f"FDr{len(ratios)}", mean, names, True))
+    return results
 
 
 # --- Choices ---------------------------------------------------------------------------------------------------------
