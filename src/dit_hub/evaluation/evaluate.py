@@ -1,18 +1,20 @@
 """Evaluating samples: images through extractors, and metrics of what they see."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 
 from .. import __version__
 from ..configuration_dit import nearest
-from ..extras import require
+from ..sharing import Progress, Worker
 from .estimates import METRICS, Collected, Estimate, Options, compute
 from .extractors import Extractor, get_extractor
 from .images import Images, open_reference, open_samples
@@ -26,9 +28,6 @@ REFERENCE_IMAGES = 10_000
 # The outputs of which statistics are needed.
 _STATISTICS_OF = ("features", "spatial")
 
-# Called with what is being read and the number of images that are done, and of all.
-Progress = Callable[[str, int, int], None]
-
 
 def evaluate(
     samples: Any,
@@ -41,12 +40,12 @@ def evaluate(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    progress: Progress = lambda what, done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> Evaluation:
     """Measure how near generated images are to real ones.
 
-    Started by `accelerate launch`, each process sees a part of the images, and the main one measures: in the others
-    there are no results.
+    Of several processes, as `accelerate launch` or torchrun starts them, each sees a part of the images, and the first
+    one measures: in the others there are no results.
 
     Args:
         samples: a folder of `dit-hub sample`, an .npz archive with `arr_0`, uint8 (N, H, W, 3), or such an array.
@@ -62,7 +61,7 @@ def evaluate(
         batch_size: images that an extractor sees at a time.
         device: where it computes.
         seed: of random subsets, groups and directions.
-        progress: called after each batch.
+        progress: called after each batch, with the images that this process is done with, and all its own.
 
     Raises:
         ValueError: images of another form or size, statistics of another extractor, features that are not finite, or a
@@ -91,7 +90,7 @@ def evaluate(
         real = _collect_reference(real_images, network, names, file, batch_size, progress)
         held = collect(apart, network, ["features"], 0, batch_size, progress) if apart is not None else None
         seen.append((network, names, real, fake, held))
-    results = _measure(seen, Options(half, seed)) if _processes().is_main_process else []
+    results = _measure(seen, Options(half, seed)) if Worker.from_environment().index == 0 else []
     return Evaluation(
         results,
         samples={**_identity(images), **({"sampling": sampling} if sampling else {})},
@@ -108,7 +107,7 @@ def reference_statistics(
     side: tuple[int, int],
     extractor: Extractor,
     batch_size: int = 64,
-    progress: Progress = lambda what, done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> StatisticsFile:
     """The statistics of real images, for `save_statistics`; images of any number are read once, as a stream.
 
@@ -134,7 +133,7 @@ def collect(
     outputs: Iterable[str],
     keep: int | None,
     batch_size: int = 64,
-    progress: Progress = lambda what, done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> Collected:
     """What an extractor sees of images: its outputs for some of them, and their statistics over all.
 
@@ -146,12 +145,15 @@ def collect(
         batch_size: images at a time.
         progress: called after each batch.
 
+    Returns:
+        What all processes have seen, in the first one; in the others nothing.
+
     Raises:
         ValueError: an output that is not finite.
     """
-    outputs, count, state = list(outputs), len(images), _processes()
-    bounds = np.linspace(0, count, state.num_processes + 1).round().astype(int)
-    start, stop = int(bounds[state.process_index]), int(bounds[state.process_index + 1])
+    outputs, count, worker = list(outputs), len(images), Worker.from_environment()
+    bounds = np.linspace(0, count, worker.count + 1).round().astype(int)
+    start, stop = int(bounds[worker.index]), int(bounds[worker.index + 1])
     kept = np.arange(count) if keep is None else np.unique(np.linspace(0, count - 1, keep).round().astype(int))
     rows: dict[str, list[np.ndarray]] = {output: [] for output in outputs}
     moments: dict[str, Moments] = {}
@@ -164,22 +166,28 @@ def collect(
             if keep is not None and output in _STATISTICS_OF:  # else they follow from the rows
                 moments.setdefault(output, Moments(values.shape[1])).add(values)
         start += len(batch)
-        progress(images.name, start - int(bounds[state.process_index]), stop - int(bounds[state.process_index]))
+        progress(start - int(bounds[worker.index]), stop - int(bounds[worker.index]))
     mine = ({output: np.concatenate(parts) for output, parts in rows.items() if parts}, moments)
-    if state.num_processes == 1:
-        return _merged([mine], images, keep is None)
-    together = require("accelerate.utils", "eval").gather_object([mine])
-    return _merged(together, images, keep is None)
+    return _merged(_gathered(worker, mine), images, keep is None)
 
 
-def _processes() -> Any:
-    """accelerate's state: this process, and how many share the images."""
-    return require("accelerate", "eval").PartialState()
+def _gathered(worker: Worker, mine: Any) -> list[Any]:
+    """What each process has, in the first one; nothing in the others."""
+    if worker.count == 1:
+        return [mine]
+    if not dist.is_initialized():
+        # Of processors, whatever computes; whoever is done waits for the slowest.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    everyone: list[Any] = [None] * worker.count
+    dist.gather_object(mine, everyone if worker.index == 0 else None)
+    return everyone if worker.index == 0 else []
 
 
 def _merged(parts: list[tuple[dict[str, np.ndarray], dict[str, Moments]]], images: Images, complete: bool) -> Collected:
     """What the processes have seen together."""
     parts = [part for part in parts if part[0]]
+    if not parts:
+        return Collected()
     rows = {output: np.concatenate([part[0][output] for part in parts]) for output in parts[0][0]}
     if complete:
         moments = {
