@@ -82,6 +82,8 @@ bench: .venv/.installed  ## Print the speed tables of benchmarks/README.md for t
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/latents.py
+	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/evaluation_sampling.py
 
 bench-checkpoints: .venv/.installed  ## Convert and load an XL/2 checkpoint beside a plain copy (11 GB of disk, 3 minutes).
 	$(BIN)/python benchmarks/checkpoints.py

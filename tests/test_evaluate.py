@@ -27,6 +27,7 @@ from dit_hub.evaluation import (
 from dit_hub.evaluation.evaluate import collect
 from dit_hub.evaluation.images import ArchiveImages, ArrayImages, open_reference, open_samples
 from dit_hub.evaluation.inception import Inception, load_inception
+from dit_hub.files import file_sha256
 from dit_hub.training.data import digits
 from dit_hub.training.shapes import shapes
 from together import Together
@@ -42,6 +43,8 @@ SAMPLING = {
     "guidance": {"scale": 4.0},
     "precision": {"transformer": "float32"},
     "runtime": "DiTTransformer",
+    "seed": 0,
+    "weights": {},
 }
 
 
@@ -366,15 +369,18 @@ def test_results_are_kept_and_compared(tmp_path: Path) -> None:
 def test_the_command_line_measures_compares_and_fills_a_card(samples: Path, make_model: Any, tmp_path: Path) -> None:
     DiTPipeline(make_model(), DDIMScheduler()).save_pretrained(tmp_path / "model")
     command = ("evaluate", str(samples), "--reference", "shapes", "--extractor", "shapes")
+    weights = tmp_path / "model" / "transformer" / "model.safetensors"
+    drawn = {**SAMPLING, "weights": {"transformer/model.safetensors": file_sha256(weights)}}
+    (samples / "sampling.json").write_text(json.dumps(drawn))
     run = dit_hub(*command, "--card", "model", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "FD-shapes" in run.stdout
     facts = json.loads((samples / "evaluation.json").read_text())
     assert facts["version"] == 1
-    assert facts["samples"]["sampling"] == SAMPLING
+    assert facts["samples"]["sampling"] == drawn
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| shapes | FD-shapes | " in card
-    assert "160 samples, balanced labels, 50 steps of DDIM, guidance 4, float32 DiTTransformer" in card
+    assert "160 samples, balanced labels, 50 steps of DDIM, guidance 4, float32 DiTTransformer, seed 0" in card
     again = dit_hub(*command, cwd=tmp_path)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "exists; choose another name or pass --overwrite" in again.stderr
@@ -386,13 +392,40 @@ def test_the_command_line_measures_compares_and_fills_a_card(samples: Path, make
     assert (tmp_path / "s.npz").is_file()
 
 
-def test_samples_of_unknown_making_are_not_shown_on_a_card(make_model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("archive", "Nothing says how samples.npz was made"),
+        ("weights", "The samples are not those of model: their transformer/model.safetensors is not there, or another"),
+        ("readme", "was written by a person; pass --overwrite"),
+        ("folder", "nowhere is no folder of a model"),
+    ],
+)
+def test_a_card_gets_the_results_of_its_own_model_alone(
+    change: str, message: str, samples: Path, make_model: Any, tmp_path: Path
+) -> None:
     DiTPipeline(make_model(), DDIMScheduler()).save_pretrained(tmp_path / "model")
+    sampling = {**SAMPLING, "weights": {"transformer/model.safetensors": "other"} if change == "weights" else {}}
+    (samples / "sampling.json").write_text(json.dumps(sampling))
     np.savez(tmp_path / "samples.npz", images_of(1))
-    run = dit_hub("evaluate", "samples.npz", "--reference", "shapes", "--extractor", "shapes", "--metrics", "fid",
-                  "--card", "model", cwd=tmp_path)  # fmt: skip
+    if change == "readme":
+        (tmp_path / "model" / "README.md").write_text("My words.")
+    before = {file: file.read_bytes() for file in (tmp_path / "model").rglob("*") if file.is_file()}
+    run = dit_hub(
+        "evaluate", "samples.npz" if change == "archive" else "samples", "--reference", "shapes", "--extractor",
+        "shapes", "--card", "nowhere" if change == "folder" else "model", cwd=tmp_path,
+    )  # fmt: skip
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "nothing says how the samples of FD-shapes were made" in run.stderr
+    assert message in run.stderr
+    assert {file: file.read_bytes() for file in (tmp_path / "model").rglob("*") if file.is_file()} == before
+
+
+def test_statistics_of_real_images_are_written_for_later(tmp_path: Path) -> None:
+    run = dit_hub("evaluate", "shapes", "--save-statistics", "s.npz", "--extractor", "shapes", "--size", "16",
+                  cwd=tmp_path)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    ours = evaluate(images_of(1), tmp_path / "s.npz", ["fid"], "shapes")["fid"].value
+    assert ours == pytest.approx(evaluate(images_of(1), "shapes", ["fid"], "shapes")["fid"].value, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,21 @@ def test_balanced_samples_are_compared_in_balanced_parts() -> None:
     assert np.bincount(labels[order_of(200, 0)[:10]], minlength=5).tolist() != [2] * 5
 
 
+def test_balanced_parts_do_not_sort_classes_that_are_more_than_their_samples() -> None:
+    labels = np.arange(5000) % 1000
+    quality = np.where(labels < 400, 1.0, 0.0)  # what a class decides
+    parts = np.array_split(order_of(5000, 0, labels), 20)  # 250 samples of 1,000 classes
+    # Of independent draws a part's mean would spread by 0.031; sorted classes would make it 0 or 1.
+    assert 0.015 < np.std([quality[part].mean() for part in parts]) < 0.06
+
+
+def test_too_few_samples_tell_no_error() -> None:
+    rows = drawn(6, 3)
+    reference = Collected({"features": rows}, {"features": Moments(3).add(rows).statistics}, 6)
+    found = compute(["fid", "density"], reference, Collected({"features": drawn(6, 3)}, {}, 6), Options())
+    assert all(np.isfinite(estimate.value) and np.isnan(estimate.error) for estimate in found.values())
+
+
 def test_every_metric_is_public_by_name() -> None:
     assert list(METRICS) == ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid", "density", "coverage",
                              "mind", "cmmd"]  # fmt: skip

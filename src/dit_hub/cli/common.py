@@ -38,11 +38,11 @@ _SECONDS = 30.0
 
 
 @contextmanager
-def progress_bar(action: str, worker: Worker) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
+def progress_bar(action: str, worker: Worker, resumes: bool = True) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
     """rich's console, and a function to report to how many images are done of how many.
 
     Only the first process shows it: on a terminal a bar with the time left, in a log a line now and then. Ctrl-C in the
-    block ends the program with status 130 and a sentence.
+    block ends the program with status 130 and a sentence, which says so where the same command resumes.
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -64,7 +64,8 @@ def progress_bar(action: str, worker: Worker) -> Iterator[tuple[Any, Callable[[i
     except KeyboardInterrupt:
         if not worker.index:
             total, done = progress.tasks[0].total, progress.tasks[0].completed
-            print(f"Stopped{'' if total is None else f' after {done} of {total} images'}; the same command resumes.")
+            reached = "" if total is None else f" after {done} of {total} images"
+            print(f"Stopped{reached}{'; the same command resumes' if resumes else ''}.")
         sys.exit(130)  # the status of Ctrl-C in shells, so that a script stops too
 
 

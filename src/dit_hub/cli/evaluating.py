@@ -42,8 +42,9 @@ def evaluate(
         Path | None, typer.Option(help="A model's folder, which gets the results, and a card that shows them.")
     ] = None,
     save_statistics: Annotated[
-        Path | None, typer.Option(help="Only write the statistics of the samples, as a reference for later.")
+        Path | None, typer.Option(help="Only write statistics, of samples or of real images, as a reference for later.")
     ] = None,
+    size: Annotated[int, typer.Option(help="Side to which real images are cropped, for --save-statistics.")] = 256,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(help="Two evaluations: which one is better, and whether by chance.")
     ] = None,
@@ -70,7 +71,7 @@ def evaluate(
     if samples is None:
         raise ValueError("Give the samples: a folder of dit-hub sample, or an .npz archive.")
     if save_statistics is not None:
-        _save_statistics(samples, extractor, inception, batch_size, device, save_statistics, overwrite)
+        _save_statistics(samples, size, extractor, inception, batch_size, device, save_statistics, overwrite)
         return
     if reference is None:
         raise ValueError("Give --reference: the real images to compare with.")
@@ -81,6 +82,8 @@ def evaluate(
     for path in filter(None, (out, card / RESULTS_FILE if card else None)):
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
+    if card is not None:
+        _check_card(card, samples, overwrite)
     _evaluate(samples, reference, metrics, extractor, held_out, inception, not float32, batch_size, device, out, card)
 
 
@@ -107,9 +110,7 @@ def _evaluate(
     from ..sources import CARD_FILE
 
     worker = Worker.from_environment()
-    if card is not None and not (card / "model_index.json").is_file():
-        raise ValueError(f"{card} is no folder of a model.")
-    with progress_bar("measuring", worker) as (_, report):
+    with progress_bar("measuring", worker, resumes=False) as (_, report):
         found = evaluation.evaluate(
             samples,
             reference,
@@ -140,6 +141,28 @@ def _evaluate(
         print(f"The card is {card / CARD_FILE}")
 
 
+def _check_card(card: Path, samples: str, overwrite: bool) -> None:
+    """Raise ValueError where results of samples do not belong on the card of a model's folder."""
+    from dit_hub.model_cards import is_own_card
+
+    from ..evaluation.images import open_samples
+    from ..files import file_sha256
+    from ..sources import CARD_FILE
+
+    if not (card / "model_index.json").is_file():
+        raise ValueError(f"{card} is no folder of a model.")
+    if (card / CARD_FILE).is_file() and not is_own_card(card / CARD_FILE) and not overwrite:
+        raise ValueError(f"{card / CARD_FILE} was written by a person; pass --overwrite to replace it.")
+    sampling = open_samples(samples)[1]
+    if not sampling:
+        raise ValueError(f"Nothing says how {samples} was made, and a card shows no results without that; evaluate a "
+                         "folder of dit-hub sample.")  # fmt: skip
+    for name, digest in sampling["weights"].items():
+        same = (card / name).is_file() and file_sha256(card / name) == digest
+        if name.startswith("transformer") and not same:
+            raise ValueError(f"The samples are not those of {card}: their {name} is not there, or another.")
+
+
 def _compare(first: Path, second: Path) -> None:
     from rich.console import Console
 
@@ -163,7 +186,7 @@ def _self_test(folder: Path, inception: Path | None, batch_size: int, device: st
     from ..evaluation.self_test import self_test
 
     worker = Worker.from_environment()
-    with progress_bar("measuring", worker) as (_, report):
+    with progress_bar("measuring", worker, resumes=False) as (_, report):
         checks = self_test(folder, inception, batch_size, device, report)
     if worker.index > 0:
         return
@@ -176,18 +199,25 @@ def _self_test(folder: Path, inception: Path | None, batch_size: int, device: st
 
 
 def _save_statistics(
-    samples: str, extractor: str, inception: Path | None, batch_size: int, device: str, path: Path, overwrite: bool
+    images: str,
+    size: int,
+    extractor: str,
+    inception: Path | None,
+    batch_size: int,
+    device: str,
+    path: Path,
+    overwrite: bool,
 ) -> None:
     from ..evaluation.evaluate import reference_statistics
     from ..evaluation.extractors import get_extractor
-    from ..evaluation.images import open_samples
+    from ..evaluation.images import has_own_size, open_samples
     from ..evaluation.statistics import save_statistics
 
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
-    worker, side = Worker.from_environment(), open_samples(samples)[0].side
-    with progress_bar("measuring", worker) as (_, report):
-        file = reference_statistics(samples, side, get_extractor(extractor, device, inception), batch_size, report)
+    worker, side = Worker.from_environment(), open_samples(images)[0].side if has_own_size(images) else (size, size)
+    with progress_bar("measuring", worker, resumes=False) as (_, report):
+        file = reference_statistics(images, side, get_extractor(extractor, device, inception), batch_size, report)
     if worker.index > 0:
         return
     save_statistics(file, path, overwrite)

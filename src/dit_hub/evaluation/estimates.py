@@ -61,7 +61,12 @@ class Options:
 
 
 def jackknife_error(left_out: Sequence[float]) -> float:
-    """The standard error from values that lack one group of samples each (Efron 1982, delete-a-group jackknife)."""
+    """The standard error from values that lack one group of samples each (Efron 1982, delete-a-group jackknife).
+
+    NaN for no values.
+    """
+    if not left_out:
+        return math.nan
     values = np.asarray(left_out)
     return float(np.sqrt((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum()))
 
@@ -71,23 +76,27 @@ def order_of(count: int, seed: int, labels: np.ndarray | None = None) -> np.ndar
 
     Balanced samples are no independent draws: parts whose classes vary would make every error too large.
     """
-    order = np.random.default_rng(seed).permutation(count)
+    random = np.random.default_rng(seed)
+    order = random.permutation(count)
     counts = np.bincount(labels) if labels is not None else np.zeros(0)
     if labels is None or counts.max() - counts.min() > 1:
         return order
     by_class = order[np.argsort(labels[order], kind="stable")]
     rank = np.concatenate([np.arange(size) for size in counts])  # of each sample among those of its class
-    return by_class[np.argsort(rank, kind="stable")]
+    return by_class[np.lexsort((random.random(count), rank))]  # within a rank the classes are in random order
 
 
 def groups_of(fake: "Collected", seed: int) -> list[np.ndarray]:
-    """The samples in groups of almost one size; see `order_of`."""
-    parts = np.array_split(order_of(fake.count, seed, fake.labels), min(GROUPS, fake.count // 2))
-    return [np.sort(part) for part in parts]
+    """The samples in groups of almost one size; see `order_of`. None where they are too few to tell an error."""
+    if fake.count < 2 * GROUPS:
+        return []
+    return [np.sort(part) for part in np.array_split(order_of(fake.count, seed, fake.labels), GROUPS)]
 
 
 def mean_error(values: np.ndarray, fake: "Collected", seed: int) -> float:
-    """The standard error of the mean of a value of each sample, from the means of groups."""
+    """The standard error of the mean of a value of each sample, from the means of groups; NaN for too few."""
+    if not groups_of(fake, seed):
+        return math.nan
     means = np.array([values[part].mean() for part in groups_of(fake, seed)])
     return float(means.std(ddof=1) / math.sqrt(len(means)))
 
@@ -123,8 +132,10 @@ def _kernel_distance(real: Collected, fake: Collected, options: Options) -> dict
     part = order_of(fake.count, options.seed, fake.labels)[:_WITNESSES]
     few = Collected(count=len(part), labels=None if fake.labels is None else fake.labels[part])
     # To first order a sample moves the squared distance by twice its witness.
-    error = 2 * mean_error(metrics.kernel_witness(x, y[part]), few, options.seed)
-    return {"kid": Estimate(metrics.kernel_distance(x, y), error * math.sqrt(len(part) / len(y)))}
+    error = 2 * mean_error(metrics.kernel_witness(x, y[part]), few, options.seed) * math.sqrt(len(part) / len(y))
+    values = metrics.kernel_distances(x, y, seed=metrics.KERNEL_SEED + options.seed)
+    drawing = values.std(ddof=1) / math.sqrt(len(values))  # that of the random subsets
+    return {"kid": Estimate(float(values.mean()), math.hypot(error, drawing))}
 
 
 def _gaussian_mmd(real: Collected, fake: Collected, options: Options) -> dict[str, Estimate]:

@@ -1,6 +1,7 @@
 """Evaluating samples: images through extractors, and metrics of what they see."""
 
-import hashlib
+import functools
+import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 
 from .. import __version__
 from ..configuration_dit import nearest
+from ..files import file_sha256
 from ..sharing import Progress, Worker
 from .estimates import METRICS, Collected, Estimate, Options, compute
 from .extractors import Extractor, get_extractor
@@ -24,6 +26,9 @@ from .statistics import Moments, Statistics, StatisticsFile, as_array, load_stat
 
 # Of a larger reference, neighbours and kernels see as many images, evenly spaced, as ADM's reference archives hold.
 REFERENCE_IMAGES = 10_000
+
+# For the slowest of several processes.
+_PATIENCE = timedelta(days=7)
 
 # The outputs of which statistics are needed.
 _STATISTICS_OF = ("features", "spatial")
@@ -90,13 +95,20 @@ def evaluate(
         real = _collect_reference(real_images, network, names, file, batch_size, progress)
         held = collect(apart, network, ["features"], 0, batch_size, progress) if apart is not None else None
         seen.append((network, names, real, fake, held))
-    results = _measure(seen, Options(half, seed)) if Worker.from_environment().index == 0 else []
+    if (worker := Worker.from_environment()).index > 0:
+        return Evaluation([])
+    if worker.count > 1:  # a launcher gives each process one thread, and the others are done
+        torch.set_num_threads(os.cpu_count() or 1)
     return Evaluation(
-        results,
+        _measure(seen, Options(half, seed)),
         samples={**_identity(images), **({"sampling": sampling} if sampling else {})},
         reference=_reference_facts(reference, real_images, file),
         extractors={network.name: network.fingerprint for network in networks},
-        options={"float16_distances": half, "seed": seed},
+        options={
+            "float16_distances": half,
+            "seed": seed,
+            **({} if apart is None else {"held_out": _identity(apart)}),
+        },
         versions={"dit-hub": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                   "diffusers": diffusers.__version__, "numpy": np.__version__},
     )  # fmt: skip
@@ -161,7 +173,7 @@ def collect(
         seen = extractor(batch)
         here = kept[(kept >= start) & (kept < start + len(batch))] - start
         for output in outputs:
-            values = as_array(seen[output])
+            values = as_array(seen[output], offset=start)
             rows[output].append(values[here].astype(np.float32))
             if keep is not None and output in _STATISTICS_OF:  # else they follow from the rows
                 moments.setdefault(output, Moments(values.shape[1])).add(values)
@@ -175,12 +187,18 @@ def _gathered(worker: Worker, mine: Any) -> list[Any]:
     """What each process has, in the first one; nothing in the others."""
     if worker.count == 1:
         return [mine]
-    if not dist.is_initialized():
-        # Of processors, whatever computes; whoever is done waits for the slowest.
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
     everyone: list[Any] = [None] * worker.count
-    dist.gather_object(mine, everyone if worker.index == 0 else None)
+    dist.gather_object(mine, everyone if worker.index == 0 else None, group=_processors())
     return everyone if worker.index == 0 else []
+
+
+@functools.cache
+def _processors() -> Any:
+    """All processes, as a group that speaks without GPUs; in it whoever is done waits for the slowest."""
+    if dist.is_initialized():
+        return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    return None
 
 
 def _merged(parts: list[tuple[dict[str, np.ndarray], dict[str, Moments]]], images: Images, complete: bool) -> Collected:
@@ -329,11 +347,10 @@ def _plain(name: str, label: str, estimate: Estimate, extractor: str, lower_is_b
 
 
 def _identity(images: Images) -> dict[str, Any]:
-    return {"name": images.name, "sha256": images.sha256(), "count": len(images)}
+    return {"name": images.name, "sha256": images.digest(), "count": len(images)}
 
 
 def _reference_facts(reference: Any, images: Images | None, file: StatisticsFile | None) -> dict[str, Any]:
     if images is None:
-        digest = hashlib.sha256(Path(reference).read_bytes()).hexdigest()
-        return {"name": Path(reference).name, "sha256": digest, "count": None, "statistics": True}
+        return {"name": Path(reference).name, "sha256": file_sha256(reference), "count": None, "statistics": True}
     return {**_identity(images), "statistics": file is not None}

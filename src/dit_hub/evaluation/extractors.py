@@ -61,15 +61,17 @@ class NetworkExtractor:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within the block NVIDIA GPUs convolve in float32; by themselves they do so in tf32, which has 11 bits."""
+    """Within the block NVIDIA GPUs compute float32 as such; by themselves they convolve in tf32, which has 11 bits."""
     backends: Any = torch.backends
-    convolution = backends.cudnn.conv
-    before = convolution.fp32_precision
-    convolution.fp32_precision = "ieee"
+    parts = (backends.cudnn.conv, backends.cuda.matmul)
+    before = [part.fp32_precision for part in parts]
     try:
+        for part in parts:
+            part.fp32_precision = "ieee"
         yield
     finally:
-        convolution.fp32_precision = before
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def fingerprint(network: nn.Module) -> str:

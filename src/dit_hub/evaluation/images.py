@@ -1,18 +1,27 @@
 """Images to evaluate: archives of ADM's format, folders of samples, training data, arrays; read a batch at a time."""
 
 import hashlib
+import os
 import zipfile
+import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..checks import shown
+from ..files import file_sha256
 from ..training.data import Dataset
+from ..training.fingerprint import fingerprint
 from ..training.loader import open_dataset
 from .provenance import FACTS_FILE, read_facts
 from .sample_files import ARCHIVE_FILE
+
+# Batches of a data set that are read at a time, each by a thread.
+_READERS = min(8, os.cpu_count() or 1)
 
 
 class Images(Protocol):
@@ -34,8 +43,8 @@ class Images(Protocol):
         """The images from `start` to before `stop`, as uint8 (n, H, W, 3) of at most `batch_size`."""
         ...
 
-    def sha256(self) -> str:
-        """A hash of the images."""
+    def digest(self) -> str:
+        """A SHA-256 that tells them apart from others: of the archive, or of what is cheap to read of a data set."""
         ...
 
 
@@ -55,7 +64,7 @@ class ArrayImages:
         for first in range(start, stop, batch_size):
             yield self.array[first : min(first + batch_size, stop)]
 
-    def sha256(self) -> str:
+    def digest(self) -> str:
         return hashlib.sha256(np.ascontiguousarray(self.array).tobytes()).hexdigest()
 
 
@@ -108,12 +117,11 @@ class ArchiveImages:
                     if len(data) < count * size:
                         raise ValueError(f"{self.path} was cut: it ends before image {first + count}.")
                     yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{self.path} is damaged ({error}).") from None
 
-    def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return _digest(file)
+    def digest(self) -> str:
+        return file_sha256(self.path)
 
 
 class DatasetImages:
@@ -132,18 +140,25 @@ class DatasetImages:
         return len(self.dataset)
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
-        for first in range(start, stop, batch_size):
-            batch = self.dataset.read([(position, False) for position in range(first, min(first + batch_size, stop))])
-            if batch.unreadable:
-                raise ValueError(f"{batch.unreadable[0]} cannot be read; a reference must be whole.")
-            pixels = ((batch.data + 1) * 127.5).round().clamp(0, 255).byte()
-            yield pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+        starts = range(start, stop, batch_size)
+        with ThreadPoolExecutor(_READERS) as pool:  # files are decoded while others are looked at
+            waiting: deque[Future[np.ndarray]] = deque()
+            for first in starts:
+                waiting.append(pool.submit(self._read, first, min(first + batch_size, stop)))
+                if len(waiting) > _READERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for batch in self.batches(0, len(self), 256):
-            digest.update(np.ascontiguousarray(batch).tobytes())
-        return digest.hexdigest()
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        batch = self.dataset.read([(position, False) for position in range(start, stop)])
+        if batch.unreadable:
+            raise ValueError(f"{batch.unreadable[0]} cannot be read; a reference must be whole.")
+        pixels = ((batch.data + 1) * 127.5).round().clamp(0, 255).byte()
+        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+
+    def digest(self) -> str:
+        return fingerprint(self.dataset)
 
 
 def open_samples(samples: Any) -> tuple[Images, dict[str, Any]]:
@@ -165,6 +180,12 @@ def open_samples(samples: Any) -> tuple[Images, dict[str, Any]]:
     if path.suffix.lower() != ".npz":
         raise ValueError(f"{path} is no .npz archive; samples are one, or a folder of dit-hub sample.")
     return ArchiveImages(path), {}
+
+
+def has_own_size(images: Any) -> bool:
+    """Whether images have a size already, as archives with `arr_0` and folders of `dit-hub sample` do."""
+    path = Path(images)
+    return (path / FACTS_FILE).is_file() or (path.is_file() and path.suffix == ".npz" and "arr_0" in _names(path))
 
 
 def _folder_of_samples(folder: Path) -> tuple[Images, dict[str, Any]]:
@@ -235,10 +256,3 @@ def _check_form(what: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{what} must be colour images, uint8 (N, H, W, 3), not {dtype} {shown(shape)}.{hint}")
     if shape[0] < 2:
         raise ValueError(f"{what} holds {shape[0]} image; metrics need two or more.")
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()

@@ -14,6 +14,9 @@ from torch import Tensor
 from ..checks import whole_number
 from .statistics import Features, Moments, Statistics, as_array, statistics_of
 
+# torch-fidelity's, whose random subsets these are.
+KERNEL_SEED = 2020
+
 # ADM's evaluator computes distances in blocks of this many rows and columns, and each in float32 whose float16 ones
 # are not finite.
 _BLOCK = 10_000
@@ -46,8 +49,8 @@ class FrechetReference:
 
     def __init__(self, statistics: Statistics):
         self.statistics = statistics
-        values, vectors = np.linalg.eigh(statistics.covariance)
-        self._root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+        values, vectors = torch.linalg.eigh(torch.from_numpy(statistics.covariance))
+        self._root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
     def distance(self, other: Statistics) -> float:
         """The Fréchet distance to other statistics."""
@@ -56,8 +59,8 @@ class FrechetReference:
             raise ValueError(f"{len(ours.mean)} and {len(other.mean)} features cannot be compared; they are of two "
                              "extractors.")  # fmt: skip
         shift = ours.mean - other.mean
-        crossed = np.linalg.eigvalsh(self._root @ other.covariance @ self._root)
-        spread = np.trace(ours.covariance) + np.trace(other.covariance) - 2 * np.sqrt(crossed.clip(0)).sum()
+        crossed = torch.linalg.eigvalsh(self._root @ torch.from_numpy(other.covariance) @ self._root)
+        spread = np.trace(ours.covariance) + np.trace(other.covariance) - 2 * float(crossed.clamp(min=0).sqrt().sum())
         return float(shift @ shift + spread)
 
 
@@ -100,7 +103,7 @@ def frechet_extrapolation(
 
 
 def kernel_distance(
-    real: Features, fake: Features, subset_size: int = 1000, subsets: int = 100, seed: int = 2020
+    real: Features, fake: Features, subset_size: int = 1000, subsets: int = 100, seed: int = KERNEL_SEED
 ) -> float:
     """The squared maximum mean discrepancy with the kernel (x·y / D + 1)^3: KID on Inception's features.
 
@@ -111,7 +114,7 @@ def kernel_distance(
 
 
 def kernel_distances(
-    real: Features, fake: Features, subset_size: int = 1000, subsets: int = 100, seed: int = 2020
+    real: Features, fake: Features, subset_size: int = 1000, subsets: int = 100, seed: int = KERNEL_SEED
 ) -> np.ndarray:
     """The values of which `kernel_distance` is the mean; subsets are no larger than the smaller set."""
     real, fake = _pair(real, fake)
@@ -133,7 +136,7 @@ def kernel_witness(real: Features, fake: Features) -> np.ndarray:
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The polynomial kernel of each pair, in float64."""
-    return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
+    return (_products(x, y) / x.shape[1] + 1) ** 3
 
 
 def _off_diagonal(kernel: np.ndarray) -> float:
@@ -165,8 +168,13 @@ def _mean_kernel(x: np.ndarray, y: np.ndarray, kernel: Callable[[np.ndarray, np.
     return np.concatenate([kernel(x[at : at + _STRIP], y).mean(axis=1) for at in range(0, len(x), _STRIP)])
 
 
+def _products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(N, M) scalar products in float64, by PyTorch, whose threads a launcher does not fix at one."""
+    return (torch.from_numpy(x).double() @ torch.from_numpy(y).double().T).numpy()
+
+
 def _gaussian(x: np.ndarray, y: np.ndarray, sigma: float) -> np.ndarray:
-    squared = (x**2).sum(axis=1)[:, None] - 2 * x @ y.T + (y**2).sum(axis=1)
+    squared = (x**2).sum(axis=1)[:, None] - 2 * _products(x, y) + (y**2).sum(axis=1)
     return np.exp(-squared.clip(0) / (2 * sigma**2))
 
 

@@ -94,13 +94,17 @@ def how_made(samples: dict[str, Any]) -> str:
     sampling = samples.get("sampling") or {}
     if not sampling:
         return ""
-    scale, scheduler = sampling["guidance"]["scale"], sampling["scheduler"]["_class_name"]
+    guidance, scheduler = sampling["guidance"], sampling["scheduler"]["_class_name"].removesuffix("Scheduler")
+    low, high = guidance.get("interval", (0, 1))
     parts = [
         f"{samples['count']:,} samples",
         f"{sampling['labels']['policy']} labels" if sampling["labels"] else "",
-        f"{sampling['steps']} steps of {scheduler.removesuffix('Scheduler')}",
-        "no guidance" if scale == 1 else f"guidance {scale:g}",
+        f"{sampling['steps']} steps of {scheduler}",
+        "no guidance" if guidance["scale"] == 1 else f"guidance {guidance['scale']:g}",
+        f"between {low:g} and {high:g} of the timesteps" if (low, high) != (0, 1) and guidance["scale"] != 1 else "",
+        f"decoder {sampling['decoder']}" if sampling.get("decoder") else "",
         f"{sampling['precision']['transformer']} {sampling['runtime']}",
+        f"seed {sampling['seed']}" if "seed" in sampling else "",
     ]
     return ", ".join(part for part in parts if part)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..checks import listed
@@ -42,57 +43,77 @@ class Statistics:
 class Moments:
     """Sums from which `Statistics` follow, of features that come in batches or from several processes.
 
-    Batches are centred by their own mean and merged by the formula of Chan et al. (1979), which loses no digits.
+    Rows are held until there are enough to be worth a product of matrices. Then they are centred by their own mean and
+    merged by the formula of Chan et al. (1979), which loses no digits.
     """
 
     def __init__(self, size: int):
-        self.count = 0
-        self.mean = np.zeros(size)
-        self.scatter = np.zeros((size, size))
+        self.size, self._merged = size, 0
+        self._mean = torch.zeros(size, dtype=torch.float64)
+        self._scatter = torch.zeros(size, size, dtype=torch.float64)
+        self._held: list[np.ndarray] = []
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return self._merged + sum(len(rows) for rows in self._held)
 
     def add(self, features: Features) -> "Moments":
         """Add (N, D) features; returns itself."""
         for start in range(0, len(features), _ROWS):
-            rows = as_array(features[start : start + _ROWS], np.float64)
-            mean = rows.mean(axis=0)
-            rows = rows - mean
-            self._merge(len(rows), mean, rows.T @ rows)
+            self._held.append(as_array(features[start : start + _ROWS], offset=start))
+            if sum(len(rows) for rows in self._held) >= _ROWS:
+                self._merge_held()
         return self
 
     def merge(self, other: "Moments") -> "Moments":
         """Add what another has seen; returns itself."""
-        self._merge(other.count, other.mean, other.scatter)
+        self._merge_held()
+        other._merge_held()
+        self._merge(other._merged, other._mean, other._scatter)
         return self
 
     def without(self, other: "Moments") -> "Moments":
         """The moments of what this has seen and `other`, a part of it, has not."""
-        rest = Moments(len(self.mean))
-        rest.count = self.count - other.count
-        rest.mean = (self.count * self.mean - other.count * other.mean) / rest.count
-        shift = other.mean - rest.mean
-        rest.scatter = self.scatter - other.scatter - np.outer(shift, shift) * (rest.count * other.count / self.count)
+        self._merge_held()
+        other._merge_held()
+        rest = Moments(self.size)
+        rest._merged = self._merged - other._merged
+        rest._mean = (self._merged * self._mean - other._merged * other._mean) / rest._merged
+        shift = other._mean - rest._mean
+        rest._scatter = self._scatter - other._scatter
+        rest._scatter -= torch.outer(shift, shift) * (rest._merged * other._merged / self._merged)
         return rest
 
-    def _merge(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
+    def _merge_held(self) -> None:
+        if self._held:
+            rows = torch.from_numpy(np.concatenate(self._held)).double()
+            self._held = []
+            mean = rows.mean(dim=0)
+            rows -= mean
+            self._merge(len(rows), mean, rows.T @ rows)
+
+    def _merge(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self._merged + count
         if not count:
             return
-        shift = mean - self.mean
-        self.scatter += scatter
-        self.scatter += np.outer(shift, shift) * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
-        self.count = total
+        shift = mean - self._mean
+        self._scatter += scatter
+        self._scatter += torch.outer(shift, shift) * (self._merged * count / total)
+        self._mean = self._mean + shift * (count / total)
+        self._merged = total
 
     @property
     def statistics(self) -> Statistics:
         """Mean and covariance of at least two samples."""
-        if self.count < 2:
-            raise ValueError(f"Statistics need two samples or more, not {self.count}.")
-        return Statistics(self.mean, self.scatter / (self.count - 1), self.count)
+        self._merge_held()
+        if self._merged < 2:
+            raise ValueError(f"Statistics need two samples or more, not {self._merged}.")
+        return Statistics(self._mean.numpy(), (self._scatter / (self._merged - 1)).numpy(), self._merged)
 
 
-def as_array(features: Features, dtype: Any = None) -> np.ndarray:
-    """(N, D) features as a numpy array of finite numbers.
+def as_array(features: Features, dtype: Any = None, offset: int = 0) -> np.ndarray:
+    """(N, D) features as a numpy array of finite numbers; `offset` is the number of the first one, for messages.
 
     Raises:
         ValueError: another shape, or a feature that is NaN or infinite.
@@ -101,7 +122,7 @@ def as_array(features: Features, dtype: Any = None) -> np.ndarray:
     if array.ndim != 2 or not array.size:
         raise ValueError(f"Features must be (N, D), not {array.shape}.")
     if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
+        row = offset + int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
         raise ValueError(f"The features of sample {row} are not finite; are the images or the extractor damaged?")
     return array if dtype is None else array.astype(dtype, copy=False)
 
