@@ -7,6 +7,7 @@ import typer
 
 from .. import __version__
 from .checkpoints import card, convert, info, push
+from .counting import flops
 from .exporting import export_app
 from .sampling import generate
 from .training import SETTINGS, latents, train
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(info)
+app.command()(flops)
 app.command(epilog=SETTINGS)(train)
 app.command()(latents)
 app.command()(convert)
