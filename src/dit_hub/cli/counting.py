@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -98,10 +97,10 @@ def _row(label: str, config: Any, paper: Any) -> dict[str, Any]:
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
     """A line for each part of each model, and one for the whole, which has the paper's figures."""
-    columns: Sequence[str] = ("model", "part", "parameters", "gmacs", "tokens", "weights_bytes", "activations_bytes",
-                              "paper_million_parameters", "paper_gmacs", "parameters_difference_percent",
-                              "gmacs_difference_percent")  # fmt: skip
-    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n", extrasaction="ignore")
+    columns = ("model", "part", "parameters", "gmacs", "tokens", "weights_bytes", "activations_bytes",
+               "paper_million_parameters", "paper_gmacs", "parameters_difference_percent",
+               "gmacs_difference_percent")  # fmt: skip
+    writer: csv.DictWriter[str] = csv.DictWriter(sys.stdout, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
         for name, part in row["parts"].items():
