@@ -8,6 +8,7 @@ import typer
 from .. import __version__
 from .checkpoints import card, convert, info, push
 from .counting import flops
+from .evaluating import evaluate
 from .exporting import export_app
 from .sampling import generate
 from .training import SETTINGS, latents, train
@@ -25,6 +26,7 @@ app.command()(info)
 app.command()(flops)
 app.command(epilog=SETTINGS)(train)
 app.command()(latents)
+app.command()(evaluate)
 app.command()(convert)
 app.command()(card)
 app.command()(push)
