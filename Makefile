@@ -23,17 +23,18 @@ demo: .venv/.installed  ## Sample the embedded toy in PyTorch and on ONNX Runtim
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # They lie apart: where torchao and bitsandbytes are installed, diffusers imports both in every process, which takes
-# seconds and prints what they lack.
-ECOSYSTEM := torchao==0.18.0 bitsandbytes==0.50.2 cache-dit==1.5.3
+# seconds and prints what they lack. torch-fidelity asks for torchvision, of which there is no build for CPUs alone.
+ECOSYSTEM := torchao==0.18.0 bitsandbytes==0.50.2 cache-dit==1.5.3 torch-fidelity==0.4.0
+APART := tests/test_other_packages.py tests/test_torch_fidelity.py
 
-build/ecosystem/.installed: .venv/.installed
+build/ecosystem/.installed: .venv/.installed Makefile
 	@rm -rf build/ecosystem
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/ecosystem $(ECOSYSTEM)
 	@touch $@
 
 test: .venv/.installed build/ecosystem/.installed  ## Run the tests (8 minutes on 2 cores).
-	$(PYTEST) --ignore tests/test_other_packages.py
-	PYTHONPATH=build/ecosystem $(BIN)/python -m pytest tests/test_other_packages.py
+	$(PYTEST) $(APART:%=--ignore %)
+	PYTHONPATH=build/ecosystem $(BIN)/python -m pytest $(APART)
 
 # The official code's numbers, sampling, an export, a conversion, training steps.
 QUICK := tests/test_modeling.py tests/test_pipeline.py tests/test_solvers.py $(wildcard tests/test_*_numbers.py) \

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from dit_hub.extras import require
-from dit_hub.files import workplace
+from dit_hub.files import file_sha256, workplace
 from dit_hub.manifest import MANIFEST_FILE, note_written
 from dit_hub.runtime import RuntimeOptions
 
 from .component import Decoder, Denoiser, Sampler, Session
 from .cuda_graph import CudaGraph, record
 from .reference import UnsupportedShapeError
-from .tensorrt_build import Manifest, file_sha256, is_rtx, misfit
+from .tensorrt_build import Manifest, is_rtx, misfit
 
 # Shapes that hold a context, buffers and a graph at a time: the guided and the unguided steps of a batch, and those of
 # the last, smaller one.

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import cached_assets_path
 
 from dit_hub.extras import install_command, require
+from dit_hub.files import file_sha256
 
 from .component import DRAWS, GRID, MAX_PAIRS, PAIRS, ROWS, STEPS
 
@@ -319,15 +320,6 @@ def _watched(trt: Any, progress: Progress | None) -> Iterator[Any]:
             signal.signal(signal.SIGINT, previous)
         if interrupted.is_set():
             raise KeyboardInterrupt
-
-
-def file_sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def source_sha256(path: Path) -> str:

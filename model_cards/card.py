@@ -1,7 +1,9 @@
 """The card of a folder, from its configuration and the facts in it."""
 
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,9 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
 
     It is made from model_index.json and the transformer's config and, if they exist, from `origin.json` (source,
     licence, measured error), `training.json` (recipe and losses), `report.json` (errors of an export), `samples.png`,
-    and `evaluation.json`: under "results" a list of {"metric": "FID-50K", "value": 2.27, "dataset":
-    "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256", "how": "cfg 1.5, 250 DDPM steps", "source": "…"}.
+    and `evaluation.json`: of `dit-hub evaluate`, or with "results", a list of {"metric": "FID-50K", "value": 2.27,
+    "dataset": "ILSVRC/imagenet-1k", "dataset_name": "ImageNet 256x256", "how": "cfg 1.5, 250 DDPM steps", "source":
+    "…"}. No value is shown without how its samples were made.
 
     Args:
         folder: what to describe.
@@ -94,6 +97,7 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         origin=_origin_text(origin) if origin else None,
         parity=_parity(folder, conversion),
         results=results,
+        intervals=any(result.get("low") is not None for result in results),
         training=training if training.get("recipe") else None,
         settings=_settings(training.get("recipe") or {}),
         losses=_shown_losses(training.get("epoch_losses", [])),
@@ -151,14 +155,34 @@ def _facts(folder: Path, name: str) -> dict[str, Any]:
 
 def _results(folder: Path) -> list[dict[str, Any]]:
     """The results of `evaluation.json`, with optional fields filled in."""
-    results = _facts(folder, "evaluation.json").get("results", [])
+    file, results = folder / "evaluation.json", _facts(folder, "evaluation.json").get("results", [])
     for result in results if isinstance(results, list) else [None]:
         fields = result if isinstance(result, dict) else {}
         if missing := [name for name in ("metric", "value", "dataset_name") if name not in fields]:
-            raise ValueError(f"{folder / 'evaluation.json'}: a result has no {missing[0]}.")
-        if not isinstance(fields["value"], (int, float)):
-            raise ValueError(f"{folder / 'evaluation.json'}: {fields['value']!r} is no number.")
-    return [{"dataset": result["dataset_name"], "how": "", "source": "", **result} for result in results]
+            raise ValueError(f"{file}: a result has no {missing[0]}.")
+        for name in ("value", "low", "high"):
+            if not isinstance(fields.get(name, 0.0), (int, float)) and (name == "value" or fields[name] is not None):
+                raise ValueError(f"{file}: {fields[name]!r} is no number.")
+        if not fields.get("how"):
+            raise ValueError(f"{file}: nothing says how the samples of {fields['metric']} were made; say it under "
+                             "\"how\", or evaluate a folder of dit-hub sample, which knows.")  # fmt: skip
+    return [{"dataset": _hub_name(result["dataset_name"]), "source": "", **result, "shown": _shown(result)}
+            for result in results]  # fmt: skip
+
+
+def _shown(result: dict[str, Any]) -> str:
+    """A value as a card shows it; measured ones with their interval, and as many digits as it allows."""
+    low, high = result.get("low"), result.get("high")
+    if low is None or high is None:
+        return str(result["value"]) if "id" not in result else f"{result['value']:.4g}"
+    spread = (high - low) / 2
+    digits = max(0, 1 - math.floor(math.log10(spread))) if spread > 0 else 4
+    return f"{result['value']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _hub_name(dataset: Any) -> str:
+    """A name of a data set that the Hub accepts in a card."""
+    return re.sub(r"[^A-Za-z0-9._/-]+", "-", str(dataset)).strip("-") or "unknown"
 
 
 def _id2label(facts: dict[str, Any]) -> dict[int, str]:
@@ -198,7 +222,7 @@ def _metadata(
             task_type="unconditional-image-generation",
             dataset_type=str(result["dataset"]),
             dataset_name=str(result["dataset_name"]),
-            metric_type=str(result["metric"]).split("-")[0].lower(),
+            metric_type=str(result.get("id") or str(result["metric"]).split("-")[0]).lower(),
             metric_name=str(result["metric"]),
             metric_value=float(result["value"]),
         )

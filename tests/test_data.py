@@ -23,7 +23,8 @@ from dit_hub.training.loader import open_dataset
 from dit_hub.training.loop import train
 from dit_hub.training.recipe import Recipe
 
-from .command_line import dit_hub
+from .command_line import Python, dit_hub
+from .together import environment, free_port
 
 FIELDS = {"sample_size": 8, "patch_size": 4, "in_channels": 3, "hidden_size": 32, "num_hidden_layers": 1,
           "num_attention_heads": 2, "learn_sigma": False}  # fmt: skip
@@ -549,6 +550,30 @@ def test_images_that_are_left_out_are_counted_when_a_cut_run_resumes(
         assert "11 images are encoded in latents" in run.stdout
         (tmp_path / "latents" / "latents.json").unlink()
         run = dit_hub(*arguments, cwd=tmp_path)
+
+
+def test_two_processes_cache_the_latents_that_one_caches(tmp_path: Path, make_vae: Callable[..., Any]) -> None:
+    """The one that ends last finishes the folder, also where the other was killed and came back alone."""
+    images = np.random.default_rng(0).integers(0, 256, (2100, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images)
+    make_vae().save_pretrained(tmp_path / "vae")
+    arguments = ("latents", "data.npz")
+    options = ("--vae", "vae", "--size", 8, "--batch-size", 64)
+    assert dit_hub(*arguments, "one", *options, cwd=tmp_path).returncode == 0
+    started = [
+        Python("-m", "dit_hub.cli", *arguments, "two", *options, cwd=tmp_path,
+               environment=os.environ | environment(rank, 2, rank, 2, free_port()))
+        for rank in range(2)
+    ]  # fmt: skip
+    runs = [process.wait() for process in started]
+    assert [run.returncode for run in runs] == [0, 0], runs
+    said = "".join(run.stdout for run in runs)
+    assert "2100 images are encoded in two" in said
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"plan.json", "latents.json", *(f"shard-{index:05d}.safetensors" for index in range(3))}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("facts", ["{}", "[]", '{"shards": 3}', "missing description", "count"])

@@ -207,3 +207,30 @@ def test_latents_of_an_older_release_are_resumed(tmp_path: Path) -> None:
     plan.write_text(json.dumps(noted))
     with pytest.raises(ValueError, match="latents of other data"):
         cache_latents(dataset, vae, tmp_path, shard_size=4)
+
+
+def test_each_process_encodes_its_own_shards_and_the_last_one_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, alone = images(400, Unreadable, lost=[0, 250]), tmp_path / "alone"
+    cache_latents(dataset, HalvingVAE(), alone, shard_size=100)
+    whole = {path.name: path.read_bytes() for path in alone.iterdir()}
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, own, total in ((2, ["shard-00002.safetensors"], 100), (0, ["shard-00000", "shard-00003"], 200)):
+        monkeypatch.setenv("RANK", str(rank))
+        seen: list[tuple[int, int]] = []
+        before = {path.name for path in (tmp_path / "out").glob("shard*")}
+        cache_latents(dataset, HalvingVAE(), tmp_path / "out", shard_size=100,
+                      progress=lambda *done, seen=seen: seen.append(done))  # fmt: skip
+        new = sorted({path.name for path in (tmp_path / "out").glob("shard*")} - before)
+        assert [name.split(".")[0] for name in new] == [name.split(".")[0] for name in own]
+        assert seen[0] == (16, total)
+        assert seen[-1] == (total, total)
+        assert not (tmp_path / "out" / "latents.json").exists()
+    (tmp_path / "out" / "shard-00002.safetensors").write_bytes(b"")  # which the last process encodes in its place
+    monkeypatch.setenv("RANK", "1")
+    cache_latents(dataset, HalvingVAE(), tmp_path / "out", shard_size=100)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+    too_many = images(400, Unreadable, lost=range(100, 105))
+    with pytest.raises(ValueError, match="5 of 400 images cannot be read"):
+        cache_latents(too_many, HalvingVAE(), tmp_path / "many", shard_size=100)

@@ -17,8 +17,8 @@ import torch
 
 from dit_hub import DiTConfig
 from dit_hub.export.tensorrt import TensorRTDiTTransformer, TensorRTSampler, TensorRTSession
-from dit_hub.export.tensorrt_build import EngineFacts, Machine, Manifest, choose_capabilities, file_sha256
-from dit_hub.files import check_free, new_folder
+from dit_hub.export.tensorrt_build import EngineFacts, Machine, Manifest, choose_capabilities
+from dit_hub.files import check_free, file_sha256, new_folder
 
 PROFILES = {"x": [[1], [8], [64]]}
 

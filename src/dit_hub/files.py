@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import platform
@@ -80,7 +81,7 @@ def new_folder(target: str | os.PathLike, overwrite: bool = False, late: bool = 
             yield building
             _finish(building)
             _put(building, place, work / "old" if overwrite else None, target)
-        _sync(place.parent)
+        sync(place.parent)
     except Exception as error:  # torch and safetensors raise others than OSError
         if any(sign in str(error) for sign in _FULL):
             raise OSError(f"{target} could not be written: the disk is full or a limit is reached.") from error
@@ -108,7 +109,7 @@ def new_file(target: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
         building = work / target.name
         try:
             yield building
-            _sync(building)
+            sync(building)
             if overwrite:
                 building.replace(target)
             else:
@@ -193,8 +194,8 @@ def remove_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock of a folder; a missing one is created, and removed again if nothing is put into it.
+def locked(folder: Path, refusal: str, name: str = LOCK_FILE) -> Iterator[None]:
+    """Hold a lock of a folder; a missing folder is created, and removed again if nothing is put into it.
 
     The system releases the lock when the process ends, however it ends. The same thread may lock it again inside.
 
@@ -203,17 +204,27 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
     """
     made = _make_parents(folder)
     folder.mkdir(exist_ok=True)
-    lock = _hold(folder / LOCK_FILE, again=True)
-    if lock is None:
-        raise ValueError(refusal)
     try:
-        yield
+        with held(folder / name) as got:
+            if not got:
+                raise ValueError(refusal)
+            yield
     finally:
-        if lock.lock_counter <= 1:
-            with contextlib.suppress(OSError):  # Windows cannot remove an open file
-                (folder / LOCK_FILE).unlink()  # before the release: later it may be another's lock
-        lock.release()
         _remove_empty([folder, *made])
+
+
+@contextmanager
+def held(file: Path, wait: float = 0.0) -> Iterator[bool]:
+    """Try to hold a lock while the block runs; False where another has held it for `wait` seconds. See `locked`."""
+    lock = _hold(file, again=True, wait=wait)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            if lock.lock_counter <= 1:
+                with contextlib.suppress(OSError):  # Windows cannot remove an open file
+                    file.unlink()  # before the release: later it may be another's lock
+            lock.release()
 
 
 # --- Details ---------------------------------------------------------------------------------------------------------
@@ -269,14 +280,15 @@ def _clear(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _hold(file: Path, again: bool = False) -> FileLock | None:
+def _hold(file: Path, again: bool = False, wait: float = 0.0) -> FileLock | None:
     """The lock of a file, held where the file system has locks; None where another process or thread holds it.
 
     Args:
         file: created if missing.
         again: whether the thread that holds it may acquire it again.
+        wait: for so many seconds.
     """
-    lock = FileLock(file, blocking=False, is_singleton=again)
+    lock = FileLock(file, timeout=wait, is_singleton=again)
     try:
         lock.acquire()
     except Timeout:
@@ -293,8 +305,8 @@ def _finish(building: Path) -> None:
     for path in building.rglob("*"):
         if path.is_file():
             path.chmod(0o644)  # safetensors writes files that only their owner can read
-        _sync(path)
-    _sync(building)
+        sync(path)
+    sync(building)
 
 
 def _put(building: Path, place: Path, old: Path | None, target: str | os.PathLike) -> None:
@@ -367,7 +379,16 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _sync(path: Path) -> None:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file of any size, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
     """Sync a file to the disk, or the entries of a folder where the system can."""
     folder = path.is_dir()
     try:

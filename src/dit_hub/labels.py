@@ -47,6 +47,13 @@ def label_ids(labels: Labels, id2label: dict[int, str], num_classes: int) -> lis
     ]
 
 
+def parse_labels(texts: Iterable[str], id2label: dict[int, str]) -> list[int | str]:
+    """Labels as people write them: a number that is the name of no class is an id, anything else a name."""
+    known = {name.strip() for names in id2label.values() for name in names.split(",")}
+    stripped = [text.strip() for text in texts]
+    return [int(text) if text.isdecimal() and text not in known else text for text in stripped]
+
+
 def _listed(labels: Any) -> list[Any]:
     """The labels of a scalar, a sequence, an array or a tensor."""
     if labels is None:

@@ -84,6 +84,7 @@ class LoadingPipeline(DiffusionPipeline):
     origin: Origin | None = None
     _facts: dict[str, str] = {}
     _loaded_weights: tuple[int, int] | None = None
+    _sources: dict[str, tuple[Path, tuple[int, int]]] = {}
 
     @classmethod
     def from_pretrained(
@@ -114,6 +115,7 @@ class LoadingPipeline(DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         known = [*_arguments(LoadingPipeline.from_pretrained), *_arguments(cls), *STOCK_OPTIONS]
         _refuse_unknown(kwargs, known, "from_pretrained")
+        given = set(kwargs)
         if (device_map := kwargs.get("device_map")) is not None and device_map not in SUPPORTED_DEVICE_MAP:
             strategies = ", ".join(dict.fromkeys(SUPPORTED_DEVICE_MAP))
             raise ValueError(f"device_map must be one of {strategies} on this machine, not {device_map!r}.")
@@ -135,8 +137,15 @@ class LoadingPipeline(DiffusionPipeline):
             pipeline = super().from_pretrained(folder, **kwargs)
         if not isinstance(pipeline.transformer, torch.nn.Module):  # diffusers does not tell an export
             pipeline.transformer.to(dtype=_transformers_dtype(kwargs))
-        pipeline._remember(name, folder, layout)
+        pipeline._remember(name, folder, layout, given)
         return pipeline
+
+    def source_folder(self, name: str) -> Path | None:
+        """The folder that the weights of a component were loaded from; None if they are not those now."""
+        folder, loaded = self._sources.get(name, (None, None))
+        if name == "transformer":
+            loaded = self._loaded_weights  # which adapters reset
+        return folder if loaded == weights_state(getattr(self, name)) else None
 
     @classmethod
     def from_single_file(
@@ -263,12 +272,14 @@ class LoadingPipeline(DiffusionPipeline):
         with plain_hub_errors(f"load {pretrained_model_name} from"):
             return snapshot_download(pretrained_model_name, allow_patterns=wanted, **hub_options)
 
-    def _remember(self, name: str, folder: Path, layout: str) -> None:
-        """Keep where the pipeline comes from, for the card."""
+    def _remember(self, name: str, folder: Path, layout: str, given: set[str]) -> None:
+        """Keep where the pipeline comes from, but for the components that were given, for the card and for samples."""
         self.register_to_config(_name_or_path=name)
         self.origin = origin_of_repository(name, folder, layout)
         self._facts = {key: (folder / key).read_text() for key in FACT_FILES[1:] if (folder / key).is_file()}
         self._loaded_weights = weights_state(self.transformer)
+        self._sources = {part: (folder / part, weights_state(getattr(self, part)))
+                         for part in {"transformer", "vae"} - given if getattr(self, part) is not None}  # fmt: skip
         is_imagenet = self.transformer.config.num_classes == 1000 and self.origin.is_imagenet
         if layout == "diffusers" and not self.config.id2label and is_imagenet:
             self.register_to_config(id2label=imagenet_id2label())

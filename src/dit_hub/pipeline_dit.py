@@ -83,7 +83,15 @@ class DiTPipeline(HubPipeline, LoraMixin):
         By itself that leaves out a decoder whose class our signature does not name.
         """
         made = super().from_pipe(pipeline, **{"vae": getattr(pipeline, "vae", None), **kwargs})
-        for name in ("origin", "_facts", "_loaded_weights", "_own_classes", "_base_classes", "_merged_adapters"):
+        for name in (
+            "origin",
+            "_facts",
+            "_loaded_weights",
+            "_sources",
+            "_own_classes",
+            "_base_classes",
+            "_merged_adapters",
+        ):
             if hasattr(pipeline, name):
                 setattr(made, name, getattr(pipeline, name))
         return made

@@ -10,7 +10,7 @@ from .checkpoints import card, convert, info, push
 from .counting import flops
 from .evaluating import evaluate
 from .exporting import export_app
-from .sampling import generate
+from .sampling import generate, sample
 from .training import SETTINGS, latents, train
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(generate)
+app.command()(sample)
 app.command()(info)
 app.command()(flops)
 app.command(epilog=SETTINGS)(train)

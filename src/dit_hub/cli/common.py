@@ -1,9 +1,14 @@
 """Options, checks and tables that several commands share."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ..sharing import Worker
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output if it exists; a folder, if all in it is dit-hub's.")
@@ -33,6 +38,42 @@ def find_config(model: str, image_size: int) -> Any:
     from ..pipeline_dit import DiTPipeline
 
     return DiTPipeline.from_pretrained(model).transformer.config
+
+
+def own_device(name: str, worker: Worker) -> str:
+    """The device of one of several processes: of a machine's GPUs, that of its number there."""
+    return f"{name}:{worker.local_index}" if worker.count > 1 and name in ("cuda", "xpu") else name
+
+
+# Between two lines about the progress of work that is not watched on a terminal.
+_SECONDS = 30.0
+
+
+@contextmanager
+def progress_bar(action: str, worker: Worker) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
+    """rich's console, and a function to report to how much is done of how much; only the first process shows it.
+
+    A terminal gets a bar with the time left, a log a line now and then.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    # By default the speed is that of the last 30 seconds, which may be less than a batch.
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, speed_estimate_period=600, disable=worker.index > 0) as bar:
+        task, said = bar.add_task(action, total=None, visible=False), time.monotonic()
+
+        def report(done: int, count: int) -> None:
+            nonlocal said
+            bar.update(task, completed=done, total=count, visible=True)
+            if not bar.console.is_terminal and not bar.disable and time.monotonic() - said >= _SECONDS:
+                said = time.monotonic()
+                left = bar.tasks[0].time_remaining
+                rest = (
+                    "" if left is None else f", {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
+                )
+                bar.console.print(f"{action}: {done} of {count}{rest}", highlight=False, soft_wrap=True)
+
+        yield bar.console, report
 
 
 def make_table(title: str, *columns: str) -> Any:

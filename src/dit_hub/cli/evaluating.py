@@ -145,6 +145,7 @@ def _compare(first: Path, second: Path) -> None:
     from ..evaluation.results import compare, load_evaluation
 
     table = make_table(f"{first} and {second}", "metric", "first", "second", "p", "")
+    table.columns[-1].no_wrap = True
     for pair in compare(load_evaluation(first), load_evaluation(second)):
         chance = "" if pair.p_value is None else f"{pair.p_value:.2g}"
         table.add_row(pair.first.metric, _shown(pair.first), _shown(pair.second), chance, pair.verdict)

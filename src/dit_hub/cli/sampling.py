@@ -1,14 +1,18 @@
-"""`dit-hub generate`."""
+"""`dit-hub generate` and `dit-hub sample`."""
 
 import io
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..extras import quiet_libraries
-from .common import Model, Overwrite, check_device
+from ..sharing import Worker
+from .common import Model, Overwrite, check_device, own_device, progress_bar
+
+_SCHEDULERS = "ddpm, ddim, dpm++, unipc, euler, …; default: the model's."
 
 
 def generate(
@@ -20,9 +24,7 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
     per_label: Annotated[int, typer.Option(help="Images of each label; of an unconditional model, in all.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same images.")] = 0,
-    scheduler: Annotated[
-        str | None, typer.Option(help="ddpm, ddim, dpm++, unipc, euler, …; default: the model's.")
-    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help=_SCHEDULERS)] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: one per core.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps, for models in PyTorch.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Image to write, a grid of all samples.")] = Path("grid.png"),
@@ -63,14 +65,100 @@ def generate(
         print(f"The denoising is in {trajectory}")
 
 
-def _load(model: str, scheduler: str | None, threads: int | None, device: str) -> Any:
+def sample(
+    model: Model,
+    num: Annotated[int, typer.Option(help="Images to draw; published figures are of 50,000.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images and samples.npz; the same command resumes there.")],
+    labels: Annotated[
+        str, typer.Option(help="balanced, random, or a file with a class name or id on each line, one for each image.")
+    ] = "balanced",
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; default: 250, or the model's timesteps if fewer.")
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="official: the official respacing; default: the scheduler's.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help=_SCHEDULERS)] = None,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    guidance_interval: Annotated[
+        tuple[float, float], typer.Option(help="Guide only between these shares of the timesteps.")
+    ] = (0.0, 1.0),
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of random labels.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the decoder stays in float32.")] = "float32",
+    vae: Annotated[str | None, typer.Option(help="Another decoder: a folder or Hub id of an AutoencoderKL.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads; default: one per core.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps, for models in PyTorch.")] = "cpu",
+) -> None:
+    """Draw many images for an evaluation, each by the seed and its number alone.
+
+    Several processes or GPUs share the work: accelerate launch --multi_gpu -m dit_hub.cli sample … --device cuda
+    """
+    quiet_libraries()
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype must be {', '.join(_DTYPES)}, not {dtype!r}.")
+    if timesteps not in (None, "official"):
+        raise ValueError(f"--timesteps is official or left out, not {timesteps!r}.")
+    from ..evaluation.provenance import read_facts
+    from ..evaluation.sampling import sample_images
+
+    worker = Worker.from_environment()
+    pipeline = _load(model, scheduler, threads, own_device(device, worker), dtype, vae, revision)
+    drawn = (0, num)
+    try:
+        with progress_bar("drawing", worker) as (_, report):
+
+            def note(*done: int) -> None:
+                nonlocal drawn
+                report(*(drawn := done))
+
+            sample_images(pipeline, out, num, labels, seed, batch_size, steps, guidance, guidance_interval, None,
+                          timesteps, note)  # fmt: skip
+    except KeyboardInterrupt:
+        if not worker.index:
+            print(f"Stopped after {drawn[0]} of {drawn[1]} images; the same command resumes.")
+        sys.exit(130)  # the status of Ctrl-C in shells, so that a script stops too
+    if (read_facts(out) or {}).get("finished"):
+        print(f"{num} {'image' if num == 1 else 'images'} in {out}, and together in {out / 'samples.npz'}")
+    else:
+        print(f"Process {worker.index} has drawn its share; the last one to end writes {out / 'samples.npz'}.")
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _load(
+    model: str,
+    scheduler: str | None,
+    threads: int | None,
+    device: str,
+    dtype: str | None = None,
+    vae: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A pipeline on its device; `dtype` in the precision that it says, for figures that others can reproduce."""
     import torch
 
     from ..pipeline_dit import DiTPipeline
     from ..schedulers import switch_scheduler
+    from ..sources import local_folder
 
     check_device(device)
-    pipeline = DiTPipeline.from_pretrained(model, num_threads=threads).to(device)
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        options["dtype"] = getattr(torch, dtype)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if revision is not None:
+        if local_folder(model) is not None:
+            raise ValueError(f"--revision is for models on the Hub, and {model} is none.")
+        options["revision"] = revision
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # which is where TensorRT loads its engines
+    pipeline = DiTPipeline.from_pretrained(model, num_threads=threads, **options)
+    if vae is not None:
+        pipeline.vae = _decoder(vae, pipeline)
+    pipeline.to(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if scheduler is not None:
@@ -78,11 +166,24 @@ def _load(model: str, scheduler: str | None, threads: int | None, device: str) -
     return pipeline
 
 
+def _decoder(name: str, pipeline: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    config = pipeline.transformer.config
+    if config.draws_pixels:
+        raise ValueError("--vae is for models of latents, and this one draws pixels.")
+    vae: Any = AutoencoderKL.from_pretrained(name)
+    if vae.config.latent_channels != config.in_channels:
+        raise ValueError(f"{name} decodes latents of {vae.config.latent_channels} channels, and the model draws "
+                         f"{config.in_channels}.")  # fmt: skip
+    return vae.eval()
+
+
 def _label_ids(pipeline: Any, labels: list[str]) -> list[int] | None:
     """The ids of names, or of numbers that are no name; all classes for no labels; None for a model without classes."""
-    num_classes = pipeline.transformer.config.num_classes
-    known = {name.strip() for names in pipeline.id2label.values() for name in names.split(",")}
-    wanted = [int(label) if label.isdecimal() and label not in known else label for label in labels]
+    from ..labels import parse_labels
+
+    num_classes, wanted = pipeline.transformer.config.num_classes, parse_labels(labels, pipeline.id2label)
     return pipeline.get_label_ids(wanted or range(num_classes)) if num_classes or wanted else None
 
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from ..extras import quiet_libraries, require
-from .common import Overwrite, check_device, make_table
+from ..sharing import Worker
+from .common import Overwrite, check_device, make_table, own_device, progress_bar
 
 # Below the help of `train`.
 SETTINGS = "Settings are fields of the recipe: epochs=60, ema_decay=0.999, learning_rate=1e-3, seed=1, …"
@@ -63,13 +64,15 @@ def latents(
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
-    """Encode images and their mirror images once, to train without the VAE."""
+    """Encode images and their mirror images once, to train without the VAE.
+
+    Several processes or GPUs share the work: accelerate launch --multi_gpu -m dit_hub.cli latents …
+    """
     quiet_libraries()
     require("accelerate", "train")
     from diffusers import AutoencoderKL
-    from rich.progress import Progress
 
-    from ..training.data import CachedLatents
+    from ..training.data import LATENTS_FILE, CachedLatents
     from ..training.latents import cache_latents
     from ..training.loader import open_dataset
 
@@ -78,6 +81,8 @@ def latents(
     dataset = open_dataset(data, size, 1, 0)
     if dataset.is_latent:
         raise ValueError(f"{data} holds latents already.")
+    worker = Worker.from_environment()
+    device = own_device(device, worker)
     check_device(device)
     encoder: Any = AutoencoderKL.from_pretrained(vae)
     _, height, width = dataset.sample_shape
@@ -85,19 +90,21 @@ def latents(
         print(f"The images of {data} are {height}x{width}; --size does not change that.")
     for note in dataset.notes:
         print(note)
-    with Progress() as bar:
-        task = bar.add_task("encoding")
+    with progress_bar("encoding", worker) as (console, report):
         cache_latents(
             dataset,
             encoder.eval().to(device),
             out,
             batch_size,
-            progress=lambda done, count: bar.update(task, completed=done, total=count),
-            left_out=lambda name: bar.console.print(
+            progress=report,
+            left_out=lambda name: console.print(
                 f"{name} cannot be read and is left out.", markup=False, highlight=False, soft_wrap=True
             ),
         )
-    print(f"{len(CachedLatents(out))} images are encoded in {out}; train on them with data={out}")
+    if (out / LATENTS_FILE).is_file():
+        print(f"{len(CachedLatents(out))} images are encoded in {out}; train on them with data={out}")
+    else:
+        print(f"Process {worker.index} has encoded its share; the last one to end finishes {out}.")
 
 
 def _print_budget(name: str, recipe: Any) -> None:

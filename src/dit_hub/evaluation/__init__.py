@@ -19,6 +19,7 @@ from .metrics import (
     precision_recall,
 )
 from .results import Evaluation, Result, compare, load_evaluation
+from .sampling import sample_images
 from .self_test import self_test
 from .statistics import Moments, Statistics, load_statistics, save_statistics
 
@@ -42,6 +43,7 @@ __all__ = [
     "monge_distance",
     "precision_recall",
     "reference_statistics",
+    "sample_images",
     "save_statistics",
     "self_test",
 ]

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,6 +84,7 @@ class Pretrained:
         side: of its input, in pixels.
         colours: mean and standard deviation by channel.
         output: of its output: "cls", the first token after the last normalisation; "mean" over positions; or a field.
+        arguments: of the class, which leave out parts that the features do not need.
     """
 
     model: str
@@ -91,6 +92,7 @@ class Pretrained:
     side: int
     colours: tuple[tuple[float, ...], tuple[float, ...]]
     output: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 PRETRAINED = {
@@ -101,7 +103,7 @@ PRETRAINED = {
         "openai/clip-vit-large-patch14-336", "CLIPVisionModelWithProjection", 336, _CLIP, "image_embeds"
     ),
     # With the two above and Inception, the six of FDr6 (arXiv 2604.28190).
-    "mae": Pretrained("facebook/vit-mae-large", "ViTModel", 224, _IMAGENET, "cls"),
+    "mae": Pretrained("facebook/vit-mae-large", "ViTModel", 224, _IMAGENET, "cls", {"add_pooling_layer": False}),
     "convnext": Pretrained("facebook/convnextv2-base-22k-224", "ConvNextV2Model", 224, _IMAGENET, "mean"),
     "siglip": Pretrained("google/siglip2-so400m-patch16-256", "SiglipVisionModel", 256, _HALF, "pooler_output"),
 }
@@ -117,7 +119,9 @@ class PretrainedExtractor:
 
         kind: Any = getattr(transformers, facts.kind)
         with plain_hub_errors(f"load {source} from"):
-            network = kind.from_pretrained(source)
+            network, report = kind.from_pretrained(source, output_loading_info=True, **facts.arguments)
+        if report["missing_keys"]:  # they would be drawn anew, and give other features each time
+            raise ValueError(f"{source} is no {facts.kind}: it has no {sorted(report['missing_keys'])[0]}.")
         self.name, self.facts, self.device = name, facts, device
         self.network = network.eval().requires_grad_(False).to(device)
         self.fingerprint = fingerprint(network)

@@ -1,7 +1,6 @@
 """Images to evaluate: archives of ADM's format, folders of samples, training data, arrays; read a batch at a time."""
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ import numpy as np
 from ..checks import shown
 from ..training.data import Dataset
 from ..training.loader import open_dataset
-
-# The files of a folder of samples.
-SAMPLES_FILE, FACTS_FILE = "samples.npz", "sampling.json"
+from .provenance import FACTS_FILE, read_facts
+from .sample_files import ARCHIVE_FILE
 
 
 class Images(Protocol):
@@ -170,18 +168,13 @@ def open_samples(samples: Any) -> tuple[Images, dict[str, Any]]:
 
 
 def _folder_of_samples(folder: Path) -> tuple[Images, dict[str, Any]]:
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text())
-    except FileNotFoundError:
+    facts = read_facts(folder)
+    if facts is None:
         raise ValueError(f"{folder} is not a folder of dit-hub sample: it has no {FACTS_FILE}. Give an .npz archive of "
-                         "other samples.") from None  # fmt: skip
-    except ValueError:
-        facts = None
-    if not isinstance(facts, dict):
-        raise ValueError(f"{folder / FACTS_FILE} is damaged: it holds no JSON object.")
-    if not facts.get("finished") or not (folder / SAMPLES_FILE).is_file():
-        raise ValueError(f"{folder} is not finished: it has no {SAMPLES_FILE} yet. The same dit-hub sample resumes.")
-    return ArchiveImages(folder / SAMPLES_FILE), facts
+                         "other samples.")  # fmt: skip
+    if not facts["finished"] or not (folder / ARCHIVE_FILE).is_file():
+        raise ValueError(f"{folder} is not finished: it has no {ARCHIVE_FILE} yet. The same dit-hub sample resumes.")
+    return ArchiveImages(folder / ARCHIVE_FILE), facts
 
 
 def open_reference(reference: Any, side: tuple[int, int]) -> Images | None:

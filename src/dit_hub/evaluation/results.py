@@ -94,14 +94,13 @@ def how_made(samples: dict[str, Any]) -> str:
     sampling = samples.get("sampling") or {}
     if not sampling:
         return ""
-    guidance = sampling.get("guidance_scale")
+    scale, scheduler = sampling["guidance"]["scale"], sampling["scheduler"]["_class_name"]
     parts = [
         f"{samples['count']:,} samples",
-        f"{sampling.get('labels')} labels" if sampling.get("labels") else "",
-        f"{sampling.get('num_inference_steps')} steps of {sampling.get('scheduler')}",
-        "no guidance" if guidance in (None, 1, 1.0) else f"guidance {guidance:g}",
-        str(sampling.get("precision", "")),
-        str(sampling.get("runtime", "")),
+        f"{sampling['labels']['policy']} labels" if sampling["labels"] else "",
+        f"{sampling['steps']} steps of {scheduler.removesuffix('Scheduler')}",
+        "no guidance" if scale == 1 else f"guidance {scale:g}",
+        f"{sampling['precision']['transformer']} {sampling['runtime']}",
     ]
     return ", ".join(part for part in parts if part)
 

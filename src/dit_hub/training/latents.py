@@ -1,6 +1,5 @@
 """Caching latents: a VAE's distribution for each image and its mirror image, in shards."""
 
-import hashlib
 import json
 import os
 import re
@@ -14,13 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import locked
+from ..files import file_sha256
+from ..sharing import Progress, Worker
+from ..vaes import spatial_compression
 from .data import LATENTS_FILE, PLAN_FILE, Dataset, check_unreadable
 from .fingerprint import fingerprint
 from .old_names import renamed
-
-# Called with the number of images that are done, and of all.
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
@@ -35,7 +33,9 @@ def cache_latents(
 ) -> Path:
     """Encode a data set; a run that was cut resumes at the first shard that is missing or damaged.
 
-    Memory holds one shard, whatever the size of the data set.
+    Memory holds one shard, whatever the size of the data set. Processes that `accelerate launch` or torchrun starts
+    share the work: each encodes its own shards, and the last to end writes latents.json. What the shards hold does not
+    depend on the number of processes.
 
     Args:
         dataset: images.
@@ -44,7 +44,7 @@ def cache_latents(
             deviations in float16; `labels`: (n,) int64), and at the end latents.json.
         batch_size: images per forward pass.
         shard_size: images per shard.
-        progress: called after each batch.
+        progress: called after each batch, with the number of images of this process that are done, and of all its own.
         left_out: called with the name of each image that cannot be read.
 
     Returns:
@@ -59,61 +59,100 @@ def cache_latents(
     if dataset.sample_shape[0] != vae.config.in_channels:
         raise ValueError(f"The images have {dataset.sample_shape[0]} channels, and the VAE takes "
                          f"{vae.config.in_channels}.")  # fmt: skip
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = spatial_compression(vae)
     if any(side % factor for side in dataset.sample_shape[1:]):
         raise ValueError(f"The VAE takes images whose sides are divisible by {factor}, not of "
                          f"{dataset.sample_shape[1]}x{dataset.sample_shape[2]}.")  # fmt: skip
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and latents go to a folder.")
-    with locked(folder, f"Another process caches latents in {folder}; wait for it to end, or choose another folder."):
-        return _cache_shards(dataset, vae, folder, batch_size, shard_size, progress, left_out)
-
-
-def _cache_shards(
-    dataset: Dataset,
-    vae: Any,
-    folder: Path,
-    batch_size: int,
-    shard_size: int,
-    progress: Progress,
-    left_out: Callable[[str], None],
-) -> Path:
-    """Encode the shards that are missing; see `cache_latents`."""
-    count = len(dataset)
-    facts: dict[str, Any] = {
-        "count": count,
-        "image_shape": list(dataset.sample_shape),
-        "vae": vae.config.get("_name_or_path", ""),
-        "shard_size": shard_size,
-        "id2label": dataset.id2label,
-        "scaling_factor": vae.config.scaling_factor,
-        **({"shift_factor": shift} if (shift := getattr(vae.config, "shift_factor", None)) else {}),
-        "description": dataset.description,
-        "license": dataset.license,
-        "fingerprint": fingerprint(dataset),
-    }
-    _plan(folder, facts)
-    shards, shape, unreadable = [], None, 0
-    for index, start in enumerate(range(0, count, shard_size)):
-        end = min(start + shard_size, count)
-        path = folder / f"shard-{index:05d}.safetensors"
-        tensors = _finished(path)
-        if tensors is None:
-            tensors = _encode(dataset, vae, range(start, end), batch_size, lambda done: progress(done, count), left_out)
-            _write(path, partial(save_file, tensors))
-        shape = tensors["upright"].shape[1:]
-        digest_of_shard = hashlib.sha256(path.read_bytes()).hexdigest()
-        shards.append({"file": path.name, "count": len(tensors["labels"]), "sha256": digest_of_shard})
-        unreadable += end - start - len(tensors["labels"])
-        check_unreadable(unreadable, count)
-        progress(end, count)
-    assert shape is not None
-    facts |= {"shape": [shape[0] // 2, *shape[1:]], "shards": shards}
-    _write(folder / LATENTS_FILE, lambda path: path.write_text(json.dumps(facts) + "\n"))
+    worker = Worker.from_environment()
+    busy = f"Another process caches latents in {folder}; wait for it to end, or choose another folder."
+    with worker.at_work(folder, busy):
+        cache = _Cache(folder, worker, dataset, vae, batch_size, shard_size, left_out)
+        _plan(folder, worker, cache.facts)
+        cache.fill(progress)
+        if cache.is_filled():
+            with worker.as_last(folder) as last:
+                if last:
+                    cache.finish()
     return folder
 
 
-def _plan(folder: Path, facts: dict[str, Any]) -> None:
+class _Cache:
+    """The shards of a data set in a folder; see `cache_latents`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        worker: Worker,
+        dataset: Dataset,
+        vae: Any,
+        batch_size: int,
+        shard_size: int,
+        left_out: Callable[[str], None],
+    ):
+        self.folder, self.worker, self.dataset, self.vae = folder, worker, dataset, vae
+        self.batch_size, self.left_out = batch_size, left_out
+        self.shards = [
+            range(start, min(start + shard_size, len(dataset))) for start in range(0, len(dataset), shard_size)
+        ]
+        # What latents.json says of each shard that this process has seen, by the shard's number.
+        self.seen: dict[int, dict[str, Any]] = {}
+        self.shape: torch.Size | None = None
+        self.facts: dict[str, Any] = {
+            "count": len(dataset),
+            "image_shape": list(dataset.sample_shape),
+            "vae": vae.config.get("_name_or_path", ""),
+            "shard_size": shard_size,
+            "id2label": dataset.id2label,
+            "scaling_factor": vae.config.scaling_factor,
+            **({"shift_factor": shift} if (shift := getattr(vae.config, "shift_factor", None)) else {}),
+            "description": dataset.description,
+            "license": dataset.license,
+            "fingerprint": fingerprint(dataset),
+        }
+
+    def path(self, index: int) -> Path:
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def fill(self, progress: Progress) -> None:
+        """Encode this process's shards, but for those that are finished."""
+        own = self.worker.share(range(len(self.shards)))
+        count, done = sum(len(self.shards[index]) for index in own), 0
+        for index in own:
+            positions = self.shards[index]
+            self._see(index, lambda at, before=done - positions.start: progress(before + at, count))
+            done += len(positions)
+            progress(done, count)
+
+    def is_filled(self) -> bool:
+        """Whether all shards are there, those of other processes too."""
+        return all(self.path(index).is_file() for index in range(len(self.shards)))
+
+    def finish(self) -> None:
+        """Write latents.json, after a look at the other processes' shards."""
+        for index in range(len(self.shards)):
+            if index not in self.seen:
+                self._see(index, lambda at: None)
+        assert self.shape is not None
+        facts = {**self.facts, "shape": [self.shape[0] // 2, *self.shape[1:]],
+                 "shards": [self.seen[index] for index in range(len(self.shards))]}  # fmt: skip
+        self.worker.write(self.folder / LATENTS_FILE, lambda path: path.write_text(json.dumps(facts) + "\n"))
+
+    def _see(self, index: int, progress: Callable[[int], None]) -> None:
+        """Note the facts of a shard, which is encoded if it is missing or damaged."""
+        path = self.path(index)
+        tensors = _finished(path)
+        if tensors is None:
+            tensors = _encode(self.dataset, self.vae, self.shards[index], self.batch_size, progress, self.left_out)
+            self.worker.write(path, partial(save_file, tensors))
+        self.shape = tensors["upright"].shape[1:]
+        self.seen[index] = {"file": path.name, "count": len(tensors["labels"]), "sha256": file_sha256(path)}
+        unreadable = sum(len(self.shards[number]) - facts["count"] for number, facts in self.seen.items())
+        check_unreadable(unreadable, len(self.dataset))
+
+
+def _plan(folder: Path, worker: Worker, facts: dict[str, Any]) -> None:
     """Write the plan of a folder, the facts about its shards, or compare it with that of a run that was cut."""
     plan, text = folder / PLAN_FILE, json.dumps(facts, sort_keys=True)
     names = [file.name for file in folder.iterdir()]
@@ -126,10 +165,10 @@ def _plan(folder: Path, facts: dict[str, Any]) -> None:
     if noted is not None and any(name not in planned or planned[name] != value for name, value in noted.items()):
         raise ValueError(f"{folder} holds latents of other data, of another size or VAE; choose another folder.")
     if noted != planned:
-        _write(plan, lambda path: path.write_text(text))
+        worker.write(plan, lambda path: path.write_text(text))
 
 
-# Files in a folder of latents; the endings are those of files that are being written, or were when a run was cut.
+# Files in a folder of latents; an older release wrote to names that end in .part until it was done.
 _OURS = re.compile(rf"({re.escape(PLAN_FILE)}|{re.escape(LATENTS_FILE)}|shard-\d{{5,}}(\.safetensors)?)(\.part)?|\..*")
 
 
@@ -139,21 +178,6 @@ def _noted(plan: Path) -> dict[str, Any] | None:
         return renamed(dict(json.loads(plan.read_text())))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all, whatever ends the program meanwhile."""
-    building = path.with_name(f"{path.name}.part")
-    try:
-        write(building)
-        with building.open("rb") as file:
-            os.fsync(file.fileno())
-        building.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} could not be written ({error}). The finished shards stay; with room on the disk, the "
-                      "same command resumes.") from error  # fmt: skip
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def _finished(path: Path) -> dict[str, Tensor] | None:
