@@ -11,6 +11,7 @@ from .counting import flops
 from .evaluating import evaluate
 from .exporting import export_app
 from .sampling import generate, sample
+from .studying import study
 from .training import SETTINGS, latents, train
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(flops)
 app.command(epilog=SETTINGS)(train)
 app.command()(latents)
 app.command()(evaluate)
+app.command()(study)
 app.command()(convert)
 app.command()(card)
 app.command()(push)

@@ -81,7 +81,7 @@ def _pearson(scores: np.ndarray, logs: np.ndarray) -> float:
     return float(np.corrcoef(scores, logs)[0, 1])
 
 
-def judge(cells: Sequence[Cell], metric: str = "fid", untrained: float | None = None) -> list[Claim]:
+def judge(cells: Sequence[Cell], metric: str = "FID", untrained: float | None = None) -> list[Claim]:
     """The paper's three claims in the light of some models (paper, Section 5).
 
     A difference between two models counts where their intervals do not overlap. A claim that the models do not bear out
@@ -89,18 +89,17 @@ def judge(cells: Sequence[Cell], metric: str = "fid", untrained: float | None = 
 
     Args:
         cells: the models.
-        metric: name of their scores.
+        metric: what their scores are called.
         untrained: score of a model without training.
     """
-    name = metric.upper()
     if cells and untrained is not None and min(cell.score.value for cell in cells) > _NEAR_UNTRAINED * untrained:
         best = min(cells, key=lambda cell: cell.score.value)
-        reason = (f"The best {name}, {best.score.value:.4g} of {best.name}, is more than half of the untrained "
+        reason = (f"The best {metric}, {best.score.value:.4g} of {best.name}, is more than half of the untrained "
                   f"model's {untrained:.4g}.")  # fmt: skip
         return [Claim(claim, NOT_ENOUGH, reason) for claim in _CLAIMS]
-    by_size = _compare(_groups(cells, lambda cell: cell.patch), name)
-    by_patch = _compare(_groups(cells, lambda cell: cell.size), name)
-    outcomes = (by_size, by_patch, _compare_correlations(cells, name))
+    by_size = _compare(_groups(cells, lambda cell: cell.patch), metric)
+    by_patch = _compare(_groups(cells, lambda cell: cell.size), metric)
+    outcomes = (by_size, by_patch, _compare_correlations(cells, metric))
     short = "; ".join(_short_runs(cells))
     claims = []
     for claim, (holds, reason) in zip(_CLAIMS, outcomes, strict=True):

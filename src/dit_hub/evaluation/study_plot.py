@@ -36,7 +36,8 @@ def plot_gmacs(cells: Sequence[Cell], path: str | os.PathLike, metric: str = "FI
     if len({cell.gmacs for cell in cells}) > 2:
         heading += f", r = {correlation(cells):.2f}".replace("-", "\N{MINUS SIGN}")
     axes.set(xlabel="10⁹ multiply-accumulates of an image (the paper's Gflops)", ylabel=metric, title=heading)
-    _log_scale(axes)
+    axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
     _finish(pyplot, figure, path)
 
 
@@ -47,7 +48,8 @@ def plot_parameters(cells: Sequence[Cell], path: str | os.PathLike, metric: str 
     _scatter(axes, cells, lambda cell: cell.parameters / 1e6, lambda cell: 30 + 670 * cell.gmacs / most)
     axes.set(xlabel="million parameters; areas grow with the multiply-accumulates", ylabel=metric,
              title=title or "Quality and parameters")  # fmt: skip
-    _log_scale(axes)
+    axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
     axes.margins(0.12, 0.12)
     _finish(pyplot, figure, path)
 
@@ -84,6 +86,7 @@ def _curves(axes: Any, chosen: list[Cell], cells: Sequence[Cell], title: str, la
     axes.set(title=title, xlabel="steps", yscale="log")
     axes.xaxis.set_tick_params(labelbottom=True)
     axes.grid(alpha=0.3, which="both")
+    _plain_numbers(axes.yaxis)
     axes.legend(fontsize=8)
 
 
@@ -114,13 +117,12 @@ def _scatter(
     axes.set_axisbelow(True)
 
 
-def _log_scale(axes: Any) -> None:
-    """A logarithmic x axis with plain numbers."""
+def _plain_numbers(axis: Any) -> None:
+    """Put numbers such as 50 and 200 on a logarithmic axis."""
     ticker = require("matplotlib.ticker", "eval")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def _style(cell: Cell, cells: Sequence[Cell]) -> tuple[str, str, str]:
