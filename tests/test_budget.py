@@ -16,7 +16,7 @@ from dit_hub.training.memory import activation_memory, settings_that_fit, traini
 from dit_hub.training.recipe import Recipe, get_recipe
 
 from .command_line import dit_hub
-from .conftest import SMALL_MODEL
+from .conftest import SMALL_MODEL, TOYS_NOISE
 
 SHORT = Recipe(model=SMALL_MODEL, images_per_class=8, batch_size=32, epochs=3, ema_decay=0.9)
 
@@ -113,6 +113,14 @@ def test_a_large_model_is_measured_by_a_smaller_one(monkeypatch: pytest.MonkeyPa
     budget = plan_budget(deep)
     assert budget.how == "scaled up from 2 layers and a batch of 1"
     assert budget.step_seconds > 0
+
+
+def test_a_trained_model_is_not_compared_with_the_papers() -> None:
+    settings = {**TOYS_NOISE, "init_from": "dit-toy-shapes", "images_per_class": 8, "lora_rank": 2}
+    budget = plan_budget(get_recipe("toy").with_settings(settings))
+    assert budget.warning == ""
+    assert "beside the paper" not in dict(budget.lines())
+    assert budget.memory.gradients < budget.memory.weights / 10  # of the adapters alone
 
 
 def test_data_that_are_elsewhere_need_steps() -> None:

@@ -52,6 +52,7 @@ class Budget:
         device: where training would run, such as "cuda".
         room: bytes of memory of that device; of a processor, those that are free.
         fits: settings that make it fit, with their memory; empty where it fits as it is, or nothing helps.
+        starts_anew: whether the model is new; a trained one is not compared with the paper's.
     """
 
     steps: int
@@ -65,6 +66,7 @@ class Budget:
     device: str
     room: int
     fits: list[tuple[dict[str, Any], TrainingMemory]]
+    starts_anew: bool = True
 
     @property
     def hours(self) -> float:
@@ -88,7 +90,7 @@ class Budget:
     @property
     def warning(self) -> str:
         """A sentence where training is too short for the paper's claims to show, or ""."""
-        return short_training(self.steps, self.batch_size, self.data)
+        return short_training(self.steps, self.batch_size, self.data) if self.starts_anew else ""
 
     @property
     def landing(self) -> str:
@@ -104,13 +106,14 @@ class Budget:
     def lines(self) -> list[tuple[str, str]]:
         """What training takes, as names and values to print."""
         passes = "" if self.passes is None else f", {self.passes:,.3g} passes over {self.data:,}"
+        landing = [("beside the paper", self.landing)] if self.starts_anew else []
         return [
             ("model", f"{self.parameters:,} parameters, {self.gmacs:.4g} GMACs an image"),
             ("steps", f"{self.steps:,} of {self.batch_size} images"),
             ("images seen", f"{self.images:,}{passes}"),
             ("a step", f"{self.step_seconds:.3g} s on {self.device}, {self.how}"),
             ("in all", _duration(self.step_seconds * self.steps)),
-            ("beside the paper", self.landing),
+            *landing,
         ]
 
     def advice(self) -> list[str]:
@@ -171,8 +174,10 @@ def plan_budget(recipe: Recipe) -> Budget:
     seconds, how = _step_seconds(recipe, model.config, dataset, accelerator, memory.total <= room)
     parameters, gmacs = measure(model.config)
     steps = recipe.steps or recipe.epochs * (len(dataset) // recipe.batch_size)
-    return Budget(steps, recipe.batch_size, len(dataset) if here else None, parameters, gmacs, seconds,
-                  how if here else f"{how}, without the data", memory, accelerator.device.type, room, fits)  # fmt: skip
+    how = how if here else f"{how}, without the data"
+    data = len(dataset) if here else None
+    return Budget(steps, recipe.batch_size, data, parameters, gmacs, seconds, how, memory, accelerator.device.type, room,
+                  fits, base is None)  # fmt: skip
 
 
 def device_memory(device: torch.device) -> int:
