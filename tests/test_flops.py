@@ -116,6 +116,11 @@ def test_the_command_line_shows_all_models_within_one_percent(tmp_path: Path) ->
     assert len(rows) == 16 * (len(PARTS) + 1)
     assert all(abs(float(row["gmacs_difference_percent"])) < 1 for row in wholes)
     assert all(abs(float(row["parameters_difference_percent"])) < 1 for row in wholes)
+    document = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    for row in wholes:
+        name, millions = row["model"], int(row["parameters"]) / 1e6
+        line = next(line for line in document.splitlines() if line.startswith(f"│ {name} "))
+        assert [f"{millions:.2f}", f"{float(row['gmacs']):.2f}"] == [line.split()[i] for i in (-12, -6)], line
     large = next(row for row in wholes if row["model"] == "DiT-XL/2 at 512")
     assert (large["paper_gmacs"], large["tokens"]) == ("524.6", "1024")
 

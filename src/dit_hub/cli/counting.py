@@ -115,7 +115,7 @@ def _print_all(rows: list[dict[str, Any]]) -> None:
 
     from ..flops import PARTS
 
-    title = "Million parameters, and 10^9 multiply-accumulates of one image, beside the paper's"
+    title = "Million parameters and GMACs of one image, beside the paper's"
     table = make_table(title, "model", "params", "paper", "%", "GMACs", "paper", "%")
     shares = make_table("Memory of one image (weights, activations), and shares of the GMACs in %", "model",
                         "tokens", "MB", *(_SHORT.get(part, part) for part in PARTS))  # fmt: skip

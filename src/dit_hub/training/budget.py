@@ -105,7 +105,7 @@ class Budget:
 
     def lines(self) -> list[tuple[str, str]]:
         """What training takes, as names and values to print."""
-        passes = "" if self.passes is None else f", {self.passes:,.3g} passes over {self.data:,}"
+        passes = "" if self.passes is None else f", {_plain(self.passes)} passes over {self.data:,}"
         landing = [("beside the paper", self.landing)] if self.starts_anew else []
         return [
             ("model", f"{self.parameters:,} parameters, {self.gmacs:.4g} GMACs an image"),
@@ -137,13 +137,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} hours" + (f", {seconds / 86400:,.1f} days" if seconds > 2 * 86400 else "")
 
 
+def _plain(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def short_training(steps: int, batch_size: int, data: int | None) -> str:
     """A sentence where a run sees fewer images, and makes fewer passes over its data, than the paper's; else ""."""
     images = steps * batch_size
     passes = None if data is None else images / data
     if images >= _PAPERS_IMAGES or (passes is not None and passes >= math.floor(_PAPERS_IMAGES / IMAGES)):
         return ""
-    seen = f"{steps:,} steps of {batch_size} are {images:,} images" + (f", {passes:.3g} passes" if passes else "")
+    seen = f"{steps:,} steps of {batch_size} are {images:,} images" + (f", {_plain(passes)} passes" if passes else "")
     return (f"{seen}; the paper shows its claims after {STEPS:,} steps of {BATCH_SIZE}, {_PAPERS_IMAGES:,} images in "
             f"{_PAPERS_IMAGES / IMAGES:.0f} passes. After less, models may not differ as it says.")  # fmt: skip
 
@@ -174,9 +178,9 @@ def plan_budget(recipe: Recipe) -> Budget:
     seconds, how = _step_seconds(recipe, model.config, dataset, accelerator, memory.total <= room)
     parameters, gmacs = measure(model.config)
     steps = recipe.steps or recipe.epochs * (len(dataset) // recipe.batch_size)
-    how = how if here else f"{how}, without the data"
-    data = len(dataset) if here else None
-    return Budget(steps, recipe.batch_size, data, parameters, gmacs, seconds, how, memory, accelerator.device.type, room,
+    how, data = (how, len(dataset)) if here else (f"{how}, without the data", None)
+    place = accelerator.device.type
+    return Budget(steps, recipe.batch_size, data, parameters, gmacs, seconds, how, memory, place, room,
                   fits, base is None)  # fmt: skip
 
 
