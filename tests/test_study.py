@@ -302,9 +302,17 @@ def test_a_study_of_dit_hubs_own_samples_and_metrics(tmp_path: Path) -> None:
     # Models of eight steps draw noise, as the untrained one does.
     assert {claim["verdict"] for claim in facts["claims"]} == {NOT_ENOUGH}
     assert "more than half of the untrained model's" in facts["claims"][0]["reason"]
-    budgets = dit_hub("study", "plan.yaml", "--dry-run", cwd=tmp_path)
-    assert budgets.returncode == 0, budgets.stderr
-    assert "Warning: 8 steps of 32 are 256 images, 4 passes" in budgets.stdout
+    assert run.stdout.count("Warning: 8 steps of 32 are 256 images, 4 passes") == 1  # before the work
+
+
+def test_a_dry_run_shows_budgets_and_writes_nothing(tmp_path: Path) -> None:
+    sizes = {"S": SMALL_SIZES["S"]}
+    (tmp_path / "plan.yaml").write_text(json.dumps({**PLAN, "sampling": {}, "sizes": sizes}))
+    run = dit_hub("study", "plan.yaml", "--dry-run", "--out", "out", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for words in ("S/8", "S/4", "hours in all", "Warning: 8 steps of 32 are 256 images, 4 passes"):
+        assert words in run.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
 
 def test_a_finished_study_is_not_done_again(finished: tuple[Path, FewSteps]) -> None:

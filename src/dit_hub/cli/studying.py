@@ -29,7 +29,7 @@ def study(
         require(module, "train")
     from ..evaluation.study import paper_study
 
-    if plan == "paper" and out is not None:
+    if plan == "paper" and out is not None and not dry_run:
         whole = paper_study()
         whole.save(out)
         _print_claims(whole, out)
@@ -37,9 +37,10 @@ def study(
     from ..evaluation.study_plan import read_plan
 
     planned = read_plan(plan)
-    if out is None:
+    planned.check()
+    if dry_run or out is None or not (out / "cells").exists():  # not each time that the work resumes
         _print_budgets(planned)
-    else:
+    if out is not None and not dry_run:
         _run(planned, out)
 
 
@@ -94,6 +95,8 @@ def _print_budgets(planned: Any) -> None:
         counts = (f"{budget.parameters:,}", f"{budget.gmacs:.4g}", f"{budget.steps:,}")
         table.add_row(cell.name, *counts, f"{budget.step_seconds:.3g}", f"{budget.hours:.3g}",
                       f"{budget.memory.total / 1e6:,.0f}")  # fmt: skip
+    if not warnings:
+        return
     Console().print(table)
     print(f"{hours:.3g} hours in all, without sampling and scoring.")
     for warning in filter(None, warnings):

@@ -144,6 +144,13 @@ class Plan:
                 cells.append(_cell_to_train(recipe, name, side, own))
         return cells
 
+    def check(self) -> None:
+        """Raise ValueError as `cells` and `references` do, and where `sampling` has something unknown."""
+        from .sampling import sample_images
+
+        _ = self.cells(), self.references
+        check_sampling(self.sampling, sample_images)
+
     def facts(self) -> dict[str, Any]:
         """What a finished cell depends on but for its recipe, for JSON."""
         reference, extractor = self.references
