@@ -7,7 +7,6 @@ extractor, in 15 minutes. Each row changes one thing; the second changes the see
 """
 
 import io
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +97,7 @@ def main() -> None:
     quiet_libraries()
     table = Table("what changes", *METRICS)
     with tempfile.TemporaryDirectory() as folder:
-        for name, make in track(variants(Path(folder)).items(), "evaluating", Console(file=sys.stderr)):
+        for name, make in track(list(variants(Path(folder)).items()), "evaluating", console=Console(stderr=True)):
             samples, options = make()
             found = evaluate(samples, **{"reference": "shapes", "metrics": METRICS, "extractor": "shapes", **options})
             cells = [f"{found[metric].value:.3f} ± {found[metric].error or 0:.3f}" for metric in METRICS]

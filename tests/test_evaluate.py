@@ -170,6 +170,7 @@ def test_held_out_images_are_the_unit_of_fdr() -> None:
     unit = evaluate(held_out, real, ["fid"], ["shapes", "digits"])
     ratios = [found[f"fid@{name}"].value / unit[f"fid@{name}"].value for name in ("shapes", "digits")]
     assert [found[f"fdr@{name}"].value for name in ("shapes", "digits")] == pytest.approx(ratios, rel=1e-4)
+    assert [result.id for result in found.results] == ["fid", "fdr", "fid", "fdr", "fdr2"]
     assert found["fdr2"].value == pytest.approx(sum(ratios) / 2, rel=1e-4)
 
 
@@ -193,10 +194,10 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     together = Together(evaluate_into, tmp_path / "x")
     assert [together.wait(rank) for rank in range(2)] == [(0, ""), (0, "")]
     one = evaluate(images_of(1, noise=10), "shapes", extractor="shapes")
-    for rank in range(2):
-        both = load_evaluation(tmp_path / f"{rank}.json")
-        for ours, theirs in zip(one.results, both.results, strict=True):
-            assert theirs.value == pytest.approx(ours.value, rel=1e-4, abs=1e-3), ours.metric
+    both = load_evaluation(tmp_path / "0.json")
+    for ours, theirs in zip(one.results, both.results, strict=True):
+        assert theirs.value == pytest.approx(ours.value, rel=1e-4, abs=1e-3), ours.metric
+    assert load_evaluation(tmp_path / "1.json").results == []
 
 
 # --- Extractors ------------------------------------------------------------------------------------------------------

@@ -22,15 +22,16 @@ def peak_of_sampling(num: int, folder: Path) -> int:
 
 @pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc")
 def test_memory_of_sampling_does_not_depend_on_the_number_of_images(tmp_path: Path) -> None:
-    few, many = (peak_of_sampling(num, tmp_path / str(num)) for num in (32, 256))
-    # Peaks of equal runs differ by 1 %, of 500 MB. The images that the larger set has more, 44 MB, would be 9 %.
-    assert abs(many / few - 1) < 0.05
+    few, many = (peak_of_sampling(num, tmp_path / str(num)) for num in (96, 352))
+    # The heap of a process grows by up to 25 MB, and then no more. The images that the larger set has more are 50 MB.
+    assert many - few < (352 - 96) * 256 * 256 * 3 // 1024 // 2
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model = DiTTransformer(DiTConfig(sample_size=256, patch_size=64, in_channels=3, hidden_size=32, num_classes=0,
                                      num_hidden_layers=1, num_attention_heads=2, learn_sigma=False))  # fmt: skip
-    sample_images(DiTPipeline(model, DDIMScheduler()), sys.argv[2], int(sys.argv[1]), batch_size=16,
+    torch.nn.init.constant_(model.final_layer.linear.bias, 1000.0)  # images of one colour, which are quickly compressed
+    sample_images(DiTPipeline(model, DDIMScheduler()), sys.argv[2], int(sys.argv[1]), batch_size=2,
                   num_inference_steps=1)  # fmt: skip
     print(peak_memory())

@@ -29,6 +29,7 @@ from dit_hub.files import locked
 from .command_line import Command, Python, dit_hub
 from .conftest import MakePipeline
 from .test_cli import assert_refused
+from .test_lora import write_with_peft
 from .together import environment, free_port
 
 TOY = "dit-toy-shapes"
@@ -85,6 +86,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path:
         assert not facts(out)["finished"]
     assert kills == 4
     before = {path: path.stat().st_mtime_ns for path in drawn(out)}
+    (out / "images" / "00000" / ".000039.png.1.part").write_bytes(b"cut")  # as a kill may leave, of another process
     assert dit_hub(*COMMAND, "out", cwd=tmp_path).returncode == 0
     assert (out / "samples.npz").read_bytes() == (alone / "samples.npz").read_bytes()
     assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing is drawn twice
@@ -135,11 +137,18 @@ def test_a_share_that_is_lost_is_drawn_by_another_number_of_processes(tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "no image", "another size", "grey"])
-def test_a_damaged_image_is_drawn_again(toy: Any, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_image_is_drawn_again(toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     def run(images: int) -> Path:
         return sample_images(toy, tmp_path / "out", images, batch_size=4, num_inference_steps=3)
 
-    whole = (run(12) / "samples.npz").read_bytes()
+    whole, batches = (run(12) / "samples.npz").read_bytes(), []
+    call = DiTPipeline.__call__
+
+    def listening(self: Any, labels: Any, **options: Any) -> Any:
+        batches.append(list(labels))
+        return call(self, labels, **options)
+
+    monkeypatch.setattr(DiTPipeline, "__call__", listening)
     (tmp_path / "out" / "samples.npz").unlink()
     for number in (5, 6, 11):
         path = tmp_path / "out" / "images" / "00000" / f"{number:06d}.png"
@@ -149,6 +158,12 @@ def test_a_damaged_image_is_drawn_again(toy: Any, tmp_path: Path, damage: str) -
         else:
             path.write_bytes({"empty": b"", "torn": content[:-40], "no image": bytes(len(content))}[damage])
     assert (run(12) / "samples.npz").read_bytes() == whole
+    # Each beside the same others as before, whose number may change its last bits.
+    assert batches == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    drawn(tmp_path / "out")[5].unlink()
+    (tmp_path / "out" / "samples.npz").unlink()
+    assert (run(12) / "samples.npz").read_bytes() == whole
+    assert batches[2:] == [[4, 5, 6, 7]]
 
 
 # --- What an image depends on ----------------------------------------------------------------------------------------
@@ -365,6 +380,19 @@ def test_weights_that_are_not_those_of_files_are_hashed_themselves(toy: Any, tmp
         noted.append(facts(tmp_path / str(len(noted)))["weights"])
     assert noted[0].keys() == {"transformer"}
     assert noted[0] == noted[1] != noted[2]
+
+
+def test_weights_with_adapters_are_not_those_of_the_files(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    make_pipeline(latent=True).save_pretrained(tmp_path / "model")
+    write_with_peft(tmp_path / "adapters", make_pipeline().transformer)
+    noted = []
+    for fused in (False, True):
+        pipeline = DiTPipeline.from_pretrained(tmp_path / "model")
+        if fused:
+            pipeline.load_adapters(tmp_path / "adapters")
+        folder = sample_images(pipeline, tmp_path / str(fused), 1, num_inference_steps=1)
+        noted.append(next(iter(facts(folder)["weights"])))
+    assert noted == ["transformer/model.safetensors", "transformer"]
 
 
 def test_the_archive_is_as_numpy_would_write_it(alone: Path) -> None:

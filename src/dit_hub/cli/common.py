@@ -1,5 +1,6 @@
 """Options, checks and tables that several commands share."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,29 +52,39 @@ _SECONDS = 30.0
 
 @contextmanager
 def progress_bar(action: str, worker: Worker) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
-    """rich's console, and a function to report to how much is done of how much; only the first process shows it.
+    """rich's console, and a function to report to how many images are done of how many.
 
-    A terminal gets a bar with the time left, a log a line now and then.
+    Only the first process shows it: on a terminal a bar with the time left, in a log a line now and then. Ctrl-C in the
+    block ends the program with status 130 and a sentence.
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     # By default the speed is that of the last 30 seconds, which may be less than a batch.
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, speed_estimate_period=600, disable=worker.index > 0) as bar:
-        task, said = bar.add_task(action, total=None, visible=False), time.monotonic()
+    progress = Progress(*columns, speed_estimate_period=600, disable=worker.index > 0)
+    task, said = progress.add_task(action, total=None, visible=False), time.monotonic()
 
-        def report(done: int, count: int) -> None:
-            nonlocal said
-            bar.update(task, completed=done, total=count, visible=True)
-            if not bar.console.is_terminal and not bar.disable and time.monotonic() - said >= _SECONDS:
-                said = time.monotonic()
-                left = bar.tasks[0].time_remaining
-                rest = (
-                    "" if left is None else f", {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
-                )
-                bar.console.print(f"{action}: {done} of {count}{rest}", highlight=False, soft_wrap=True)
+    def report(done: int, count: int) -> None:
+        nonlocal said
+        progress.update(task, completed=done, total=count, visible=True)
+        if not progress.console.is_terminal and not progress.disable and time.monotonic() - said >= _SECONDS:
+            said = time.monotonic()
+            progress.console.print(_line(action, progress.tasks[0]), highlight=False, soft_wrap=True)
 
-        yield bar.console, report
+    try:
+        with progress:
+            yield progress.console, report
+    except KeyboardInterrupt:
+        if not worker.index:
+            total, done = progress.tasks[0].total, progress.tasks[0].completed
+            print(f"Stopped{'' if total is None else f' after {done} of {total} images'}; the same command resumes.")
+        sys.exit(130)  # the status of Ctrl-C in shells, so that a script stops too
+
+
+def _line(action: str, task: Any) -> str:
+    left = task.time_remaining
+    time_left = "" if left is None else f", {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
+    return f"{action}: {task.completed} of {task.total}{time_left}"
 
 
 def make_table(title: str, *columns: str) -> Any:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..extras import quiet_libraries, require
-from .common import Overwrite, check_device, make_table
+from ..extras import quiet_libraries
+from ..sharing import Worker
+from .common import Overwrite, check_device, make_table, own_device, progress_bar
 
 
 def evaluate(
@@ -59,8 +60,8 @@ def evaluate(
     if compare is not None:
         _compare(*compare)
         return
-    require("accelerate", "eval")
     check_device(device)
+    device = own_device(device, Worker.from_environment())
     if batch_size < 1:
         raise ValueError(f"--batch-size must be 1 or more, not {batch_size}.")
     if self_test is not None:
@@ -96,7 +97,6 @@ def _evaluate(
     out: Path | None,
     card: Path | None,
 ) -> None:
-    from accelerate import PartialState
     from rich.console import Console
 
     from dit_hub.model_cards import render_card
@@ -106,9 +106,10 @@ def _evaluate(
     from ..files import new_file
     from ..sources import CARD_FILE
 
+    worker = Worker.from_environment()
     if card is not None and not (card / "model_index.json").is_file():
         raise ValueError(f"{card} is no folder of a model.")
-    with _progress() as report:
+    with progress_bar("measuring", worker) as (_, report):
         found = evaluation.evaluate(
             samples,
             reference,
@@ -121,7 +122,7 @@ def _evaluate(
             device,
             progress=report,
         )
-    if not PartialState().is_main_process:
+    if worker.index > 0:
         return
     table = make_table(f"{found.samples['count']:,} samples against {found.reference['name']}", "metric", "value",
                        "95 % interval")  # fmt: skip
@@ -161,8 +162,11 @@ def _self_test(folder: Path, inception: Path | None, batch_size: int, device: st
 
     from ..evaluation.self_test import self_test
 
-    with _progress() as report:
+    worker = Worker.from_environment()
+    with progress_bar("measuring", worker) as (_, report):
         checks = self_test(folder, inception, batch_size, device, report)
+    if worker.index > 0:
+        return
     table = make_table("ADM's evaluator and this one, on ADM's files", "metric", "published", "measured", "")
     for check in checks:
         table.add_row(check.metric, f"{check.published:.5g}", f"{check.value:.5g}", "ok" if check.passed else "differs")
@@ -181,31 +185,10 @@ def _save_statistics(
 
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
-    side = open_samples(samples)[0].side
-    with _progress() as report:
+    worker, side = Worker.from_environment(), open_samples(samples)[0].side
+    with progress_bar("measuring", worker) as (_, report):
         file = reference_statistics(samples, side, get_extractor(extractor, device, inception), batch_size, report)
+    if worker.index > 0:
+        return
     save_statistics(file, path, overwrite)
     print(f"The statistics are in {path}")
-
-
-def _progress() -> Any:
-    """A progress bar of the main process, as a context whose value is the function to call."""
-    from contextlib import contextmanager
-
-    from accelerate import PartialState
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextmanager
-    def bar() -> Any:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not PartialState().is_main_process, transient=True) as progress:
-            tasks: dict[str, Any] = {}
-
-            def report(what: str, done: int, count: int) -> None:
-                if what not in tasks or progress.tasks[tasks[what]].finished:
-                    tasks[what] = progress.add_task(what, total=count)
-                progress.update(tasks[what], completed=done)
-
-            yield report
-
-    return bar()

@@ -2,7 +2,6 @@
 
 import io
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,20 +104,9 @@ def sample(
 
     worker = Worker.from_environment()
     pipeline = _load(model, scheduler, threads, own_device(device, worker), dtype, vae, revision)
-    drawn = (0, num)
-    try:
-        with progress_bar("drawing", worker) as (_, report):
-
-            def note(*done: int) -> None:
-                nonlocal drawn
-                report(*(drawn := done))
-
-            sample_images(pipeline, out, num, labels, seed, batch_size, steps, guidance, guidance_interval, None,
-                          timesteps, note)  # fmt: skip
-    except KeyboardInterrupt:
-        if not worker.index:
-            print(f"Stopped after {drawn[0]} of {drawn[1]} images; the same command resumes.")
-        sys.exit(130)  # the status of Ctrl-C in shells, so that a script stops too
+    with progress_bar("drawing", worker) as (_, report):
+        sample_images(pipeline, out, num, labels, seed, batch_size, steps, guidance, guidance_interval, None,
+                      timesteps, report)  # fmt: skip
     if (read_facts(out) or {}).get("finished"):
         print(f"{num} {'image' if num == 1 else 'images'} in {out}, and together in {out / 'samples.npz'}")
     else:
@@ -153,8 +141,8 @@ def _load(
         if local_folder(model) is not None:
             raise ValueError(f"--revision is for models on the Hub, and {model} is none.")
         options["revision"] = revision
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)  # which is where TensorRT loads its engines
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # where TensorRT loads its engines
     pipeline = DiTPipeline.from_pretrained(model, num_threads=threads, **options)
     if vae is not None:
         pipeline.vae = _decoder(vae, pipeline)

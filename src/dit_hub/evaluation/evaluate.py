@@ -1,17 +1,20 @@
 """Evaluating samples: images through extractors, and metrics of what they see."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 
 from .. import __version__
 from ..configuration_dit import nearest
+from ..sharing import Progress, Worker
 from .estimates import METRICS, Collected, Estimate, Options, compute
 from .extractors import Extractor, get_extractor
 from .images import Images, open_reference, open_samples
@@ -25,9 +28,6 @@ REFERENCE_IMAGES = 10_000
 # The outputs of which statistics are needed.
 _STATISTICS_OF = ("features", "spatial")
 
-# Called with what is being read and the number of images that are done, and of all.
-Progress = Callable[[str, int, int], None]
-
 
 def evaluate(
     samples: Any,
@@ -40,11 +40,12 @@ def evaluate(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     seed: int = 0,
-    progress: Progress = lambda what, done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> Evaluation:
     """Measure how near generated images are to real ones.
 
-    Started by `accelerate launch`, each process sees a part of the images, and all return the same.
+    Of several processes, as `accelerate launch` or torchrun starts them, each sees a part of the images, and the first
+    one measures: in the others there are no results.
 
     Args:
         samples: a folder of `dit-hub sample`, an .npz archive with `arr_0`, uint8 (N, H, W, 3), or such an array.
@@ -60,7 +61,7 @@ def evaluate(
         batch_size: images that an extractor sees at a time.
         device: where it computes.
         seed: of random subsets, groups and directions.
-        progress: called after each batch.
+        progress: called after each batch, with the images that this process is done with, and all its own.
 
     Raises:
         ValueError: images of another form or size, statistics of another extractor, features that are not finite, or a
@@ -73,8 +74,6 @@ def evaluate(
     networks = [get_extractor(one, device, inception) if isinstance(one, str) else one for one in given]
     if not networks:
         raise ValueError("Give an extractor.")
-    if held_out is not None and metrics is not None:
-        metrics = [*metrics, "fid"]  # of which FDr is a multiple
     wanted = [_choose(network, metrics, real_images is not None, file) for network in networks]
     if missing := [name for name in metrics or () if name != "fdr" and not any(name in names for names in wanted)]:
         raise ValueError(_why_not(missing[0], networks, real_images is not None, file, reference))
@@ -83,19 +82,15 @@ def evaluate(
         raise ValueError(f"FDr needs held-out images, and {held_out} holds statistics alone.")
     if "fdr" in (metrics or ()) and apart is None:
         raise ValueError("FDr is a distance in units of that of held-out real images; give them as held_out.")
-    results: list[Result] = []
-    ratios: list[Estimate] = []
+    if apart is not None:  # FDr is a multiple of the distance
+        wanted = [[name for name in METRICS if name in names or name == "fid"] for names in wanted]
+    seen = []
     for network, names in zip(networks, wanted, strict=True):
         fake = collect(images, network, _outputs(names), None, batch_size, progress)
         real = _collect_reference(real_images, network, names, file, batch_size, progress)
-        estimates = compute(names, real, fake, Options(half, seed))
-        if apart is not None and "features" in network.outputs:
-            ratios.append(_ratio(estimates["fid"], network, apart, real, batch_size, progress))
-            estimates["fdr"] = ratios[-1]
-        results += [_result(name, estimate, network, len(images)) for name, estimate in estimates.items()]
-    if len(ratios) > 1:
-        mean = Estimate(float(np.mean([r.value for r in ratios])), float(np.mean([r.error for r in ratios])))
-        results.append(_plain(f"fdr{len(ratios)}", f"FDr{len(ratios)}", mean, "+".join(n.name for n in networks), True))
+        held = collect(apart, network, ["features"], 0, batch_size, progress) if apart is not None else None
+        seen.append((network, names, real, fake, held))
+    results = _measure(seen, Options(half, seed)) if Worker.from_environment().index == 0 else []
     return Evaluation(
         results,
         samples={**_identity(images), **({"sampling": sampling} if sampling else {})},
@@ -112,7 +107,7 @@ def reference_statistics(
     side: tuple[int, int],
     extractor: Extractor,
     batch_size: int = 64,
-    progress: Progress = lambda what, done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> StatisticsFile:
     """The statistics of real images, for `save_statistics`; images of any number are read once, as a stream.
 
@@ -138,7 +133,7 @@ def collect(
     outputs: Iterable[str],
     keep: int | None,
     batch_size: int = 64,
-    progress: Progress = lambda what, done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> Collected:
     """What an extractor sees of images: its outputs for some of them, and their statistics over all.
 
@@ -150,15 +145,15 @@ def collect(
         batch_size: images at a time.
         progress: called after each batch.
 
+    Returns:
+        What all processes have seen, in the first one; in the others nothing.
+
     Raises:
         ValueError: an output that is not finite.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    outputs, count, state = list(outputs), len(images), PartialState()
-    bounds = np.linspace(0, count, state.num_processes + 1).round().astype(int)
-    start, stop = int(bounds[state.process_index]), int(bounds[state.process_index + 1])
+    outputs, count, worker = list(outputs), len(images), Worker.from_environment()
+    bounds = np.linspace(0, count, worker.count + 1).round().astype(int)
+    start, stop = int(bounds[worker.index]), int(bounds[worker.index + 1])
     kept = np.arange(count) if keep is None else np.unique(np.linspace(0, count - 1, keep).round().astype(int))
     rows: dict[str, list[np.ndarray]] = {output: [] for output in outputs}
     moments: dict[str, Moments] = {}
@@ -171,15 +166,28 @@ def collect(
             if keep is not None and output in _STATISTICS_OF:  # else they follow from the rows
                 moments.setdefault(output, Moments(values.shape[1])).add(values)
         start += len(batch)
-        progress(images.name, start - int(bounds[state.process_index]), stop - int(bounds[state.process_index]))
+        progress(start - int(bounds[worker.index]), stop - int(bounds[worker.index]))
     mine = ({output: np.concatenate(parts) for output, parts in rows.items() if parts}, moments)
-    together = gather_object([mine]) if state.num_processes > 1 else [mine]
-    return _merged(together, images, keep is None)
+    return _merged(_gathered(worker, mine), images, keep is None)
+
+
+def _gathered(worker: Worker, mine: Any) -> list[Any]:
+    """What each process has, in the first one; nothing in the others."""
+    if worker.count == 1:
+        return [mine]
+    if not dist.is_initialized():
+        # Of processors, whatever computes; whoever is done waits for the slowest.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    everyone: list[Any] = [None] * worker.count
+    dist.gather_object(mine, everyone if worker.index == 0 else None)
+    return everyone if worker.index == 0 else []
 
 
 def _merged(parts: list[tuple[dict[str, np.ndarray], dict[str, Moments]]], images: Images, complete: bool) -> Collected:
     """What the processes have seen together."""
     parts = [part for part in parts if part[0]]
+    if not parts:
+        return Collected()
     rows = {output: np.concatenate([part[0][output] for part in parts]) for output in parts[0][0]}
     if complete:
         moments = {
@@ -215,13 +223,26 @@ def _collect_reference(
     return Collected(seen.rows, {**seen.statistics, **known}, seen.count)
 
 
-def _ratio(
-    distance: Estimate, extractor: Extractor, held_out: Images, real: Collected, batch_size: int, progress: Progress
-) -> Estimate:
-    """A Fréchet distance in units of that of held-out images."""
-    apart = collect(held_out, extractor, ["features"], 0, batch_size, progress).statistics["features"]
-    unit = frechet_distance(real.statistics["features"], apart)
-    return Estimate(distance.value / unit, distance.error / unit)
+def _measure(
+    seen: Sequence[tuple[Extractor, list[str], Collected, Collected, Collected | None]], options: Options
+) -> list[Result]:
+    """The metrics of each extractor, from what it saw of the reference, the samples and held-out images."""
+    results: list[Result] = []
+    ratios: list[Estimate] = []
+    for extractor, names, real, fake, held in seen:
+        estimates = compute(names, real, fake, options)
+        if held is not None:
+            unit = frechet_distance(real.statistics["features"], held.statistics["features"])
+            ratios.append(Estimate(estimates["fid"].value / unit, estimates["fid"].error / unit))
+            estimates["fdr"] = ratios[-1]
+        results += [_result(name, estimate, extractor, fake.count) for name, estimate in estimates.items()]
+    if len(ratios) > 1:
+        # All see the same samples, so that their errors do not cancel.
+        mean = Estimate(float(np.mean([ratio.value for ratio in ratios])),
+                        float(np.mean([ratio.error for ratio in ratios])))  # fmt: skip
+        names = "+".join(extractor.name for extractor, *_ in seen)
+        results.append(_plain(f"fdr{len(ratios)}", f"FDr{len(ratios)}", mean, names, True))
+    return results
 
 
 # --- Choices ---------------------------------------------------------------------------------------------------------

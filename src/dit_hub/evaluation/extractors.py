@@ -2,7 +2,8 @@
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +55,21 @@ class NetworkExtractor:
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> Mapping[str, Tensor]:
         pixels = torch.from_numpy(np.array(images)).to(self.device).permute(0, 3, 1, 2)
-        return self.network(pixels)
+        with full_precision():
+            return self.network(pixels)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within the block NVIDIA GPUs convolve in float32; by themselves they do so in tf32, which has 11 bits."""
+    backends: Any = torch.backends
+    convolution = backends.cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolution.fp32_precision = before
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -131,7 +146,8 @@ class PretrainedExtractor:
     def __call__(self, images: np.ndarray) -> Mapping[str, Tensor]:
         scaled = [np.asarray(_scaled(image, self.facts.side)) for image in images]
         pixels = torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2) / 255  # (N, 3, side, side)
-        output = self.network(pixel_values=((pixels - self._mean) / self._deviation).to(self.device))
+        with full_precision():
+            output = self.network(pixel_values=((pixels - self._mean) / self._deviation).to(self.device))
         return {"features": self._pooled(output).float()}
 
     def _pooled(self, output: Any) -> Tensor:

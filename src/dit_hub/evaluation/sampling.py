@@ -82,33 +82,42 @@ def sample_images(
     _check_draws_images(pipeline)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and samples go to a folder.")
-    scale, interval = real_number("guidance_scale", guidance_scale), rising_pair("guidance_interval", guidance_interval)
-    config, scheduler = pipeline.transformer.config, pipeline.scheduler
-    steps = min(STEPS, scheduler.config.num_train_timesteps) if num_inference_steps is None else num_inference_steps
-    set_timesteps(scheduler, steps, timesteps, "cpu")
-    channels = config.guided_channels if guidance_channels is None else guidance_channels
+    channels = pipeline.transformer.config.guided_channels if guidance_channels is None else guidance_channels
+    trained = pipeline.scheduler.config.num_train_timesteps
+    options = {
+        "num_inference_steps": min(STEPS, trained) if num_inference_steps is None else num_inference_steps,
+        "timesteps": timesteps,
+        "guidance_scale": real_number("guidance_scale", guidance_scale),
+        "guidance_interval": rising_pair("guidance_interval", guidance_interval),
+        "guidance_channels": channels,
+    }
     classes = label_of_each(labels, num, seed, pipeline)
-    facts = {
+    facts = _facts(pipeline, options, num, seed)
+    facts["labels"] = None if classes is None else {"policy": _policy(labels), "sha256": _digest(classes)}
+    refusal = f"Another process draws samples in {folder}; wait for it to end, or choose another folder."
+    with worker.at_work(folder, refusal), _without_bars(pipeline):
+        samples = _Samples(folder, worker, pipeline, options, batch_size, classes, facts)
+        if not samples.are_finished():
+            samples.draw_share(progress)
+            samples.finish_if_last()
+    return folder
+
+
+def _facts(pipeline: Any, options: dict[str, Any], num: int, seed: int) -> dict[str, Any]:
+    """What sampling.json says of samples, but for their labels and the runs that drew them."""
+    steps, scheduler = options["num_inference_steps"], pipeline.scheduler
+    set_timesteps(scheduler, steps, options["timesteps"], "cpu")
+    height_width = pipeline.transformer.config.sample_height_width
+    return {
         "schema_version": SCHEMA_VERSION,
         **model_facts(pipeline),
         "steps": steps,
         "timesteps": [round(timestep, 4) for timestep in scheduler.timesteps.tolist()],
-        "guidance": {"scale": scale, "interval": interval, "channels": channels},
-        "labels": None if classes is None else {"policy": _policy(labels), "sha256": _digest(classes)},
+        "guidance": {name: options[f"guidance_{name}"] for name in ("scale", "interval", "channels")},
         "seed": seed,
-        "image_size": [side * pipeline.vae_scale_factor for side in config.sample_height_width],
+        "image_size": [side * pipeline.vae_scale_factor for side in height_width],
         "num": num,
     }
-    options = {"num_inference_steps": steps, "timesteps": timesteps, "guidance_scale": scale,
-               "guidance_interval": interval, "guidance_channels": channels}  # fmt: skip
-    with worker.at_work(folder, f"Another process draws samples in {folder}; wait for it to end, or choose another "
-                                "folder."):  # fmt: skip
-        samples = _Samples(folder, worker, pipeline, options, batch_size, classes, facts)
-        if not samples.are_finished():
-            with _without_bars(pipeline):
-                samples.draw_share(progress)
-                samples.finish_if_last()
-    return folder
 
 
 def label_of_each(labels: Any, num: int, seed: int, pipeline: Any) -> np.ndarray | None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from .evaluate import Progress, evaluate
+from ..sharing import Progress
+from .evaluate import evaluate
 
 ADDRESS = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
 REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
@@ -49,7 +50,7 @@ def self_test(
     inception: str | Path | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    progress: Progress = lambda what, done, count: None,
+    progress: Progress = lambda done, count: None,
 ) -> list[Check]:
     """Evaluate ADM's published samples against its reference archive, 50,000 and 10,000 images of 256x256.
 
@@ -67,4 +68,5 @@ def self_test(
                              f"and {ADDRESS}{SAMPLES}, and give their folder.")  # fmt: skip
     found = evaluate(folder / SAMPLES, folder / REFERENCE, list(PUBLISHED), "inception", inception=inception,
                      batch_size=batch_size, device=device, progress=progress)  # fmt: skip
-    return [Check(found[name].metric, found[name].value, *figures) for name, figures in PUBLISHED.items()]
+    by_id = {result.id: result for result in found.results}  # empty in processes after the first
+    return [Check(by_id[name].metric, by_id[name].value, *PUBLISHED[name]) for name in PUBLISHED if name in by_id]

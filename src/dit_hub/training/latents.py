@@ -56,13 +56,7 @@ def cache_latents(
         OSError: the disk is full; the shards that are written stay for the next attempt.
     """
     folder = Path(output_dir)
-    if dataset.sample_shape[0] != vae.config.in_channels:
-        raise ValueError(f"The images have {dataset.sample_shape[0]} channels, and the VAE takes "
-                         f"{vae.config.in_channels}.")  # fmt: skip
-    factor = spatial_compression(vae)
-    if any(side % factor for side in dataset.sample_shape[1:]):
-        raise ValueError(f"The VAE takes images whose sides are divisible by {factor}, not of "
-                         f"{dataset.sample_shape[1]}x{dataset.sample_shape[2]}.")  # fmt: skip
+    _check_size(dataset, vae)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and latents go to a folder.")
     worker = Worker.from_environment()
@@ -76,6 +70,17 @@ def cache_latents(
                 if last:
                     cache.finish()
     return folder
+
+
+def _check_size(dataset: Dataset, vae: Any) -> None:
+    """Raise ValueError for images that the VAE does not take."""
+    if dataset.sample_shape[0] != vae.config.in_channels:
+        raise ValueError(f"The images have {dataset.sample_shape[0]} channels, and the VAE takes "
+                         f"{vae.config.in_channels}.")  # fmt: skip
+    factor = spatial_compression(vae)
+    if any(side % factor for side in dataset.sample_shape[1:]):
+        raise ValueError(f"The VAE takes images whose sides are divisible by {factor}, not of "
+                         f"{dataset.sample_shape[1]}x{dataset.sample_shape[2]}.")  # fmt: skip
 
 
 class _Cache:
