@@ -46,6 +46,11 @@ def test_the_command_line_redraws_the_papers_figures(tmp_path: Path) -> None:
     assert run.stdout.count("SUPPORTED") == 3
     page = (tmp_path / "paper" / "study.md").read_text()
     assert "| DiT-XL/2 | 675,000,000 | 118.6 |" in page
+    docs = Path(__file__).parents[1] / "docs"
+    assert page == (docs / "studies" / "paper" / "study.md").read_text()
+    claims = [line for line in page.splitlines() if "**" in line]
+    assert len(claims) == 3
+    assert all(claim in (docs / "scaling.md").read_text() for claim in claims)
     for name in ("fid-gmacs.png", "fid-parameters.png"):
         assert f"({name})" in page
         image = Image.open(tmp_path / "paper" / name).convert("RGB")

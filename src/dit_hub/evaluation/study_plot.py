@@ -57,19 +57,18 @@ def plot_parameters(cells: Sequence[Cell], path: str | os.PathLike, metric: str 
 def plot_steps(cells: Sequence[Cell], path: str | os.PathLike, metric: str = "FID", title: str = "") -> None:
     """Plot scores against training steps, a panel for each patch and a panel for each size (paper, Figure 6)."""
     patches, sizes = _orders(cells)
-    columns = max(len(patches), len(sizes))
     pyplot = require("matplotlib.pyplot", "eval")
-    figure, grid = pyplot.subplots(2, columns, figsize=(3.1 * columns + 0.6, 5.8), sharex=True, sharey=True,
-                                   squeeze=False, layout="constrained")  # fmt: skip
-    for axes in grid.flat:
-        axes.set_visible(False)
-    for axes, patch in zip(grid[0], patches, strict=False):
+    figure = pyplot.figure(figsize=(3.1 * max(len(patches), len(sizes), 2) + 0.6, 5.8), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    by_patch = above.subplots(1, len(patches), sharey=True, squeeze=False)[0]
+    by_size = below.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for axes, patch in zip(by_patch, patches, strict=True):
         _curves(axes, [cell for cell in cells if cell.patch == patch], cells, f"patch {patch}", lambda cell: cell.size)
-    for axes, size in zip(grid[1], sizes, strict=False):
+    for axes, size in zip(by_size, sizes, strict=True):
         chosen = [cell for cell in cells if cell.size == size]
         _curves(axes, chosen, cells, size, lambda cell: f"patch {cell.patch}")
-    for row in grid:
-        row[0].set_ylabel(metric)
+    for axes in (by_patch[0], by_size[0]):
+        axes.set_ylabel(metric)
     figure.suptitle(title or f"{metric} in training")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -82,9 +81,7 @@ def _curves(axes: Any, chosen: list[Cell], cells: Sequence[Cell], title: str, la
         axes.plot(steps, values, line, color=colour, marker=marker, markersize=4, linewidth=1.3, label=label(cell))
         lows, highs = [score.low for score in cell.scores], [score.high for score in cell.scores]
         axes.fill_between(steps, lows, highs, color=colour, alpha=0.2, linewidth=0)
-    axes.set_visible(True)
     axes.set(title=title, xlabel="steps", yscale="log")
-    axes.xaxis.set_tick_params(labelbottom=True)
     axes.grid(alpha=0.3, which="both")
     _plain_numbers(axes.yaxis)
     axes.legend(fontsize=8)
