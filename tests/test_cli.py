@@ -13,8 +13,8 @@ from PIL import Image
 import dit_hub as dit_hub_package
 from dit_hub import DiTPipeline, DiTTransformer
 from dit_hub.cli import main
+from dit_hub.configuration_dit import PUBLISHED_MODELS
 from dit_hub.files import new_file
-from dit_hub.flops import PUBLISHED
 from dit_hub.sources import EMBEDDED_MODELS
 
 from .command_line import dit_hub
@@ -84,7 +84,7 @@ def test_export_then_generate_runs_on_onnx_runtime(tmp_path: Path) -> None:
 def test_info_prints_the_published_sizes_beside_the_papers(tmp_path: Path) -> None:
     run = dit_hub("info", "--all", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    for name in PUBLISHED:
+    for name in PUBLISHED_MODELS:
         assert name in run.stdout
     assert "118.62" in run.stdout
     assert "323,696" in dit_hub("info", "toy", cwd=tmp_path).stdout

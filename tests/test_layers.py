@@ -22,7 +22,7 @@ SOURCES = {
 
 # From the bottom up. A module imports from its own layer and those below.
 LAYERS = (
-    {"checks", "extras", "files", "manifest", "runtime", "shards", "sharing"},
+    {"checks", "extras", "files", "manifest", "paper", "runtime", "shards", "sharing"},
     {"configuration_dit"},
     {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers", "vaes"},
     {"pretrained"},

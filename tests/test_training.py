@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dit_hub import DiTPipeline, DiTTransformer
+from dit_hub.configuration_dit import PUBLISHED_MODELS
 from dit_hub.files import new_folder
-from dit_hub.flops import PUBLISHED
 from dit_hub.model_cards import render_card
 from dit_hub.objectives import (
     flow_matching,
@@ -358,7 +358,7 @@ def test_every_shipped_recipe_loads_and_names_a_model() -> None:
     assert (flow.parameterization, flow.learn_sigma) == ("flow", False)
 
 
-@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("size", PUBLISHED_MODELS)
 def test_the_published_sizes_train_as_the_paper_does(size: str) -> None:
     """Section 4 of the paper."""
     recipe = get_recipe("imagenet-256").with_settings({"model": size})

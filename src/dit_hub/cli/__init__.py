@@ -7,9 +7,11 @@ import typer
 
 from .. import __version__
 from .checkpoints import card, convert, info, push
+from .counting import flops
 from .evaluating import evaluate
 from .exporting import export_app
 from .sampling import generate, sample
+from .studying import study
 from .training import SETTINGS, latents, train
 
 app = typer.Typer(
@@ -23,9 +25,11 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(sample)
 app.command()(info)
+app.command()(flops)
 app.command(epilog=SETTINGS)(train)
 app.command()(latents)
 app.command()(evaluate)
+app.command()(study)
 app.command()(convert)
 app.command()(card)
 app.command()(push)

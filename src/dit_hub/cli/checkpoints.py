@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..extras import quiet_libraries
-from .common import Overwrite, make_table
+from .common import Overwrite, find_config, make_table
 
 
 def info(
@@ -20,20 +20,14 @@ def info(
     quiet_libraries()
     from rich.console import Console
 
-    from ..configuration_dit import PUBLISHED_MODELS, DiTConfig
+    from ..configuration_dit import DiTConfig
     from ..flops import measure
 
     if all_sizes:
         _print_all_sizes(image_size)
         return
     assert model is not None
-    named = model.casefold() in {name.casefold() for name in (*PUBLISHED_MODELS, "toy")}
-    if named or (model.startswith("DiT-") and not Path(model).exists()):
-        config = DiTConfig.from_name(model, image_size=image_size)
-    else:
-        from ..pipeline_dit import DiTPipeline
-
-        config = DiTPipeline.from_pretrained(model).transformer.config
+    config = find_config(model, image_size)
     size = measure(config)
     table = make_table(model, "", "")
     for name in DiTConfig.__annotations__:
@@ -48,21 +42,19 @@ def _print_all_sizes(image_size: int) -> None:
     from rich.console import Console
 
     from ..configuration_dit import DiTConfig
-    from ..flops import PUBLISHED, PUBLISHED_CONDITIONINGS, measure
+    from ..flops import measure
+    from ..paper import paper_models
 
-    names = [(name, name, {}, figures) for name, figures in PUBLISHED.items()]
-    for conditioning, figures in PUBLISHED_CONDITIONINGS.items():
-        names.append((f"DiT-XL/2 {conditioning}", "DiT-XL/2", {"conditioning": conditioning}, figures))
     columns = ("params (M)", "paper", "GMACs", "paper", "FID (paper)")
     table = make_table(
         f"Published models at {image_size}x{image_size}; the paper's figures are for 256x256", "model", *columns
     )
-    for label, name, fields, (millions, gmacs, fid) in names:
-        if label == "DiT-XL/2 in_context":
-            table.add_section()
-        size = measure(DiTConfig.from_name(name, image_size=image_size, **fields))
-        cells = (f"{size.parameters / 1e6:.1f}", str(millions), f"{size.gmacs:.2f}", f"{gmacs:.2f}", f"{fid:.2f}")
-        table.add_row(label, *cells)
+    for paper in paper_models():
+        if paper.image_size != 256:
+            continue
+        size = measure(DiTConfig.from_name(paper.model, image_size, conditioning=paper.conditioning))
+        cells = (f"{size.parameters / 1e6:.1f}", str(paper.million_parameters), f"{size.gmacs:.2f}")
+        table.add_row(paper.label, *cells, f"{paper.gmacs:.2f}", f"{paper.fid:.2f}")
     Console().print(table)
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,18 @@ def check_device(name: str) -> None:
         raise ValueError(f"There is no device {name!r} here.") from None
     if device.type not in ("cpu", "cuda", "mps", "xpu"):  # such as meta, whose tensors hold nothing
         raise ValueError(f"--device must be cpu, cuda or mps, not {name!r}.")
+
+
+def find_config(model: str, image_size: int) -> Any:
+    """The `DiTConfig` of a size by name at an image size, or of a model on the Hub or in a folder."""
+    from ..configuration_dit import PUBLISHED_MODELS, DiTConfig
+
+    named = model.casefold() in {name.casefold() for name in (*PUBLISHED_MODELS, "toy")}
+    if named or (model.startswith("DiT-") and not Path(model).exists()):
+        return DiTConfig.from_name(model, image_size=image_size)
+    from ..pipeline_dit import DiTPipeline
+
+    return DiTPipeline.from_pretrained(model).transformer.config
 
 
 def own_device(name: str, worker: Worker) -> str:

@@ -7,7 +7,7 @@ import typer
 
 from ..extras import quiet_libraries, require
 from ..sharing import Worker
-from .common import Overwrite, check_device, own_device, progress_bar
+from .common import Overwrite, check_device, make_table, own_device, progress_bar
 
 # Below the help of `train`.
 SETTINGS = "Settings are fields of the recipe: epochs=60, ema_decay=0.999, learning_rate=1e-3, seed=1, …"
@@ -21,6 +21,9 @@ def train(
         str, typer.Option(help="auto: resume from the last checkpoint of an interrupted run; never: start over.")
     ] = "auto",
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the steps, hours and memory that this takes; write nothing.")
+    ] = False,
 ) -> None:
     """Train a model and save it as a pipeline folder.
 
@@ -32,7 +35,8 @@ def train(
     if resume not in ("auto", "never"):
         raise ValueError(f"--resume is auto or never, not {resume!r}.")
     out = Path("outputs", Path(recipe).stem) if out is None else out
-    check_free(out, overwrite)
+    if not dry_run:
+        check_free(out, overwrite)
     quiet_libraries()
     from ..training.recipe import get_recipe
 
@@ -41,6 +45,9 @@ def train(
 
     changes = dict(_split_setting(setting) for setting in settings or [])
     chosen = get_recipe(recipe).with_settings(changes)
+    if dry_run:
+        _print_budget(recipe, chosen)
+        return
     from ..training.console import train_and_save
 
     command = " ".join(["dit-hub train", recipe, *(settings or [])])
@@ -98,6 +105,32 @@ def latents(
         print(f"{len(CachedLatents(out))} images are encoded in {out}; train on them with data={out}")
     else:
         print(f"Process {worker.index} has encoded its share; the last one to end finishes {out}.")
+
+
+def _print_budget(name: str, recipe: Any) -> None:
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from ..training.budget import plan_budget
+
+    budget = plan_budget(recipe)
+    if not PartialState().is_main_process:
+        return
+    console = Console()
+    table = make_table(f"What training {name} takes", "", "")
+    for line in budget.lines():
+        table.add_row(*line)
+    memory = make_table("Memory of a process", "", "MB")
+    for part, size in vars(budget.memory).items():
+        memory.add_row(part, f"{size / 1e6:,.1f}")
+    memory.add_section()
+    memory.add_row("in all", f"{budget.memory.total / 1e6:,.1f}")
+    memory.add_row(f"free on {budget.device}", f"{budget.room / 1e6:,.1f}")
+    for shown in (table, memory):
+        shown.columns[1].justify = "left" if shown is table else "right"
+        console.print(shown)
+    for sentence in budget.advice():
+        console.print(sentence, highlight=False)
 
 
 def _split_setting(setting: str) -> tuple[str, str]:
