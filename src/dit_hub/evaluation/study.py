@@ -165,6 +165,10 @@ def run_study(
         if not ours:
             return None
         baseline = untrained(planned[0].folder or str(places[0] / MODEL_FOLDER), plan, apart, tools)
+    return _save(plan, records, baseline, folder)
+
+
+def _save(plan: Plan, records: list[dict[str, Any]], baseline: float, folder: Path) -> Study:
     cells = [as_cell(record, plan.metric) for record in records]
     study = Study(plan.title, plan.metric, cells, records, baseline, json.loads(json.dumps(asdict(plan))))
     study.save(folder)
