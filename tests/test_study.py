@@ -17,7 +17,7 @@ from PIL import Image
 from dit_hub import DiTPipeline
 from dit_hub.evaluation.study import paper_study, run_study
 from dit_hub.evaluation.study_cells import StoppedError, Tools, claimed
-from dit_hub.evaluation.study_claims import NOT_ENOUGH, NOT_SUPPORTED, SUPPORTED, Cell, Score, correlation, judge
+from dit_hub.evaluation.study_claims import NOT_ENOUGH, NOT_SUPPORTED, NOT_TESTED, SUPPORTED, Cell, Score, correlation, judge
 from dit_hub.evaluation.study_plan import Plan, read_plan
 from dit_hub.evaluation.study_plot import paper_cells, plot_gmacs, plot_steps
 from dit_hub.paper import paper_correlations, paper_sizes
@@ -133,7 +133,7 @@ def test_models_that_are_hardly_better_than_noise_tell_nothing() -> None:
 
 def test_a_study_without_pairs_says_so() -> None:
     claims = judge([cell for cell in grid(by_gmacs) if cell.size == "S"])
-    assert [claim.verdict for claim in claims] == [NOT_SUPPORTED, SUPPORTED, NOT_SUPPORTED]
+    assert [claim.verdict for claim in claims] == [NOT_TESTED, SUPPORTED, NOT_TESTED]
     assert "no two models that differ only in this" in claims[0].reason
     assert "at least two sizes" in claims[2].reason
 
@@ -291,7 +291,7 @@ def test_a_study_trains_scores_and_judges(finished: tuple[Path, FewSteps]) -> No
 
 
 def test_a_study_of_dit_hubs_own_samples_and_metrics(tmp_path: Path) -> None:
-    plan = {**PLAN, "every": 0, "samples": 32, "sampling": {"num_inference_steps": 2, "scheduler": "ddim"}}
+    plan = {**PLAN, "every": 0, "samples": 48, "sampling": {"num_inference_steps": 2, "scheduler": "ddim"}}
     (tmp_path / "plan.yaml").write_text(json.dumps({**plan, "metrics": ["fid", "precision"]}))
     run = dit_hub("study", "plan.yaml", "--out", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -303,7 +303,7 @@ def test_a_study_of_dit_hubs_own_samples_and_metrics(tmp_path: Path) -> None:
         assert fid["low"] < fid["value"] < fid["high"]
         assert fid["name"] == "FD-shapes"
         place = tmp_path / "out" / "cells" / cell["name"].replace("/", "-") / "samples"
-        assert np.load(place / "samples.npz")["arr_0"].shape == (32, 16, 16, 3)
+        assert np.load(place / "samples.npz")["arr_0"].shape == (48, 16, 16, 3)
     # Models of eight steps draw noise, as the untrained one does.
     assert {claim["verdict"] for claim in facts["claims"]} == {NOT_ENOUGH}
     assert "more than half of the untrained model's" in facts["claims"][0]["reason"]
