@@ -161,7 +161,8 @@ def _results(folder: Path) -> list[dict[str, Any]]:
         if missing := [name for name in ("metric", "value", "dataset_name") if name not in fields]:
             raise ValueError(f"{file}: a result has no {missing[0]}.")
         for name in ("value", "low", "high"):
-            if not isinstance(fields.get(name, 0.0), (int, float)) and (name == "value" or fields[name] is not None):
+            value = 0.0 if fields.get(name) is None and name != "value" else fields[name]
+            if not isinstance(value, (int, float)) or not abs(value) < 1e300:
                 raise ValueError(f"{file}: {fields[name]!r} is no number.")
         if not fields.get("how"):
             raise ValueError(f"{file}: nothing says how the samples of {fields['metric']} were made; say it under "

@@ -45,6 +45,8 @@ SAMPLING = {
     "runtime": "DiTTransformer",
     "seed": 0,
     "weights": {},
+    "num": 160,
+    "runs": [],
 }
 
 
@@ -60,7 +62,8 @@ def samples(tmp_path: Path) -> Path:
     folder = tmp_path / "samples"
     folder.mkdir()
     np.savez(folder / "samples.npz", images_of(1), np.arange(160) // 10)
-    (folder / "sampling.json").write_text(json.dumps(SAMPLING))
+    facts = {**SAMPLING, "sha256": file_sha256(folder / "samples.npz")}
+    (folder / "sampling.json").write_text(json.dumps(facts))
     return folder
 
 
@@ -370,7 +373,10 @@ def test_the_command_line_measures_compares_and_fills_a_card(samples: Path, make
     DiTPipeline(make_model(), DDIMScheduler()).save_pretrained(tmp_path / "model")
     command = ("evaluate", str(samples), "--reference", "shapes", "--extractor", "shapes")
     weights = tmp_path / "model" / "transformer" / "model.safetensors"
-    drawn = {**SAMPLING, "weights": {"transformer/model.safetensors": file_sha256(weights)}}
+    drawn = {
+        **json.loads((samples / "sampling.json").read_text()),
+        "weights": {"transformer/model.safetensors": file_sha256(weights)},
+    }
     (samples / "sampling.json").write_text(json.dumps(drawn))
     run = dit_hub(*command, "--card", "model", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -405,7 +411,10 @@ def test_a_card_gets_the_results_of_its_own_model_alone(
     change: str, message: str, samples: Path, make_model: Any, tmp_path: Path
 ) -> None:
     DiTPipeline(make_model(), DDIMScheduler()).save_pretrained(tmp_path / "model")
-    sampling = {**SAMPLING, "weights": {"transformer/model.safetensors": "other"} if change == "weights" else {}}
+    sampling = {
+        **json.loads((samples / "sampling.json").read_text()),
+        "weights": {"transformer/model.safetensors": "other"} if change == "weights" else {},
+    }
     (samples / "sampling.json").write_text(json.dumps(sampling))
     np.savez(tmp_path / "samples.npz", images_of(1))
     if change == "readme":
@@ -446,3 +455,61 @@ def test_bad_arguments_are_one_sentence(arguments: tuple[str, ...], message: str
     run = dit_hub("evaluate", *arguments, cwd=samples.parent)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
     assert message in run.stderr
+
+
+# --- Slips ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_samples_are_never_overwritten_by_results(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", images_of(1))
+    before = (tmp_path / "s.npz").read_bytes()
+    common = ("evaluate", "s.npz", "--extractor", "shapes", "--overwrite")
+    for arguments, message in (
+        (("--reference", "shapes", "--out", "s.npz"), "s.npz must end in .json"),
+        (("--reference", "shapes", "--out", "nowhere/x.json"), "There is no folder nowhere"),
+        (("--save-statistics", "s.npz"), "s.npz are the images themselves"),
+        (("--reference", "shapes", "--metrics", ""), "--metrics names no metric"),
+    ):
+        run = dit_hub(*common, *arguments, cwd=tmp_path)
+        assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+        assert message in run.stderr
+    assert (tmp_path / "s.npz").read_bytes() == before
+
+
+def test_odd_labels_only_tell_classes_apart(tmp_path: Path) -> None:
+    labels = np.arange(160) % 2 * np.iinfo(np.int64).max
+    np.savez(tmp_path / "s.npz", images_of(1), labels)
+    assert evaluate(tmp_path / "s.npz", images_of(0), ["fid"], "shapes")["fid"].error is not None
+
+
+def test_an_archive_that_its_folder_does_not_describe_is_refused(samples: Path) -> None:
+    np.savez(samples / "samples.npz", images_of(5), np.arange(160) // 10)
+    with pytest.raises(ValueError, match=r"is not the archive that sampling\.json describes"):
+        evaluate(samples, "shapes", extractor="shapes")
+
+
+def test_held_out_images_must_be_others() -> None:
+    with pytest.raises(ValueError, match="The held-out images are those of the reference"):
+        evaluate(images_of(1), images_of(0), ["fdr"], "shapes", held_out=images_of(0))
+
+
+def test_extractors_are_taken_as_they_are_named() -> None:
+    with pytest.raises(ValueError, match="extractor shapes is given twice"):
+        evaluate(images_of(1), images_of(0), extractor=["shapes", "shapes"])
+    with pytest.raises(ValueError, match="takes no weights from elsewhere"):
+        get_extractor("shapes=/tmp")
+
+
+def test_statistics_of_other_sizes_or_of_nothing_are_refused(tmp_path: Path) -> None:
+    statistics = reference_statistics(images_of(0), (16, 16), get_extractor("shapes"))
+    save_statistics(statistics, tmp_path / "s.npz")
+    with pytest.raises(ValueError, match="statistics of images of 16x16, and the samples are 8x8"):
+        evaluate(images_of(1)[:, :8, :8], tmp_path / "s.npz", ["fid"], "shapes")
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=-np.eye(3))
+    with pytest.raises(ValueError, match="sigma is no covariance"):
+        evaluate(images_of(1), tmp_path / "bad.npz", ["fid"], "shapes")
+
+
+def test_few_real_images_leave_metrics_out() -> None:
+    found = evaluate(images_of(1), images_of(0)[:5], extractor="shapes")
+    assert {result.id for result in found.results} == {"fid", "fid_infinity", "sfid", "is"}

@@ -46,7 +46,7 @@ def flops(
 def _count_one(model: str, image_size: int | None) -> dict[str, Any]:
     from ..paper import paper_models
 
-    side = image_size or 256
+    side = 256 if image_size is None else image_size
     same = [paper for paper in paper_models() if paper.model.casefold() == model.casefold()
             and paper.conditioning == "adaln_zero" and paper.image_size == side]  # fmt: skip
     return _row(model, find_config(model, side), same[0] if same else None)

@@ -1,5 +1,6 @@
 """`dit-hub evaluate`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,11 +80,12 @@ def evaluate(
 
     if out is None and Path(samples).is_dir():
         out = Path(samples) / RESULTS_FILE
-    for path in filter(None, (out, card / RESULTS_FILE if card else None)):
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
+    if metrics is not None and not metrics.strip(" ,"):
+        raise ValueError("--metrics names no metric.")
     if card is not None:
         _check_card(card, samples, overwrite)
+    for path in filter(None, (out, card / RESULTS_FILE if card else None)):
+        _check_new(path, ".json", overwrite)
     _evaluate(samples, reference, metrics, extractor, held_out, inception, not float32, batch_size, device, out, card)
 
 
@@ -114,8 +116,8 @@ def _evaluate(
         found = evaluation.evaluate(
             samples,
             reference,
-            metrics.split(",") if metrics else None,
-            extractor.split(","),
+            [name.strip() for name in metrics.split(",")] if metrics else None,
+            [name.strip() for name in extractor.split(",")],
             held_out,
             inception,
             half,
@@ -139,6 +141,18 @@ def _evaluate(
         with new_file(card / CARD_FILE, overwrite=True) as path:
             render_card(card).save(path)
         print(f"The card is {card / CARD_FILE}")
+
+
+def _check_new(path: Path, suffix: str, overwrite: bool) -> None:
+    """Raise ValueError where a file cannot be written, or another kind of file would be lost."""
+    if path.suffix != suffix:
+        raise ValueError(f"{path} must end in {suffix}.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} is a folder." if path.is_dir() else f"There is no folder {path.parent}.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} cannot be written to.")
 
 
 def _check_card(card: Path, samples: str, overwrite: bool) -> None:
@@ -213,8 +227,9 @@ def _save_statistics(
     from ..evaluation.images import has_own_size, open_samples
     from ..evaluation.statistics import save_statistics
 
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
+    _check_new(path, ".npz", overwrite)
+    if path.exists() and path.samefile(images):
+        raise ValueError(f"{path} are the images themselves; choose another name for their statistics.")
     worker, side = Worker.from_environment(), open_samples(images)[0].side if has_own_size(images) else (size, size)
     with progress_bar("measuring", worker, resumes=False) as (_, report):
         file = reference_statistics(images, side, get_extractor(extractor, device, inception), batch_size, report)

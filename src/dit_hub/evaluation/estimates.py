@@ -78,8 +78,10 @@ def order_of(count: int, seed: int, labels: np.ndarray | None = None) -> np.ndar
     """
     random = np.random.default_rng(seed)
     order = random.permutation(count)
-    counts = np.bincount(labels) if labels is not None else np.zeros(0)
-    if labels is None or counts.max() - counts.min() > 1:
+    if labels is None:
+        return order
+    labels, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+    if counts.max() - counts.min() > 1:
         return order
     by_class = order[np.argsort(labels[order], kind="stable")]
     rank = np.concatenate([np.arange(size) for size in counts])  # of each sample among those of its class

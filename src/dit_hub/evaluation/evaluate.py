@@ -17,9 +17,9 @@ from .. import __version__
 from ..configuration_dit import nearest
 from ..files import file_sha256
 from ..sharing import Progress, Worker
-from .estimates import METRICS, Collected, Estimate, Options, compute
+from .estimates import DENSITY_NEIGHBOURS, METRICS, Collected, Estimate, Options, compute
 from .extractors import Extractor, get_extractor
-from .images import Images, open_reference, open_samples
+from .images import Images, open_reference, open_samples, shown_size
 from .metrics import frechet_distance
 from .results import Evaluation, Result
 from .statistics import Moments, Statistics, StatisticsFile, as_array, load_statistics
@@ -75,13 +75,20 @@ def evaluate(
     images, sampling = open_samples(samples)
     real_images = open_reference(reference, images.side)
     file = _statistics_in(reference)
+    if file is not None and file.side not in (None, images.side):
+        raise ValueError(f"{reference} holds statistics of images of {shown_size(file.side)}, and the samples are "
+                         f"{shown_size(images.side)}.")  # fmt: skip
     given = [extractor] if isinstance(extractor, str) or callable(extractor) else list(extractor)
     networks = [get_extractor(one, device, inception) if isinstance(one, str) else one for one in given]
+    names = [network.name for network in networks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"The extractor {twice[0]} is given twice.")
     if not networks:
         raise ValueError("Give an extractor.")
-    wanted = [_choose(network, metrics, real_images is not None, file) for network in networks]
+    real_count = 0 if real_images is None else len(real_images)
+    wanted = [_choose(network, metrics, real_count, file) for network in networks]
     if missing := [name for name in metrics or () if name != "fdr" and not any(name in names for names in wanted)]:
-        raise ValueError(_why_not(missing[0], networks, real_images is not None, file, reference))
+        raise ValueError(_why_not(missing[0], networks, real_count, file, reference))
     apart = open_reference(held_out, images.side) if held_out is not None else None
     if held_out is not None and apart is None:
         raise ValueError(f"FDr needs held-out images, and {held_out} holds statistics alone.")
@@ -89,6 +96,8 @@ def evaluate(
         raise ValueError("FDr is a distance in units of that of held-out real images; give them as held_out.")
     if apart is not None:  # FDr is a multiple of the distance
         wanted = [[name for name in METRICS if name in names or name == "fid"] for names in wanted]
+    if apart is not None and real_images is not None and apart.digest() == real_images.digest():
+        raise ValueError("The held-out images are those of the reference; FDr needs others.")
     seen = []
     for network, names in zip(networks, wanted, strict=True):
         fake = collect(images, network, _outputs(names), None, batch_size, progress)
@@ -133,7 +142,7 @@ def reference_statistics(
         raise ValueError(f"{reference} holds statistics already.")
     outputs = [output for output in _STATISTICS_OF if output in extractor.outputs]
     seen = collect(images, extractor, outputs, 0, batch_size, progress)
-    return StatisticsFile(seen.statistics, extractor.name, extractor.fingerprint)
+    return StatisticsFile(seen.statistics, extractor.name, extractor.fingerprint, images.side)
 
 
 # --- Features --------------------------------------------------------------------------------------------------------
@@ -251,6 +260,8 @@ def _measure(
         estimates = compute(names, real, fake, options)
         if held is not None:
             unit = frechet_distance(real.statistics["features"], held.statistics["features"])
+            if not unit > 0:
+                raise ValueError("The held-out images are at no distance from the reference; FDr needs others.")
             ratios.append(Estimate(estimates["fid"].value / unit, estimates["fid"].error / unit))
             estimates["fdr"] = ratios[-1]
         results += [_result(name, estimate, extractor, fake.count) for name, estimate in estimates.items()]
@@ -267,7 +278,7 @@ def _measure(
 
 
 def _choose(
-    extractor: Extractor, asked: Sequence[str] | None, has_images: bool, file: StatisticsFile | None
+    extractor: Extractor, asked: Sequence[str] | None, real_count: int, file: StatisticsFile | None
 ) -> list[str]:
     """The ids of the metrics to compute with an extractor, in the order of the table."""
     for name in asked or ():
@@ -275,15 +286,17 @@ def _choose(
             raise ValueError(f"There is no metric {name!r}; the nearest names: {nearest(name, [*METRICS, 'fdr'])}.")
     if asked is None:  # CMMD is defined on CLIP, and is of no use elsewhere
         asked = [name for name in METRICS if (name == "cmmd") == (extractor.name == "clip")]
-    return [name for name in METRICS if name in asked and not _problem(name, extractor, has_images, file)]
+    return [name for name in METRICS if name in asked and not _problem(name, extractor, real_count, file)]
 
 
-def _problem(name: str, extractor: Extractor, has_images: bool, file: StatisticsFile | None) -> str:
+def _problem(name: str, extractor: Extractor, real_count: int, file: StatisticsFile | None) -> str:
     """Why a metric cannot be computed; empty where it can."""
     metric = METRICS[name]
     if metric.output not in extractor.outputs:
         return f"the extractor {extractor.name} gives no {metric.output}"
-    if metric.of_reference == "nothing" or has_images:
+    if metric.of_reference == "images" and 0 < real_count <= DENSITY_NEIGHBOURS:
+        return f"{real_count} real images are too few"
+    if metric.of_reference == "nothing" or real_count:
         return ""
     if metric.of_reference == "images":
         return "it needs the images of the reference, which holds statistics alone"
@@ -296,9 +309,9 @@ def _problem(name: str, extractor: Extractor, has_images: bool, file: Statistics
 
 
 def _why_not(
-    name: str, extractors: Sequence[Extractor], has_images: bool, file: StatisticsFile | None, reference: Any
+    name: str, extractors: Sequence[Extractor], real_count: int, file: StatisticsFile | None, reference: Any
 ) -> str:
-    return f"{METRICS[name].label} cannot be computed: {_problem(name, extractors[0], has_images, file)} ({reference})."
+    return f"{METRICS[name].label} cannot be computed: {_problem(name, extractors[0], real_count, file)} ({reference})."
 
 
 def _fitting(file: StatisticsFile | None, extractor: Extractor) -> dict[str, Statistics]:
@@ -339,6 +352,8 @@ def _result(name: str, estimate: Estimate, extractor: Extractor, count: int) -> 
 
 
 def _plain(name: str, label: str, estimate: Estimate, extractor: str, lower_is_better: bool) -> Result:
+    if not np.isfinite(estimate.value):
+        raise ValueError(f"{label} is {estimate.value}: the features or statistics are too large to compare.")
     if not np.isfinite(estimate.error):
         return Result(name, label, estimate.value, None, None, None, extractor, lower_is_better)
     low, high = estimate.interval
@@ -352,5 +367,5 @@ def _identity(images: Images) -> dict[str, Any]:
 
 def _reference_facts(reference: Any, images: Images | None, file: StatisticsFile | None) -> dict[str, Any]:
     if images is None:
-        return {"name": Path(reference).name, "sha256": file_sha256(reference), "count": None, "statistics": True}
+        return {"name": Path(reference).name, "sha256": file_sha256(Path(reference)), "count": None, "statistics": True}
     return {**_identity(images), "statistics": file is not None}

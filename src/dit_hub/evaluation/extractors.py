@@ -242,4 +242,6 @@ def get_extractor(name: str, device: torch.device | str = "cpu", inception: str 
         facts = PRETRAINED[name]
         folder = local_folder(source) if source else None
         return PretrainedExtractor(name, str(folder) if folder else source or facts.model, facts, device)
+    if source:
+        raise ValueError(f"The extractor {name} comes with the package and takes no weights from elsewhere.")
     return NetworkExtractor(name, small_network(load_file(ASSETS / f"{name}.safetensors")), device)

@@ -7,6 +7,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,7 +77,7 @@ class ArchiveImages:
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
-        with self._opened() as stream:
+        with _plain_errors(path), self._opened() as stream:
             shape, fortran, dtype = _header(stream)
         if fortran:
             raise ValueError(f"{path}: arr_0 is in Fortran's order; save it with numpy.ascontiguousarray.")
@@ -88,7 +89,7 @@ class ArchiveImages:
         return self.shape[0]
 
     def _labels(self) -> np.ndarray | None:
-        with np.load(self.path, allow_pickle=False) as archive:
+        with _plain_errors(self.path), np.load(self.path, allow_pickle=False) as archive:
             labels = archive["arr_1"] if "arr_1" in archive.files else None
         if labels is None or labels.shape != self.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
             return None
@@ -107,21 +108,29 @@ class ArchiveImages:
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[np.ndarray]:
         size = int(np.prod(self.shape[1:]))
-        try:
-            with self._opened() as stream:
-                _header(stream)
-                stream.seek(stream.tell() + start * size)
-                for first in range(start, stop, batch_size):
-                    count = min(batch_size, stop - first)
-                    data = stream.read(count * size)
-                    if len(data) < count * size:
-                        raise ValueError(f"{self.path} was cut: it ends before image {first + count}.")
-                    yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}).") from None
+        with _plain_errors(self.path), self._opened() as stream:
+            _header(stream)
+            stream.seek(stream.tell() + start * size)
+            for first in range(start, stop, batch_size):
+                count = min(batch_size, stop - first)
+                data = stream.read(count * size)
+                if len(data) < count * size:
+                    raise ValueError(f"{self.path} was cut: it ends before image {first + count}.")
+                yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
 
     def digest(self) -> str:
         return file_sha256(self.path)
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """One sentence for what numpy and zipfile raise for damaged and foreign archives."""
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged, or not as numpy.savez writes ({error}).") from None
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 class DatasetImages:
@@ -195,7 +204,10 @@ def _folder_of_samples(folder: Path) -> tuple[Images, dict[str, Any]]:
                          "other samples.")  # fmt: skip
     if not facts["finished"] or not (folder / ARCHIVE_FILE).is_file():
         raise ValueError(f"{folder} is not finished: it has no {ARCHIVE_FILE} yet. The same dit-hub sample resumes.")
-    return ArchiveImages(folder / ARCHIVE_FILE), facts
+    images = ArchiveImages(folder / ARCHIVE_FILE)
+    if images.digest() != facts.get("sha256"):
+        raise ValueError(f"{folder / ARCHIVE_FILE} is not the archive that {FACTS_FILE} describes; sample again.")
+    return images, facts
 
 
 def open_reference(reference: Any, side: tuple[int, int]) -> Images | None:
@@ -222,7 +234,7 @@ def open_reference(reference: Any, side: tuple[int, int]) -> Images | None:
         else:
             images = DatasetImages(open_dataset(str(reference), side[0], 200, 0), str(reference))
     if images.side != side:
-        raise ValueError(f"The reference's images are {_size(images.side)}, and the samples are {_size(side)}; compare "
+        raise ValueError(f"The reference's images are {shown_size(images.side)}, and the samples are {shown_size(side)}; compare "
                          "images of one size.")  # fmt: skip
     return images
 
@@ -235,8 +247,9 @@ def _names(path: Path) -> set[str]:
         raise ValueError(f"{path} is not an archive of numpy's, or was cut.") from None
 
 
-def _size(side: tuple[int, int]) -> str:
-    return f"{side[1]}x{side[0]}"
+def shown_size(side: tuple[int, int] | None) -> str:
+    """A size for messages: "width x height"."""
+    return f"{side[1]}x{side[0]}" if side else "unknown size"
 
 
 def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -254,5 +267,5 @@ def _check_form(what: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         grey = len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)
         hint = " Repeat grey images as three channels." if dtype == np.uint8 and grey else ""
         raise ValueError(f"{what} must be colour images, uint8 (N, H, W, 3), not {dtype} {shown(shape)}.{hint}")
-    if shape[0] < 2:
-        raise ValueError(f"{what} holds {shape[0]} image; metrics need two or more.")
+    if shape[0] < 2 or min(shape) < 1:
+        raise ValueError(f"{what} holds {shape[0]} image; metrics need two or more, with pixels.")

@@ -118,7 +118,9 @@ def kernel_distances(
 ) -> np.ndarray:
     """The values of which `kernel_distance` is the mean; subsets are no larger than the smaller set."""
     real, fake = _pair(real, fake)
-    size = min(subset_size, len(real), len(fake))
+    size = min(whole_number("subset_size", subset_size, 2), len(real), len(fake))
+    if size < 2:
+        raise ValueError("The kernel distance needs two samples or more of each set.")
     random, values = np.random.RandomState(seed), []
     for _ in range(whole_number("subsets", subsets, 1)):
         x = fake[random.choice(len(fake), size, replace=False)]
@@ -186,6 +188,7 @@ def monge_distance(real: Features, fake: Features, projections: int = 1000, seed
     """
     real, fake = (torch.from_numpy(rows) for rows in _pair(real, fake, np.float32))
     generator, size = torch.Generator().manual_seed(seed), real.shape[1]
+    projections = whole_number("projections", projections, 1)
     left, right, widths = _quantile_steps(len(real), len(fake))
     total, step = 0.0, 100
     for start in range(0, projections, step):

@@ -31,6 +31,10 @@ _DETERMINING = {
     "image_size": "another size",
 }
 
+# What other code reads of the facts, which a person may have changed.
+_KINDS = {"runtime": str, "precision": dict, "scheduler": dict, "steps": int, "guidance": dict, "num": int,
+          "finished": bool, "weights": dict, "seed": int, "runs": list, "labels": (dict, type(None))}  # fmt: skip
+
 _PACKAGES = ("dit-hub", "torch", "diffusers", "transformers", "numpy", "pillow")
 
 # Suffixes of files in a component's folder that hold no weights.
@@ -86,11 +90,13 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         version = facts["schema_version"]
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise ValueError(f"{path} is damaged, and does not say how the images were made; delete the folder.") from None
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path} has the version {shown(version)}, and this dit-hub reads {SCHEMA_VERSION}; update "
                          "dit-hub.")  # fmt: skip
+    if wrong := [name for name, kind in _KINDS.items() if not isinstance(facts.get(name, ""), kind)]:
+        raise ValueError(f"{path} is damaged: its {wrong[0]} is {shown(facts.get(wrong[0]))}.")
     return facts
 
 

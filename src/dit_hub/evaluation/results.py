@@ -86,7 +86,7 @@ class Evaluation:
     def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
         """Write evaluation.json, whole or not at all."""
         with new_file(path, overwrite) as building:
-            building.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            building.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
 def how_made(samples: dict[str, Any]) -> str:
@@ -121,13 +121,16 @@ def load_evaluation(path: str | os.PathLike) -> Evaluation:
         facts = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}; dit-hub evaluate writes it.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("version"), int):
         raise ValueError(f"{path} is not a result of dit-hub evaluate.")
     if facts["version"] > SCHEMA_VERSION:
         raise ValueError(f"{path} has version {facts['version']}, which a newer dit-hub wrote; this one reads up to "
                          f"{SCHEMA_VERSION}.")  # fmt: skip
+    parts = ("samples", "reference", "extractors", "options", "versions")
+    if wrong := [name for name in parts if not isinstance(facts.get(name, {}), dict)]:
+        raise ValueError(f"{path} is damaged: its {wrong[0]} is no object.")
     names = [field.name for field in fields(Result)]
     try:
         results = [Result(**{name: result[name] for name in names}) for result in facts.pop("results")]

@@ -140,7 +140,7 @@ def label_of_each(labels: Any, num: int, seed: int, pipeline: Any) -> np.ndarray
         return (np.random.PCG64(seed).random_raw(num) % np.uint64(count)).astype(np.int64)
     if isinstance(labels, (str, os.PathLike)):
         try:
-            lines = Path(labels).read_text().splitlines()
+            lines = Path(labels).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"The labels are balanced, random or a text file, and {labels} cannot be read as one "
                              f"({error}).") from None  # fmt: skip

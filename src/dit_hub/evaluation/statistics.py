@@ -118,7 +118,15 @@ def as_array(features: Features, dtype: Any = None, offset: int = 0) -> np.ndarr
     Raises:
         ValueError: another shape, or a feature that is NaN or infinite.
     """
-    array = features.detach().cpu().float().numpy() if isinstance(features, Tensor) else np.asarray(features)
+    if isinstance(features, Tensor):
+        array = (features if features.dtype == torch.float64 else features.float()).detach().cpu().numpy()
+    else:
+        array = np.asarray(features)
+    if array.dtype.kind not in "fiu" or array.dtype.itemsize > 8:
+        raise ValueError(f"Features must be numbers of up to 64 bits, not {array.dtype}.")
+    array = array.astype(
+        np.float32 if array.dtype.itemsize <= 4 and array.dtype.kind == "f" else np.float64, copy=False
+    )
     if array.ndim != 2 or not array.size:
         raise ValueError(f"Features must be (N, D), not {array.shape}.")
     if not np.isfinite(array).all():
@@ -129,7 +137,11 @@ def as_array(features: Features, dtype: Any = None, offset: int = 0) -> np.ndarr
 
 def statistics_of(features: "Features | Statistics") -> Statistics:
     """The statistics of (N, D) features; statistics are returned as they are."""
-    return features if isinstance(features, Statistics) else Moments(features.shape[1]).add(features).statistics
+    if isinstance(features, Statistics):
+        return features
+    if not isinstance(features, (np.ndarray, Tensor)) or features.ndim != 2:
+        features = as_array(features)  # which says what is wrong with it
+    return Moments(features.shape[1]).add(features).statistics
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -146,11 +158,13 @@ class StatisticsFile:
         statistics: by the extractor's output: "features" and, where it is there, "spatial".
         extractor: name of the extractor; None where the file does not say, as ADM's do not.
         fingerprint: of the extractor's weights.
+        side: (height, width) of the images; None where the file does not say.
     """
 
     statistics: dict[str, Statistics] = field(default_factory=dict)
     extractor: str | None = None
     fingerprint: str | None = None
+    side: tuple[int, int] | None = None
 
 
 def save_statistics(file: StatisticsFile, path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -161,6 +175,8 @@ def save_statistics(file: StatisticsFile, path: str | os.PathLike, overwrite: bo
         arrays |= {mean: statistics.mean, covariance: statistics.covariance, "count": np.array(statistics.count)}
     if file.extractor is not None:
         arrays |= {"extractor": np.array(file.extractor), "fingerprint": np.array(file.fingerprint)}
+    if file.side is not None:
+        arrays["side"] = np.array(file.side)
     with new_file(path, overwrite) as building, open(building, "wb") as stream:
         np.savez(stream, **arrays)
 
@@ -178,7 +194,9 @@ def load_statistics(path: str | os.PathLike) -> StatisticsFile | None:
             present = {output: keys for output, keys in _KEYS.items() if names.issuperset(keys)}
             arrays = {key: archive[key] for keys in present.values() for key in keys}
             notes = {key: archive[key].item() for key in ("extractor", "fingerprint", "count") if key in names}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            side = tuple(int(length) for length in archive["side"]) if "side" in names else None
+            count = int(notes.get("count", 0))
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
         if isinstance(error, FileNotFoundError):
             raise ValueError(f"There is no file {path}.") from None
         raise ValueError(f"{path} is not an archive of numpy's: {str(error).removesuffix('.')}.") from None
@@ -190,6 +208,17 @@ def load_statistics(path: str | os.PathLike) -> StatisticsFile | None:
             raise ValueError(f"{path}: {mean} must be (D,) floats and {covariance} (D, D).")
         if not (np.isfinite(arrays[mean]).all() and np.isfinite(arrays[covariance]).all()):
             raise ValueError(f"{path}: {listed([mean, covariance])} hold values that are not finite.")
-        count = int(notes.get("count", 0))
+        if not _is_covariance(arrays[mean], arrays[covariance]):
+            raise ValueError(f"{path}: {covariance} is no covariance of the features of {mean}.")
         found[output] = Statistics(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), count)
-    return StatisticsFile(found, notes.get("extractor"), notes.get("fingerprint"))
+    height_width = (side[0], side[1]) if side and len(side) == 2 else None
+    return StatisticsFile(found, notes.get("extractor"), notes.get("fingerprint"), height_width)
+
+
+def _is_covariance(mean: np.ndarray, covariance: np.ndarray) -> bool:
+    """Whether a matrix has the form of a covariance: square, symmetric, without negative variances."""
+    fitting = covariance.shape == (len(mean), len(mean))
+    scale = np.abs(covariance).max() if fitting else 0
+    return fitting and bool(
+        np.allclose(covariance, covariance.T, atol=1e-6 * scale) and (covariance.diagonal() >= 0).all()
+    )

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from ..checks import whole_number
+from ..checks import real_number, whole_number
 from ..configuration_dit import DiTConfig, nearest
+from ..schedulers import SCHEDULERS
 from ..training.recipe import Recipe, get_recipe
 from .estimates import METRICS
 
@@ -216,6 +217,13 @@ def check_sampling(sampling: dict[str, Any], sample: Callable[..., Any]) -> None
     known = [name for name in inspect.signature(sample).parameters if name not in own] + ["scheduler"]
     if unknown := [str(name) for name in sampling if name not in known]:
         raise ValueError(f"sampling has no field {unknown[0]!r}. The nearest names: {nearest(unknown[0], known)}.")
+    if (name := sampling.get("scheduler", "ddpm")) not in SCHEDULERS:
+        raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
+    for field in ("num_inference_steps", "batch_size"):
+        if sampling.get(field) is not None:
+            whole_number(field, sampling[field], 1)
+    if sampling.get("guidance_scale") is not None:
+        real_number("guidance_scale", sampling["guidance_scale"])
 
 
 def _check_type(name: str, value: Any, kind: Any, what: str) -> None:
