@@ -161,7 +161,7 @@ PLAN: dict[str, Any] = {
     "sizes": SMALL_SIZES,
     "patches": [8, 4],
     "every": 4,
-    "samples": 16,
+    "samples": 40,
     "sampling": {"steps": 2},
 }
 
@@ -200,7 +200,7 @@ def test_the_shipped_plans_are_sound() -> None:
         ({"patches": [3]}, "S/3: sample_size 16 is not divisible by patch_size 3"),
         ({"patches": [8, 8]}, "Two models of the plan are named S-8"),
         ({"patches": 4}, "patches must be a list of whole numbers, not 4"),
-        ({"samples": 1}, "samples must be 2 or more, not 1"),
+        ({"samples": 39}, "samples must be 40 or more, not 39"),
         ({"metrics": []}, "metrics must name at least one metric"),
         ({"metrics": ["fdi"]}, "There is no metric 'fdi'. The nearest names: fid"),
         ({"metrics": ["precision", "fid"]}, "metrics begins with 'precision', by which higher is better"),
@@ -291,7 +291,7 @@ def test_a_study_trains_scores_and_judges(finished: tuple[Path, FewSteps]) -> No
 
 
 def test_a_study_of_dit_hubs_own_samples_and_metrics(tmp_path: Path) -> None:
-    plan = {**PLAN, "every": 0, "samples": 32, "sampling": {"num_inference_steps": 2, "scheduler": "ddim"}}
+    plan = {**PLAN, "every": 0, "samples": 48, "sampling": {"num_inference_steps": 2, "scheduler": "ddim"}}
     (tmp_path / "plan.yaml").write_text(json.dumps({**plan, "metrics": ["fid", "precision"]}))
     run = dit_hub("study", "plan.yaml", "--out", "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -303,7 +303,7 @@ def test_a_study_of_dit_hubs_own_samples_and_metrics(tmp_path: Path) -> None:
         assert fid["low"] < fid["value"] < fid["high"]
         assert fid["name"] == "FD-shapes"
         place = tmp_path / "out" / "cells" / cell["name"].replace("/", "-") / "samples"
-        assert np.load(place / "samples.npz")["arr_0"].shape == (32, 16, 16, 3)
+        assert np.load(place / "samples.npz")["arr_0"].shape == (48, 16, 16, 3)
     # Models of eight steps draw noise, as the untrained one does.
     assert {claim["verdict"] for claim in facts["claims"]} == {NOT_ENOUGH}
     assert "more than half of the untrained model's" in facts["claims"][0]["reason"]
@@ -320,6 +320,18 @@ def test_a_dry_run_shows_budgets_and_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
 
+def test_models_are_not_ranked_by_a_metric_without_interval(tmp_path: Path) -> None:
+    plan, tools = Plan(**{**PLAN, "metrics": ["fid_infinity"]}), FewSteps()
+
+    def without(samples: Path, *arguments: Any, **options: Any) -> Any:
+        evaluation = tools.evaluate(samples, *arguments, **options)
+        evaluation.results[0].low = evaluation.results[0].high = float("nan")
+        return evaluation
+
+    with pytest.raises(ValueError, match="gives no fid_infinity with an interval"):
+        run_study(plan, tmp_path / "out", tools=Tools(tools.sample, without))
+
+
 def test_a_finished_study_is_not_done_again(finished: tuple[Path, FewSteps]) -> None:
     folder, tools = finished
     before, count = (folder / "study.json").read_bytes(), len(tools.drawn)
@@ -330,8 +342,8 @@ def test_a_finished_study_is_not_done_again(finished: tuple[Path, FewSteps]) -> 
 
 def test_a_plan_may_grow_and_another_one_is_refused(finished: tuple[Path, FewSteps]) -> None:
     folder, tools = finished
-    with pytest.raises(ValueError, match="was made by another plan: samples is 16 there and 17 here"):
-        run_study(Plan(**{**PLAN, "samples": 17}), folder, tools=tools.tools)
+    with pytest.raises(ValueError, match="was made by another plan: samples is 40 there and 41 here"):
+        run_study(Plan(**{**PLAN, "samples": 41}), folder, tools=tools.tools)
     settings = {**PLAN["settings"], "learning_rate": 1e-2}
     with pytest.raises(ValueError, match="was made by another plan: recipe is"):
         run_study(Plan(**{**PLAN, "settings": settings}), folder, tools=tools.tools)
