@@ -17,7 +17,7 @@ from PIL import Image
 from dit_hub import DiTPipeline
 from dit_hub.evaluation.study import paper_study, run_study
 from dit_hub.evaluation.study_cells import StoppedError, Tools, claimed
-from dit_hub.evaluation.study_claims import NOT_ENOUGH, NOT_SUPPORTED, SUPPORTED, Cell, Score, correlation, judge
+from dit_hub.evaluation.study_claims import NOT_ENOUGH, NOT_SUPPORTED, NOT_TESTED, SUPPORTED, Cell, Score, correlation, judge
 from dit_hub.evaluation.study_plan import Plan, read_plan
 from dit_hub.evaluation.study_plot import paper_cells, plot_gmacs, plot_steps
 from dit_hub.paper import paper_correlations, paper_sizes
@@ -133,7 +133,7 @@ def test_models_that_are_hardly_better_than_noise_tell_nothing() -> None:
 
 def test_a_study_without_pairs_says_so() -> None:
     claims = judge([cell for cell in grid(by_gmacs) if cell.size == "S"])
-    assert [claim.verdict for claim in claims] == [NOT_SUPPORTED, SUPPORTED, NOT_SUPPORTED]
+    assert [claim.verdict for claim in claims] == [NOT_TESTED, SUPPORTED, NOT_TESTED]
     assert "no two models that differ only in this" in claims[0].reason
     assert "at least two sizes" in claims[2].reason
 

@@ -152,8 +152,7 @@ def run_study(
         raise ValueError(f"{folder} is a file, not a folder.")
     places = [folder / "cells" / cell.folder_name for cell in planned]
     for cell, place in zip(planned, places, strict=True):  # before the work
-        if record := finished_cell(place):
-            check_same_plan(record, cell, plan, place)
+        check_same_plan(cell, plan, place)
     for cell, place in zip(planned, places, strict=True):
         with claimed(place) as ours:
             if ours and finished_cell(place) is None:

@@ -20,10 +20,14 @@ from ..training.checkpoints import checkpoints, remove_checkpoints
 from ..training.loop import train
 from ..training.monitor import Report
 from ..training.output import save_result
+from .extractors import full_precision
 from .study_claims import Cell, Score
 from .study_plan import Plan, PlannedCell, recipe_facts
 
 CELL_FILE = "cell.json"
+
+# What a cell was begun with; nothing of another plan is taken for its own.
+_SETUP = "setup.json"
 MODEL_FOLDER, _RUN = "model", "run"
 
 
@@ -61,10 +65,15 @@ def finished_cell(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{file} is damaged ({error}); remove it to do this model again.") from None
 
 
-def check_same_plan(record: dict[str, Any], cell: PlannedCell, plan: Plan, folder: Path) -> None:
-    """Raise ValueError if a finished cell was made by another plan."""
-    ours = json.loads(json.dumps({**plan.facts(), "recipe": recipe_facts(cell)}))
-    theirs = record["setup"]
+def check_same_plan(cell: PlannedCell, plan: Plan, folder: Path) -> None:
+    """Raise ValueError if a cell that was begun is one of another plan."""
+    ours, file = json.loads(json.dumps(_setup(cell, plan))), folder / _SETUP
+    if not file.is_file():
+        return
+    try:
+        theirs = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file} is damaged; remove {folder} to do this model again.") from None
     if differing := [name for name in ours if theirs.get(name) != ours[name]]:
         raise ValueError(f"{folder} was made by another plan: {differing[0]} is {theirs.get(differing[0])!r} there and "
                          f"{ours[differing[0]]!r} here; choose another --out.")  # fmt: skip
@@ -96,6 +105,9 @@ def run_cell(cell: PlannedCell, plan: Plan, folder: Path, tools: Tools, report: 
         StoppedError: training was asked to stop.
         ValueError: as `train`, and what the tools raise.
     """
+    check_same_plan(cell, plan, folder)
+    with new_file(folder / _SETUP, overwrite=True) as file:
+        file.write_text(json.dumps(_setup(cell, plan)) + "\n", encoding="utf-8")
     facts = {} if cell.recipe is None else _train(cell, folder, report)
     source = cell.folder or str(folder / MODEL_FOLDER)
     last = facts.get("steps", 0)
@@ -107,11 +119,15 @@ def run_cell(cell: PlannedCell, plan: Plan, folder: Path, tools: Tools, report: 
     results.append({"step": last, "scores": _score(source, plan, folder / "samples", tools)})
     config: Any = DiTPipeline.from_pretrained(source).transformer.config
     record = {"name": cell.name, **_size_facts(cell, config), **facts, "results": results,
-              "setup": {**plan.facts(), "recipe": recipe_facts(cell)}}  # fmt: skip
+              "setup": _setup(cell, plan)}  # fmt: skip
     with new_file(folder / CELL_FILE, overwrite=True) as file:
         file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     remove_checkpoints(folder / _RUN)
     return record
+
+
+def _setup(cell: PlannedCell, plan: Plan) -> dict[str, Any]:
+    return {**plan.facts(), "recipe": recipe_facts(cell)}
 
 
 def _train(cell: PlannedCell, folder: Path, report: Report) -> dict[str, Any]:
@@ -153,7 +169,8 @@ def score(pipeline: Any, plan: Plan, samples: Path, tools: Tools, file: Path) ->
         pipeline.scheduler = switch_scheduler(pipeline.scheduler, sampling.pop("scheduler"))
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    tools.sample(pipeline, samples, plan.samples, **sampling)
+    with full_precision():  # as `dit-hub sample` draws
+        tools.sample(pipeline, samples, plan.samples, **sampling)
     reference, extractor = plan.references
     evaluation = tools.evaluate(samples, reference, metrics=list(plan.metrics), extractor=extractor,
                                 device=pipeline.device)  # fmt: skip

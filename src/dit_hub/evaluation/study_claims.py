@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 SUPPORTED, NOT_SUPPORTED, NOT_ENOUGH = "supported", "not supported", "not enough training"
+NOT_TESTED = "not tested"
 
 # Loss that fell by more than this share between the last two fifths of a run is still falling.
 _FALLING = 0.03
@@ -85,7 +86,8 @@ def judge(cells: Sequence[Cell], metric: str = "FID", untrained: float | None = 
     """The paper's three claims in the light of some models (paper, Section 5).
 
     A difference between two models counts where their intervals do not overlap. A claim that the models do not bear out
-    is "not enough training" rather than "not supported" where their training was too short to tell.
+    is "not enough training" rather than "not supported" where their training was too short to tell, and "not tested"
+    where no two of them could bear it out.
 
     Args:
         cells: the models.
@@ -103,6 +105,9 @@ def judge(cells: Sequence[Cell], metric: str = "FID", untrained: float | None = 
     short = "; ".join(_short_runs(cells))
     claims = []
     for claim, (holds, reason) in zip(_CLAIMS, outcomes, strict=True):
+        if holds is None:
+            claims.append(Claim(claim, NOT_TESTED, reason))
+            continue
         verdict = SUPPORTED if holds else NOT_ENOUGH if short else NOT_SUPPORTED
         claims.append(Claim(claim, verdict, reason if holds or not short else f"{reason} {short}."))
     return claims
@@ -123,10 +128,10 @@ def _groups(cells: Iterable[Cell], key: Callable[[Cell], object]) -> list[list[C
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _compare(groups: list[list[Cell]], metric: str) -> tuple[bool, str]:
+def _compare(groups: list[list[Cell]], metric: str) -> tuple[bool | None, str]:
     """Whether in each group no model is worse than a cheaper neighbour, and the dearest better than the cheapest."""
     if not groups:
-        return False, "The study has no two models that differ only in this."
+        return None, "The study has no two models that differ only in this."
     pairs = [pair for group in groups for pair in itertools.pairwise(group)]
     worse = [pair for pair in pairs if pair[0].score.high < pair[1].score.low]
     better = sum(pair[1].score.high < pair[0].score.low for pair in pairs)
@@ -146,25 +151,33 @@ def _pair(cheap: Cell, dear: Cell, metric: str) -> str:
                         f"{cell.name}" for cell in (cheap, dear))  # fmt: skip
 
 
-def _compare_correlations(cells: Sequence[Cell], metric: str) -> tuple[bool, str]:
-    """Whether scores fall with multiply-accumulates, and more closely than with parameters, in draws too."""
+def _compare_correlations(cells: Sequence[Cell], metric: str) -> tuple[bool | None, str]:
+    """Whether scores fall with multiply-accumulates, and more closely than with parameters.
+
+    The second is asked in draws of the models, with replacement, and of their scores within the intervals.
+    """
     if len(cells) < 4 or not _groups(cells, lambda cell: cell.patch) or not _groups(cells, lambda cell: cell.size):
-        return False, "This needs at least two sizes, each with two patches."
+        return None, "This needs at least two sizes, each with two patches."
     logs = [np.log10([by(cell) for cell in cells]) for by in (lambda c: c.gmacs, lambda c: c.parameters)]
     scores = np.array([cell.score.value for cell in cells])
     gmacs, parameters = (_pearson(scores, log) for log in logs)
     # Fisher's transformation: above 1.96 the correlation is not zero.
     significant = gmacs < 0 and (gmacs == -1 or -math.atanh(gmacs) * math.sqrt(len(cells) - 3) > 1.96)
     spread = np.array([(cell.score.high - cell.score.low) / (2 * 1.96) for cell in cells])
-    draws = scores + spread * np.random.default_rng(0).standard_normal((_DRAWS, len(cells)))
-    closer = float(np.mean([_pearson(draw, logs[0]) < _pearson(draw, logs[1]) for draw in draws]))
+    random, closer = np.random.default_rng(0), []
+    for _ in range(_DRAWS):
+        models = random.integers(len(cells), size=len(cells))
+        draw = (scores + spread * random.standard_normal(len(cells)))[models]
+        if len(np.unique(models)) > 2 and all(np.ptp(log[models]) for log in logs):
+            closer.append(_pearson(draw, logs[0][models]) < _pearson(draw, logs[1][models]))
+    share = float(np.mean(closer))
     reason = (f"The correlation of the {metric} is {gmacs:.2f} with the logarithm of the multiply-accumulates and "
               f"{parameters:.2f} with that of the parameters")  # fmt: skip
     if not significant:
         return False, f"{reason}; the first is not clearly below zero for {len(cells)} models."
-    if closer < _CONFIDENCE:
-        return False, f"{reason}; within the intervals the first is the stronger one in {closer:.0%} of draws only."
-    return True, f"{reason}."
+    if share < _CONFIDENCE:
+        return False, f"{reason}; the first is the stronger one in {share:.1%} of draws of the models only."
+    return True, f"{reason}; the first is the stronger one in {share:.1%} of draws of the models."
 
 
 def _short_runs(cells: Sequence[Cell]) -> list[str]:
