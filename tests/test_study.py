@@ -17,7 +17,16 @@ from PIL import Image
 from dit_hub import DiTPipeline
 from dit_hub.evaluation.study import paper_study, run_study
 from dit_hub.evaluation.study_cells import StoppedError, Tools, claimed
-from dit_hub.evaluation.study_claims import NOT_ENOUGH, NOT_SUPPORTED, NOT_TESTED, SUPPORTED, Cell, Score, correlation, judge
+from dit_hub.evaluation.study_claims import (
+    NOT_ENOUGH,
+    NOT_SUPPORTED,
+    NOT_TESTED,
+    SUPPORTED,
+    Cell,
+    Score,
+    correlation,
+    judge,
+)
 from dit_hub.evaluation.study_plan import Plan, read_plan
 from dit_hub.evaluation.study_plot import paper_cells, plot_gmacs, plot_steps
 from dit_hub.paper import paper_correlations, paper_sizes
