@@ -170,7 +170,7 @@ PLAN: dict[str, Any] = {
     "sizes": SMALL_SIZES,
     "patches": [8, 4],
     "every": 4,
-    "samples": 16,
+    "samples": 40,
     "sampling": {"steps": 2},
 }
 
@@ -209,7 +209,7 @@ def test_the_shipped_plans_are_sound() -> None:
         ({"patches": [3]}, "S/3: sample_size 16 is not divisible by patch_size 3"),
         ({"patches": [8, 8]}, "Two models of the plan are named S-8"),
         ({"patches": 4}, "patches must be a list of whole numbers, not 4"),
-        ({"samples": 1}, "samples must be 2 or more, not 1"),
+        ({"samples": 39}, "samples must be 40 or more, not 39"),
         ({"metrics": []}, "metrics must name at least one metric"),
         ({"metrics": ["fdi"]}, "There is no metric 'fdi'. The nearest names: fid"),
         ({"metrics": ["precision", "fid"]}, "metrics begins with 'precision', by which higher is better"),
@@ -329,6 +329,18 @@ def test_a_dry_run_shows_budgets_and_writes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.yaml"]
 
 
+def test_models_are_not_ranked_by_a_metric_without_interval(tmp_path: Path) -> None:
+    plan, tools = Plan(**{**PLAN, "metrics": ["fid_infinity"]}), FewSteps()
+
+    def without(samples: Path, *arguments: Any, **options: Any) -> Any:
+        evaluation = tools.evaluate(samples, *arguments, **options)
+        evaluation.results[0].low = evaluation.results[0].high = float("nan")
+        return evaluation
+
+    with pytest.raises(ValueError, match="gives no fid_infinity with an interval"):
+        run_study(plan, tmp_path / "out", tools=Tools(tools.sample, without))
+
+
 def test_a_finished_study_is_not_done_again(finished: tuple[Path, FewSteps]) -> None:
     folder, tools = finished
     before, count = (folder / "study.json").read_bytes(), len(tools.drawn)
@@ -339,8 +351,8 @@ def test_a_finished_study_is_not_done_again(finished: tuple[Path, FewSteps]) -> 
 
 def test_a_plan_may_grow_and_another_one_is_refused(finished: tuple[Path, FewSteps]) -> None:
     folder, tools = finished
-    with pytest.raises(ValueError, match="was made by another plan: samples is 16 there and 17 here"):
-        run_study(Plan(**{**PLAN, "samples": 17}), folder, tools=tools.tools)
+    with pytest.raises(ValueError, match="was made by another plan: samples is 40 there and 41 here"):
+        run_study(Plan(**{**PLAN, "samples": 41}), folder, tools=tools.tools)
     settings = {**PLAN["settings"], "learning_rate": 1e-2}
     with pytest.raises(ValueError, match="was made by another plan: recipe is"):
         run_study(Plan(**{**PLAN, "settings": settings}), folder, tools=tools.tools)

@@ -174,6 +174,10 @@ def score(pipeline: Any, plan: Plan, samples: Path, tools: Tools, file: Path) ->
     reference, extractor = plan.references
     evaluation = tools.evaluate(samples, reference, metrics=list(plan.metrics), extractor=extractor,
                                 device=pipeline.device)  # fmt: skip
+    ranked = next((result for result in evaluation.results if result.id == plan.metric), None)
+    if ranked is None or ranked.low is None or math.isnan(ranked.low):
+        raise ValueError(f"The evaluation gives no {plan.metric} with an interval, by which models could be told "
+                         "apart; put another metric first.")  # fmt: skip
     scores = [{"metric": result.id, "name": result.metric, "value": result.value, "low": _known(result.low, result),
                "high": _known(result.high, result)} for result in evaluation.results]  # fmt: skip
     with new_file(file, overwrite=True) as path:

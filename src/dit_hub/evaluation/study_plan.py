@@ -12,7 +12,7 @@ from ..checks import real_number, whole_number
 from ..configuration_dit import DiTConfig, nearest
 from ..schedulers import SCHEDULERS
 from ..training.recipe import Recipe, get_recipe
-from .estimates import METRICS
+from .estimates import GROUPS, METRICS
 
 # Data that come with the package, or with scikit-learn, and have an extractor of their own.
 _BUILT_IN = ("shapes", "digits")
@@ -87,7 +87,7 @@ class Plan:
         for patch in self.patches:
             whole_number("patches", patch, 1)
         whole_number("every", self.every, 0)
-        whole_number("samples", self.samples, 2)
+        whole_number("samples", self.samples, 2 * GROUPS)  # fewer tell no interval
         _check_type("metrics", self.metrics, (list, tuple), "a list of names")
         if not self.metrics:
             raise ValueError("metrics must name at least one metric, such as fid.")
