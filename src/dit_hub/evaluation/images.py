@@ -234,8 +234,8 @@ def open_reference(reference: Any, side: tuple[int, int]) -> Images | None:
         else:
             images = DatasetImages(open_dataset(str(reference), side[0], 200, 0), str(reference))
     if images.side != side:
-        raise ValueError(f"The reference's images are {shown_size(images.side)}, and the samples are {shown_size(side)}; compare "
-                         "images of one size.")  # fmt: skip
+        raise ValueError(f"The reference's images are {shown_size(images.side)}, and the samples are "
+                         f"{shown_size(side)}; compare images of one size.")  # fmt: skip
     return images
 
 

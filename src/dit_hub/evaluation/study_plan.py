@@ -219,9 +219,9 @@ def check_sampling(sampling: dict[str, Any], sample: Callable[..., Any]) -> None
         raise ValueError(f"sampling has no field {unknown[0]!r}. The nearest names: {nearest(unknown[0], known)}.")
     if (name := sampling.get("scheduler", "ddpm")) not in SCHEDULERS:
         raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
-    for field in ("num_inference_steps", "batch_size"):
-        if sampling.get(field) is not None:
-            whole_number(field, sampling[field], 1)
+    for setting in ("num_inference_steps", "batch_size"):
+        if sampling.get(setting) is not None:
+            whole_number(setting, sampling[setting], 1)
     if sampling.get("guidance_scale") is not None:
         real_number("guidance_scale", sampling["guidance_scale"])
 
