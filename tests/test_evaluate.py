@@ -28,6 +28,7 @@ from dit_hub.evaluation.evaluate import collect
 from dit_hub.evaluation.images import ArchiveImages, ArrayImages, open_reference, open_samples
 from dit_hub.evaluation.inception import Inception, load_inception
 from dit_hub.files import file_sha256
+from dit_hub.manifest import foreign_files, write_manifest
 from dit_hub.training.data import digits
 from dit_hub.training.shapes import shapes
 from together import Together
@@ -372,6 +373,7 @@ def test_results_are_kept_and_compared(tmp_path: Path) -> None:
 def test_the_command_line_measures_compares_and_fills_a_card(samples: Path, make_model: Any, tmp_path: Path) -> None:
     DiTPipeline(make_model(), DDIMScheduler()).save_pretrained(tmp_path / "model")
     command = ("evaluate", str(samples), "--reference", "shapes", "--extractor", "shapes")
+    write_manifest(tmp_path / "model")  # as all commands leave it
     weights = tmp_path / "model" / "transformer" / "model.safetensors"
     drawn = {
         **json.loads((samples / "sampling.json").read_text()),
@@ -384,6 +386,7 @@ def test_the_command_line_measures_compares_and_fills_a_card(samples: Path, make
     facts = json.loads((samples / "evaluation.json").read_text())
     assert facts["version"] == 1
     assert facts["samples"]["sampling"] == drawn
+    assert not list(foreign_files(tmp_path / "model"))
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| shapes | FD-shapes | " in card
     assert "160 samples, balanced labels, 50 steps of DDIM, guidance 4, float32 DiTTransformer, seed 0" in card

@@ -109,6 +109,7 @@ def _evaluate(
     from .. import evaluation
     from ..evaluation.results import RESULTS_FILE
     from ..files import new_file
+    from ..manifest import note_written
     from ..sources import CARD_FILE
 
     worker = Worker.from_environment()
@@ -140,6 +141,8 @@ def _evaluate(
         found.save(card / RESULTS_FILE, overwrite=True)
         with new_file(card / CARD_FILE, overwrite=True) as path:
             render_card(card).save(path)
+        for name in (RESULTS_FILE, CARD_FILE):
+            note_written(card / name)
         print(f"The card is {card / CARD_FILE}")
 
 
