@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from allocated import most_allocated
 from dit_hub import DiTConfig, DiTTransformer
 from dit_hub.flops import example_inputs, measure
 from dit_hub.training import budget as budget_module
@@ -38,13 +39,7 @@ def allocated_at_once(config: DiTConfig, batch_size: int, half: torch.dtype | No
     step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    live = peak = 0
-    results: Any = profiler.profiler
-    for event in sorted(results.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+    return most_allocated(profiler)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

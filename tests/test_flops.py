@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from allocated import most_allocated
 from dit_hub import DiTConfig, DiTTransformer
 from dit_hub.flops import PARTS, Count, count, example_inputs, measure
 from dit_hub.paper import PaperModel, paper_correlations, paper_models, paper_results, paper_sizes
@@ -87,14 +88,8 @@ def allocated_at_once(config: DiTConfig) -> int:
         model(*inputs)  # caches tables
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             output = model(*inputs)
-    live = peak = 0
-    results: Any = profiler.profiler
-    for event in sorted(results.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
     del output
-    return peak
+    return most_allocated(profiler)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -162,7 +162,7 @@ def _check_card(card: Path, samples: str, overwrite: bool) -> None:
     """Raise ValueError where results of samples do not belong on the card of a model's folder."""
     from dit_hub.model_cards import is_own_card
 
-    from ..evaluation.images import open_samples
+    from ..evaluation.images import finished_facts, open_samples
     from ..files import file_sha256
     from ..sources import CARD_FILE
 
@@ -170,7 +170,7 @@ def _check_card(card: Path, samples: str, overwrite: bool) -> None:
         raise ValueError(f"{card} is no folder of a model.")
     if (card / CARD_FILE).is_file() and not is_own_card(card / CARD_FILE) and not overwrite:
         raise ValueError(f"{card / CARD_FILE} was written by a person; pass --overwrite to replace it.")
-    sampling = open_samples(samples)[1]
+    sampling = finished_facts(Path(samples)) if Path(samples).is_dir() else open_samples(samples)[1]
     if not sampling:
         raise ValueError(f"Nothing says how {samples} was made, and a card shows no results without that; evaluate a "
                          "folder of dit-hub sample.")  # fmt: skip

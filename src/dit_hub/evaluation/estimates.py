@@ -97,9 +97,9 @@ def groups_of(fake: "Collected", seed: int) -> list[np.ndarray]:
 
 def mean_error(values: np.ndarray, fake: "Collected", seed: int) -> float:
     """The standard error of the mean of a value of each sample, from the means of groups; NaN for too few."""
-    if not groups_of(fake, seed):
+    if not (parts := groups_of(fake, seed)):
         return math.nan
-    means = np.array([values[part].mean() for part in groups_of(fake, seed)])
+    means = np.array([values[part].mean() for part in parts])
     return float(means.std(ddof=1) / math.sqrt(len(means)))
 
 

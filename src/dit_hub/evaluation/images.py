@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,6 +120,10 @@ class ArchiveImages:
                 yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
 
     def digest(self) -> str:
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         return file_sha256(self.path)
 
 
@@ -197,14 +202,23 @@ def has_own_size(images: Any) -> bool:
     return (path / FACTS_FILE).is_file() or (path.is_file() and path.suffix == ".npz" and "arr_0" in _names(path))
 
 
-def _folder_of_samples(folder: Path) -> tuple[Images, dict[str, Any]]:
+def finished_facts(folder: Path) -> dict[str, Any]:
+    """How the samples of a folder were made; their archive, of gigabytes, is not read.
+
+    Raises:
+        ValueError: it is no folder of `dit-hub sample`, or not finished.
+    """
     facts = read_facts(folder)
     if facts is None:
         raise ValueError(f"{folder} is not a folder of dit-hub sample: it has no {FACTS_FILE}. Give an .npz archive of "
                          "other samples.")  # fmt: skip
     if not facts["finished"] or not (folder / ARCHIVE_FILE).is_file():
         raise ValueError(f"{folder} is not finished: it has no {ARCHIVE_FILE} yet. The same dit-hub sample resumes.")
-    images = ArchiveImages(folder / ARCHIVE_FILE)
+    return facts
+
+
+def _folder_of_samples(folder: Path) -> tuple[Images, dict[str, Any]]:
+    facts, images = finished_facts(folder), ArchiveImages(folder / ARCHIVE_FILE)
     if images.digest() != facts.get("sha256"):
         raise ValueError(f"{folder / ARCHIVE_FILE} is not the archive that {FACTS_FILE} describes; sample again.")
     return images, facts
