@@ -18,12 +18,14 @@ from torch import Tensor
 
 from dit_hub.configuration_dit import DiTConfig
 from dit_hub.runtime import Provider, RuntimeOptions
+from dit_hub.tables import COLUMNS
 
 MODEL_FILE, CONDITIONER_FILE = "model.onnx", "conditioner.onnx"
 
-# Names of dynamic dimensions besides "batch": pairs of timestep and class; height and width in patches; steps; draws of
-# noise, one for each step or a single one; rows, as many as the batch, or twice that for guidance.
-PAIRS, GRID, STEPS, DRAWS, ROWS = "pairs", ("grid_height", "grid_width"), "steps", "draws", "rows"
+# Names of dynamic dimensions besides "batch": pairs of timestep and class; height and width in patches; steps; numbers
+# of a step; draws of noise, one for each step or a single one; rows, as many as the batch, or twice that for guidance.
+PAIRS, GRID, STEPS, NUMBERS = "pairs", ("grid_height", "grid_width"), "steps", "numbers"
+DRAWS, ROWS = "draws", "rows"
 
 # What the runtime must know of the file beyond config.json: "height_width", the only size it takes, or null for every
 # one; "precompute" ("hoist" in older exports), whether a conditioner lies beside it; and for OpenVINO "precision".
@@ -232,19 +234,29 @@ class Sampler(Component):
             latents: (N, C, H, W) noise.
             class_labels: (N,) integers, or None for unconditional models.
             guidance_scale: for models with a null class; 1 means no guidance and takes half the time.
-            table: (S, 9) of `dit_hub.solvers.solver_table`, an array or a tensor.
+            table: (S, 9 or more) of `dit_hub.solvers.solver_table`, an array or a tensor.
             noise: (M, N, C, H, W), of each step of a stochastic solver; the last one stands for all further steps.
 
         Returns:
             (N, C, H, W) latents.
+
+        Raises:
+            ValueError: a table that remembers more estimates than the file does.
         """
         self._check_size(latents)
+        self._check_history(table)
         null = self.config.null_class
         if class_labels is not None and null is not None and guidance_scale != 1:
             class_labels = torch.cat([class_labels, torch.full_like(class_labels, null)])
         scale = None if null is None else guidance_scale
         inputs = {"latents": latents, "table": table, "noise": noise}
         return self._run(self._place(**inputs, class_labels=class_labels, guidance_scale=scale))
+
+    def _check_history(self, table: Any) -> None:
+        needed, held = table.shape[1] - len(COLUMNS) + 1, self.settings.get("history", 1)
+        if needed > held:
+            raise ValueError(f"This solver needs {needed} estimates of earlier steps, and this export holds {held}; "
+                             "export the model again, or take a solver of order 2.")  # fmt: skip
 
     def evaluate(self, inputs: dict[str, Any]) -> Tensor:
         return self.sample(**{"class_labels": None, "guidance_scale": 1.0, **inputs})

@@ -13,15 +13,14 @@ from dit_hub.configuration_dit import DiTConfig
 from dit_hub.guidance import guide
 from dit_hub.modeling_dit import DiTTransformer
 from dit_hub.pipeline_dit import DiTPipeline
-from dit_hub.solvers import COLUMNS, solver_table
+from dit_hub.schedulers import TableScheduler, default_steps
+from dit_hub.solvers import initial_scale, solver_table
+from dit_hub.tables import COLUMNS, MAX_HISTORY
 from dit_hub.vaes import decode_latents
 
-from .component import DRAWS, MODEL_FILE, ROWS, STEPS
+from .component import DRAWS, MODEL_FILE, NUMBERS, ROWS, STEPS
 from .graphs import export_graph
 from .parts import BATCHES, MAX_DECODED, Plan, write_facts
-
-# The steps of the table that the file carries for those who bring none.
-DEFAULT_STEPS = 50
 
 _STEPS = 4  # of the reference
 
@@ -53,12 +52,13 @@ class _Sampler(nn.Module):
         last_noise = torch.scalar_tensor(noise.shape[0] - 1, dtype=torch.int64)
         conditions = self._conditions(table[:, 0], class_labels)  # (S, rows, K, D)
 
-        def unfinished(step: Tensor, sample: Tensor, previous: Tensor) -> Tensor:
+        def unfinished(step: Tensor, sample: Tensor, history: Tensor) -> Tensor:
             return step < steps
 
-        def advance(step: Tensor, sample: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+        def advance(step: Tensor, sample: Tensor, history: Tensor) -> tuple[Tensor, ...]:
+            row = table.index_select(0, step.view(1)).view(-1)
             # Each of shape (1,): split takes one operator, scalars would take two for each.
-            _, p, q, clip, a, b, c, scale, exponent = table.index_select(0, step.view(1)).view(-1).split(1)
+            _, p, q, clip, a, b, c, scale, exponent = row[: len(COLUMNS)].split(1)
             condition = conditions.index_select(0, step.view(1)).squeeze(0)
             prediction = self._predict(sample, condition, guidance_scale)
             estimate = p * sample + q * prediction[:, :channels]
@@ -66,9 +66,13 @@ class _Sampler(nn.Module):
             fresh = noise.index_select(0, torch.minimum(step, last_noise).view(1)).squeeze(0)
             if self.config.learn_sigma:
                 fresh = fresh * (exponent * prediction[:, channels:]).exp()
-            return step + 1, a * sample + b * estimate + c * previous + scale * fresh, estimate
+            weights = torch.cat([c, row[len(COLUMNS) :]])
+            remembered = (weights.view(-1, 1, 1, 1, 1) * history).sum(0)
+            sample = a * sample + b * estimate + remembered + scale * fresh
+            return step + 1, sample, torch.cat([estimate[None], history[:-1]])
 
-        start = (torch.zeros((), dtype=torch.int64), latents, torch.zeros_like(latents))
+        history = torch.zeros_like(latents)[None].expand(table.shape[1] - len(COLUMNS) + 1, -1, -1, -1, -1)
+        start = (torch.zeros((), dtype=torch.int64), latents, history.clone())
         sample = while_loop(unfinished, advance, start)[1]
         return (sample, self._images(sample)) if self._returns_images else (sample,)
 
@@ -131,13 +135,13 @@ def write_sampler(pipeline: DiTPipeline, exported: Any, vae: Any, folder: Path, 
     config: Any = pipeline.transformer.config
     scheduler = _table_scheduler(pipeline.scheduler)
     batch = "batch" if vae is None else torch.export.Dim("batch", max=MAX_DECODED)
-    inputs, dimensions = _example(config, scheduler, batch)
+    inputs, dimensions = _example(config, batch)
     returns_images = plan.images and (vae is not None or config.draws_pixels)
     facts = {
         "id2label": pipeline.id2label,
         "null_class": config.null_class,
         "columns": COLUMNS,
-        "table": solver_table(scheduler, DEFAULT_STEPS).tolist(),
+        "table": solver_table(scheduler, default_steps(scheduler)).tolist(),
         "latents": [config.in_channels, *config.sample_height_width],
         "scheduler": type(scheduler).__name__,
     }
@@ -153,20 +157,20 @@ def write_sampler(pipeline: DiTPipeline, exported: Any, vae: Any, folder: Path, 
         sample_latents(recording, count)
         cases.append((recorder.inputs, sample_latents(reference, count)))
     config.save_pretrained(folder)
-    write_facts(folder, cases, config.sample_height_width)
+    write_facts(folder, cases, config.sample_height_width, history=MAX_HISTORY)
     return scheduler
 
 
-def _example(config: Any, scheduler: Any, batch: Any) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
+def _example(config: Any, batch: Any) -> tuple[dict[str, Tensor], dict[str, dict[int, Any]]]:
     """Inputs of a sampler, two samples, and their dynamic dimensions."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, config.in_channels, *config.sample_height_width)
     inputs = {
         "latents": torch.randn(shape, generator=generator),
-        "table": torch.from_numpy(solver_table(scheduler, 3)),
+        "table": torch.zeros(3, len(COLUMNS) + 2),
         "noise": torch.randn(3, *shape, generator=generator),
     }
-    dimensions = {"latents": {0: batch}, "table": {0: STEPS}, "noise": {0: DRAWS, 1: batch}}
+    dimensions = {"latents": {0: batch}, "table": {0: STEPS, 1: NUMBERS}, "noise": {0: DRAWS, 1: batch}}
     labels = [0, config.num_classes - 1]
     if config.null_class is not None:
         inputs["class_labels"] = torch.tensor([*labels, config.null_class, config.null_class])
@@ -178,17 +182,25 @@ def _example(config: Any, scheduler: Any, batch: Any) -> tuple[dict[str, Tensor]
 
 
 def _table_scheduler(scheduler: Any) -> Any:
-    """The scheduler itself, or DPM-Solver++ for the same noise levels where it cannot be written as a table."""
+    """The scheduler itself, or DPM-Solver++ for the same noise levels where no table says all.
+
+    Of another form, or starting from noise of another variance than one, which those who bring the noise must know.
+    """
     try:
-        solver_table(scheduler, 2)
-        return scheduler
+        steps = default_steps(scheduler)
+        solver_table(scheduler, steps)
+        if abs(initial_scale(scheduler, steps) - 1) < 1e-6:
+            return scheduler
     except ValueError:
-        return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
+        pass
+    return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
 
 
 def sample_latents(pipeline: DiTPipeline, batch: int, steps: int = _STEPS) -> Tensor:
     """The latents that a pipeline samples from a noise that depends on the batch alone; by default as the reference."""
     pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline.scheduler, TableScheduler):
+        steps = default_steps(pipeline.scheduler)
     config = pipeline.transformer.config
     return pipeline(
         [index % config.num_classes for index in range(batch)] if config.num_classes else None,

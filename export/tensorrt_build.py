@@ -20,8 +20,9 @@ from huggingface_hub import cached_assets_path
 
 from dit_hub.extras import install_command, require
 from dit_hub.files import file_sha256
+from dit_hub.tables import COLUMNS, MAX_HISTORY
 
-from .component import DRAWS, GRID, MAX_PAIRS, PAIRS, ROWS, STEPS
+from .component import DRAWS, GRID, MAX_PAIRS, NUMBERS, PAIRS, ROWS, STEPS
 
 MANIFEST_FILE = "manifest.json"
 # What the builder of tensorrt measured. Also in the cache of huggingface_hub, so that the next build is quick.
@@ -40,7 +41,12 @@ _CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 _LEAST_CAPABILITY = {"bf16": 8.0, "fp8": 8.9}
 
 # The smallest, usual and largest extent of dynamic dimensions besides batch and size.
-_EXTENTS = {PAIRS: (1, 64, MAX_PAIRS), STEPS: (1, 50, 1000), DRAWS: (1, 1, 1000)}
+_EXTENTS = {
+    PAIRS: (1, 64, MAX_PAIRS),
+    STEPS: (1, 50, 1000),
+    NUMBERS: (len(COLUMNS), len(COLUMNS), len(COLUMNS) + MAX_HISTORY - 1),
+    DRAWS: (1, 1, 1000),
+}
 
 Profile = tuple[int, int, int]
 

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 from huggingface_hub import cached_assets_path
 
 from dit_hub.pipeline_dit import DiTPipeline
-from dit_hub.solvers import COLUMNS, solver_table
+from dit_hub.schedulers import TableScheduler, default_steps
+from dit_hub.solvers import initial_scale, solver_table
+from dit_hub.tables import COLUMNS
 
 from .component import MODEL_FILE
 from .flow import Part, Target, check_output, export, load_pytorch
@@ -39,8 +42,11 @@ _ORT_WEB_FILES = (
 # Beside the model: what the page must know.
 FACTS_FILE = "facts.json"
 
+# The least weight of an estimate from which the page can find it, of float32 numbers about 1.
+_LEAST_PART = 1e-3
+
 # Numbers of steps to choose from, up to those of the training schedule.
-_STEPS, DEFAULT_STEPS = (10, 20, 50, 100, 200), 50
+_STEPS = (10, 20, 50, 100, 200)
 
 
 def export_web(
@@ -68,7 +74,7 @@ def export_web(
     pipeline = copy.copy(load_pytorch(model))
     if pipeline.vae is None and not pipeline.transformer.config.draws_pixels:
         raise ValueError("This model draws latents and has no VAE to make images of them.")
-    pipeline.scheduler = _single_step_scheduler(pipeline.scheduler)
+    pipeline.scheduler = _scheduler_for_browsers(pipeline.scheduler)
     target = _WebTarget(fetch_onnxruntime_web(), pipeline.origin)
     return export(pipeline, Plan(("sampler",), decode=True), target, output_dir, overwrite)["transformer"]
 
@@ -92,24 +98,41 @@ class _WebTarget(Target):
         for name in ("index.html", "app.js"):
             (folder / name).write_text((page / name).read_text(encoding="utf-8"), encoding="utf-8")
         shutil.copytree(self.runtime, folder / "ort", copy_function=shutil.copyfile)
-        config, schedule = pipeline.transformer.config, pipeline.scheduler.config.num_train_timesteps
-        steps = [count for count in _STEPS if count <= schedule] or [schedule]
+        config, scheduler = pipeline.transformer.config, pipeline.scheduler
+        steps = _step_counts(scheduler)
         facts = {
             "title": self.origin.source if self.origin else "Diffusion Transformer",
             "license": self.origin.license if self.origin else None,
             "names": {index: pipeline.id2label.get(index, str(index)) for index in range(config.num_classes)},
             "null_class": config.null_class,
             "latents": [config.in_channels, *config.sample_height_width],
-            "tables": {count: solver_table(pipeline.scheduler, count).tolist() for count in steps},
-            "default_steps": min(steps, key=lambda count: abs(count - DEFAULT_STEPS)),
+            "tables": {count: solver_table(scheduler, count).tolist() for count in steps},
+            "default_steps": min(steps, key=lambda count: abs(count - default_steps(scheduler))),
         }
         (folder / FACTS_FILE).write_text(json.dumps(facts) + "\n")
 
 
-def _single_step_scheduler(scheduler: Any) -> Any:
-    """The scheduler itself where it needs no earlier estimate, so that a call can be a single step; else DDIM."""
+def _step_counts(scheduler: Any) -> list[int]:
+    if isinstance(scheduler, TableScheduler):
+        return scheduler.steps
+    trained = scheduler.config.num_train_timesteps
+    return [count for count in _STEPS if count <= trained] or [trained]
+
+
+def _scheduler_for_browsers(scheduler: Any) -> Any:
+    """The scheduler itself where the page can step with it, else DDIM.
+
+    The page finds the estimate of a step from its result, of which it must be a part.
+    """
     try:
-        if not solver_table(scheduler, 4)[:, COLUMNS.index("c")].any():
+        for count in _step_counts(scheduler):
+            table = solver_table(scheduler, count)
+            remembers = table[:, [COLUMNS.index("c"), *range(len(COLUMNS), table.shape[1])]].any()
+            if remembers and (np.abs(table[:-1, COLUMNS.index("b")]) < _LEAST_PART).any():
+                break
+            if abs(initial_scale(scheduler, count) - 1) > 1e-6:
+                break
+        else:
             return scheduler
     except ValueError:
         pass

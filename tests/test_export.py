@@ -19,6 +19,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from onnx import numpy_helper
 from PIL import Image
@@ -28,6 +30,7 @@ from dit_hub import DiTPipeline, ORTSampler
 from dit_hub.export import DEFAULT_PARTS, export_onnx, export_web, verify_export
 from dit_hub.export.flow import in_precision
 from dit_hub.export.reference import Parity
+from dit_hub.schedulers import TableScheduler
 
 from .command_line import Command, dit_hub
 from .conftest import MakePipeline
@@ -69,7 +72,8 @@ def latents(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
     """As `sample`, before images clamp what a random model draws."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipeline(labels, num_inference_steps=5, generator=generator, output_type="latent", **options).images
+    options = {"num_inference_steps": 5, **options}
+    return pipeline(labels, generator=generator, output_type="latent", **options).images
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -543,21 +547,57 @@ def test_a_sampler_draws_what_the_pipeline_draws(make_pipeline: MakePipeline, tm
         assert distance(stronger, expected) > 1e-4
 
 
+TABLES: tuple[Any, ...] = (
+    DPMSolverMultistepScheduler(),
+    DPMSolverMultistepScheduler(solver_order=3),
+    DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    UniPCMultistepScheduler(),
+    HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02),
+    DDPMScheduler(clip_sample=False),
+    TableScheduler.from_name("searched", steps=8),
+)
+
+
 def test_a_sampler_takes_any_scheduler_that_is_a_table(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     pipeline = make_pipeline(**SAMPLERS["learned variance"])
     export_onnx(pipeline, tmp_path / "onnx", parts=["sampler"])
     exported = DiTPipeline.from_pretrained(tmp_path / "onnx")
-    for scheduler in (DPMSolverMultistepScheduler(), DDPMScheduler(clip_sample=False)):
+    for scheduler in TABLES:
         pipeline.scheduler = exported.scheduler = scheduler
-        assert distance(latents(exported, [1, 2]), latents(pipeline, [1, 2])) < 1e-5
-    exported.scheduler = HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02)
-    with pytest.raises(ValueError, match="HeunDiscreteScheduler cannot be written as a table"):
+        drawn, expected = (latents(each, [1, 2], num_inference_steps=8) for each in (exported, pipeline))
+        assert distance(drawn, expected) < 2e-5, type(scheduler).__name__
+    exported.scheduler = KDPM2AncestralDiscreteScheduler(beta_start=1e-4, beta_end=0.02)
+    with pytest.raises(ValueError, match="KDPM2AncestralDiscreteScheduler cannot be written as a table"):
         latents(exported, [1])
-    exported.scheduler = DDIMScheduler(clip_sample=False)
-    for options in ({"eta": 1.0}, {"guidance_interval": (0.2, 0.8)}, {"guidance_channels": 4},
+    pipeline.scheduler = exported.scheduler = DDIMScheduler(clip_sample=False)
+    drawn, expected = (latents(each, [1, 2], eta=1.0) for each in (exported, pipeline))
+    assert distance(drawn, expected) < 1e-5
+    for options in ({"sigmas": [1.0]}, {"guidance_interval": (0.2, 0.8)}, {"guidance_channels": 4},
                     {"callback_on_step_end": lambda *_: {}}):  # fmt: skip
         with pytest.raises(ValueError, match="An exported sampler runs its loop as a whole"):
             latents(exported, [1], **options)
+
+
+def test_an_older_sampler_refuses_what_it_cannot_remember(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """Files from before 0.2 take tables of nine numbers a step and say nothing of it."""
+    export_onnx(make_pipeline(), tmp_path / "onnx", parts=["sampler"])
+    settings = tmp_path / "onnx" / "transformer" / "runtime.json"
+    settings.write_text(json.dumps({"height_width": json.loads(settings.read_text())["height_width"]}))
+    exported = DiTPipeline.from_pretrained(tmp_path / "onnx")
+    exported.scheduler = DPMSolverMultistepScheduler()
+    latents(exported, [1])
+    exported.scheduler = TableScheduler.from_name("searched", steps=8)
+    with pytest.raises(ValueError, match="needs 7 estimates of earlier steps, and this export holds 1"):
+        latents(exported, [1], num_inference_steps=8)
+
+
+def test_the_table_of_the_folder_is_the_default(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline(scheduler=TableScheduler.from_name("searched"))
+    export_onnx(pipeline, tmp_path / "onnx", parts=["sampler"])
+    exported = DiTPipeline.from_pretrained(tmp_path / "onnx")
+    assert exported.scheduler.steps == [5, 6, 7, 8, 9, 10]
+    drawn, expected = (latents(each, [1], num_inference_steps=None) for each in (exported, pipeline))
+    assert (exported.num_timesteps, distance(drawn, expected) < 1e-5) == (10, True)
 
 
 def test_all_parts_lie_side_by_side(make_pipeline: MakePipeline, parts: tuple[Path, dict[str, Parity]]) -> None:

@@ -24,6 +24,7 @@ SOURCES = {
 LAYERS = (
     {"checks", "extras", "files", "manifest", "paper", "runtime", "shards", "sharing"},
     {"configuration_dit"},
+    {"table_scheduler", "tables"},
     {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers", "vaes"},
     {"pretrained"},
     {"modeling_dit"},

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dit_hub import DiTPipeline, DiTTransformer
-from dit_hub.solvers import COLUMNS, solver_table
+from dit_hub.solvers import initial_scale, solver_table
+from dit_hub.tables import COLUMNS
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -26,6 +27,20 @@ DETERMINISTIC: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM-Solver++ 2M, Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "DPM-Solver++ 1": ("DPMSolverMultistepScheduler", {"solver_order": 1, "final_sigmas_type": "zero"}),
     "UniPC, no corrector": ("UniPCMultistepScheduler", {"disable_corrector": list(range(1000))}),
+    "DPM-Solver++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "UniPC 3": ("UniPCMultistepScheduler", {"solver_order": 3}),
+    "DEIS 3": ("DEISMultistepScheduler", {"solver_order": 3}),
+    "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "LMS": ("LMSDiscreteScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {}),
+}
+# What else draws noise, each in one place a step.
+DRAWING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "SDE-DPM-Solver++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}),
+    "Euler, ancestral": ("EulerAncestralDiscreteScheduler", {}, {}),
+    "DDIM, eta 0.7": ("DDIMScheduler", {"clip_sample": False}, {"eta": 0.7}),
 }
 STOCHASTIC: dict[str, dict[str, Any]] = {
     "fixed": {"clip_sample": False, "variance_type": "fixed_large"},
@@ -36,16 +51,18 @@ STOCHASTIC: dict[str, dict[str, Any]] = {
 
 def run_table(table: np.ndarray, predict: Callable[[Tensor, float], Tensor], latents: Tensor, noises: Any) -> Tensor:
     """The loop that a table describes, written from its definition."""
-    sample, previous = latents, torch.zeros_like(latents)
+    sample, history = latents, [torch.zeros_like(latents)] * (table.shape[1] - len(COLUMNS) + 1)
     for row, noise in zip(table, noises, strict=True):
-        t, p, q, clip, a, b, c, scale, exponent = map(float, row)
+        t, p, q, clip, a, b, c, scale, exponent, *further = map(float, row)
         output = predict(sample, t)
         prediction, variance = output[:, : sample.shape[1]], output[:, sample.shape[1] :]
         estimate = (p * sample + q * prediction).clamp(-clip, clip)
-        sample = a * sample + b * estimate + c * previous
+        sample = a * sample + b * estimate
+        for weight, earlier in zip([c, *further], history, strict=True):
+            sample = sample + weight * earlier
         if scale:
-            sample = sample + scale * (exponent * variance).exp() * noise
-        previous = estimate
+            sample = sample + scale * (exponent * variance).exp() * noise if exponent else sample + scale * noise
+        history = [estimate, *history[:-1]]
     return sample
 
 
@@ -63,6 +80,7 @@ def compare(model: DiTTransformer, scheduler: Any, steps: int, **arguments: Any)
         return model(sample, torch.tensor(t), labels).sample
 
     table = solver_table(scheduler, steps, **arguments)
+    latents = latents * initial_scale(scheduler, steps)
     generator = torch.Generator().manual_seed(3)
     noises = [torch.randn(latents.shape, generator=generator) for _ in table]
     actual = run_table(table, predict, latents, noises)
@@ -75,7 +93,15 @@ def test_a_table_samples_as_its_scheduler(name: str, steps: int, make_model: Mak
     kind, fields = DETERMINISTIC[name]
     scheduler = getattr(diffusers, kind)(**OFFICIAL, **fields)
     # float32 on both sides; at 20 steps the latents of a random model have grown, and their rounding errors with them.
-    assert compare(make_model(), scheduler, steps) < 2e-5
+    # Heun of two steps starts at 157 times the data, and rounds to as much itself.
+    assert compare(make_model(), scheduler, steps) < (1e-3 if kind == "HeunDiscreteScheduler" else 2e-5)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_a_table_draws_the_noise_of_its_scheduler(name: str, make_model: MakeModel) -> None:
+    kind, fields, arguments = DRAWING[name]
+    scheduler = getattr(diffusers, kind)(**OFFICIAL, **fields)
+    assert compare(make_model(), scheduler, 9, **arguments) < 2e-5
 
 
 @pytest.mark.parametrize("parameterization", ["flow", "sit"])
@@ -123,12 +149,8 @@ def test_every_column_counts(make_model: MakeModel) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "words"),
     [
-        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "cannot be written as a table"),
-        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "cannot be written as a table"),
-        ("UniPCMultistepScheduler", {}, "cannot be written as a table"),
-        ("PNDMScheduler", {}, "cannot be written as a table"),
-        ("HeunDiscreteScheduler", {}, "cannot be written as a table"),
-        ("EulerAncestralDiscreteScheduler", {}, "cannot be written as a table"),
+        ("SASolverScheduler", {}, "cannot be written as a table"),
+        ("KDPM2AncestralDiscreteScheduler", {}, "cannot be written as a table"),
         ("DDIMScheduler", {"clip_sample": True}, "DDIMScheduler clips, which no table can express"),
         ("DDPMScheduler", {"thresholding": True}, "thresholds, which no table can express"),
     ],

@@ -10,7 +10,8 @@ import diffusers
 import numpy as np
 import pytest
 
-from dit_hub.solvers import COLUMNS, solver_table
+from dit_hub.solvers import solver_table
+from dit_hub.tables import COLUMNS
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

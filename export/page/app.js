@@ -38,6 +38,31 @@ function normal(next, length) {
   return Float32Array.from({ length }, () => Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next()));
 }
 
+/** What solvers of several steps remember: the sum that a row adds, and the estimate that follows from its result.
+ *
+ * The file is called with one row, so that it remembers nothing itself: the sum goes in as noise of weight 1, with the
+ * row's own noise in it.
+ */
+class Memory {
+  constructor(length) {
+    this.estimates = []; // the latest first
+    this.length = length;
+  }
+  sum(row, noise) {
+    const weights = [row[6], ...row.slice(9)];
+    const total = noise.map((value) => row[7] * value);
+    this.estimates.forEach((estimate, back) => {
+      if (weights[back]) for (let i = 0; i < total.length; i++) total[i] += weights[back] * estimate[i];
+    });
+    return total;
+  }
+  keep(row, latents, added, result) {
+    const [a, b] = [row[4], row[5]];
+    this.estimates.unshift(latents.map((value, i) => (result[i] - a * value - added[i]) / b));
+    this.estimates.length = Math.min(this.estimates.length, this.length);
+  }
+}
+
 /** Samples one image; calls back with the step and its image, (height, width, channels) bytes with dims. */
 async function sample(label, steps, seed, guidance, onStep) {
   const table = facts.tables[steps];
@@ -45,11 +70,17 @@ async function sample(label, steps, seed, guidance, onStep) {
   const size = channels * height * width;
   const next = uniform(seed);
   let latents = normal(next, size);
+  const remembers = table.some((row) => row[6] || row.slice(9).some(Boolean));
+  const memory = new Memory(table[0].length - 8);
   for (const [step, row] of table.entries()) {
+    const fresh = normal(next, size);
+    const added = remembers ? memory.sum(row, fresh) : fresh;
+    const single = Float32Array.from(row.slice(0, 9));
+    if (remembers) single.set([0, 1, 0], 6); // c, noise, exponent
     const feeds = {
       latents: new ort.Tensor("float32", latents, [1, channels, height, width]),
-      table: new ort.Tensor("float32", Float32Array.from(row), [1, row.length]),
-      noise: new ort.Tensor("float32", normal(next, size), [1, 1, channels, height, width]),
+      table: new ort.Tensor("float32", single, [1, 9]),
+      noise: new ort.Tensor("float32", added, [1, 1, channels, height, width]),
     };
     if (label !== null) {
       const guided = facts.null_class !== null && guidance !== 1;
@@ -58,6 +89,7 @@ async function sample(label, steps, seed, guidance, onStep) {
     }
     if (facts.null_class !== null) feeds.guidance_scale = new ort.Tensor("float32", [guidance], []);
     const output = await session.run(feeds);
+    if (remembers) memory.keep(row, latents, added, output.sample.data);
     latents = output.sample.data;
     await onStep(step + 1, output.images);
   }

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,8 +27,16 @@ from .guidance import GuidedDenoiser
 from .hub import HubPipeline
 from .labels import Labels, label_ids
 from .lora import LoraMixin
-from .schedulers import check_scheduler, prediction_for, set_timesteps, without_foreign_variance
-from .solvers import COLUMNS, solver_table
+from .schedulers import (
+    check_scheduler,
+    default_steps,
+    prediction_for,
+    scaled_input,
+    set_timesteps,
+    without_foreign_variance,
+)
+from .solvers import solver_table
+from .tables import COLUMNS
 from .vaes import decode_latents, spatial_compression
 
 
@@ -161,7 +170,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
         self,
         class_labels: Labels = None,
         guidance_scale: float | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         num_images_per_label: int = 1,
         num_images_per_prompt: int | None = None,
         guidance_channels: int | None = None,
@@ -184,7 +193,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
             class_labels: class ids or names; one, a list, or an integer tensor. None for unconditional models.
             guidance_scale: strength of classifier-free guidance; None means 4.0 where the model has a null class, else
                 1.0, which is no guidance.
-            num_inference_steps: denoising steps.
+            num_inference_steps: denoising steps; None means 50, or the most that a `TableScheduler` has a table of.
             num_images_per_label: images of each label, one after the other.
             num_images_per_prompt: diffusers' name of the same.
             guidance_channels: how many leading channels guidance touches; None means the model's own (officially 3).
@@ -230,16 +239,19 @@ class DiTPipeline(HubPipeline, LoraMixin):
         step_kwargs = self._step_kwargs(generator, eta)
         whole_loop = hasattr(self.transformer, "sample")  # in one call of a runtime
         if whole_loop and (
-            callback_on_step_end or step_kwargs.get("eta") or interval != (0, 1) or channels != config.guided_channels
+            callback_on_step_end or sigmas is not None or interval != (0, 1) or channels != config.guided_channels
         ):
-            raise ValueError("An exported sampler runs its loop as a whole: without callback, eta, guidance interval, "
-                             "or guidance of other channels than it was exported with.")  # fmt: skip
+            raise ValueError("An exported sampler runs its loop as a whole: without callback, sigmas, guidance "
+                             "interval, or guidance of other channels than it was exported with.")  # fmt: skip
+        if num_inference_steps is None:
+            num_inference_steps = default_steps(self.scheduler)
         set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device, sigmas)
         self._num_timesteps, self._interrupt = len(self.scheduler.timesteps), False
         sample: Any = self._initial_latents(latents, len(labels), height, width, generator)
         with _evaluation(self.components.values()):
             if whole_loop:
-                sample = self._sample_at_once(sample, labels, guidance_scale, timesteps, generator)
+                table = solver_table(self.scheduler, num_inference_steps, timesteps, step_kwargs.get("eta", 0.0))
+                sample = self._sample_at_once(sample, labels, guidance_scale, table, step_kwargs.get("generator"))
             else:
                 guided = [guidance_scale != 1 and self._within(t, interval) for t in self.scheduler.timesteps]
                 classes = None if labels[0] is None else [label for label in labels if label is not None]
@@ -352,14 +364,13 @@ class DiTPipeline(HubPipeline, LoraMixin):
         tensor_inputs: Sequence[str],
     ) -> Tensor:
         """(N, C, H, W) noise -> latents."""
-        scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, _: sample)
         try:
             with self.progress_bar(total=len(self.scheduler.timesteps)) as progress:  # pyright: ignore[reportCallIssue]
                 for i, t in enumerate(self.scheduler.timesteps):
                     if self._interrupt:
                         break
                     self._current_timestep = t
-                    prediction = predict(i, scale_input(sample, t))
+                    prediction = predict(i, scaled_input(self.scheduler, sample, t))
                     prediction = prediction_for(self.scheduler, prediction, sample.shape[1])
                     sample = self.scheduler.step(prediction, t, sample, **step_kwargs, return_dict=False)[0]
                     if callback_on_step_end is not None:
@@ -372,10 +383,15 @@ class DiTPipeline(HubPipeline, LoraMixin):
         return sample
 
     def _sample_at_once(
-        self, sample: Tensor, labels: list[int | None], guidance_scale: float, timesteps: Any, generator: Any
+        self,
+        sample: Tensor,
+        labels: list[int | None],
+        guidance_scale: float,
+        table: np.ndarray,
+        generator: Any,
     ) -> Tensor:
         """The same in one call of the runtime, with the noise that the scheduler would draw."""
-        table = solver_table(self.scheduler, len(self.scheduler.timesteps), timesteps)
+        sample = scaled_input(self.scheduler, sample, self.scheduler.timesteps[0])
         scales = table[:, COLUMNS.index("noise")]
         # Drawn as the scheduler would: nothing for a step without noise. One of zeros is enough where none has any.
         draws = [

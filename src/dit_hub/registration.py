@@ -21,6 +21,7 @@ COMPONENTS = (
     "ORTSampler",
     "ORTVAEDecoder",
     "OpenVINODiTTransformer",
+    "TableScheduler",
     "TensorRTDiTTransformer",
     "TensorRTSampler",
     "TensorRTVAEDecoder",

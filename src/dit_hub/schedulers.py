@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .checks import real_number, shown, whole_number
 from .configuration_dit import FLOW_TIMESTEPS, DiTConfig
+from .table_scheduler import TableScheduler
+from .tables import published
 
 # Short names for the command line. In Python, the pipeline takes every scheduler that `check_scheduler` accepts.
 SCHEDULERS = {
@@ -55,13 +57,18 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
 
     Args:
         scheduler: the one whose configuration is taken over.
-        name: a short name of `SCHEDULERS`.
+        name: a short name of `SCHEDULERS`, a published solver, or a solver's file.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a damaged file.
     """
+    if name.endswith(".json"):
+        return TableScheduler.from_file(name)
+    if name in published():
+        return TableScheduler.from_name(name)
     if name not in SCHEDULERS:
-        raise ValueError(f"There is no scheduler named {name!r}; known: {', '.join(SCHEDULERS)}.")
+        known = ", ".join([*SCHEDULERS, *published()])
+        raise ValueError(f"There is no scheduler named {name!r}; known: {known}. A solver's file ends in .json.")
     # Without diffusers' record of which values were defaults: classes put their own in place of those.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     kind: Any = getattr(diffusers, SCHEDULERS[name])
@@ -90,11 +97,13 @@ def official_scheduler(config: DiTConfig) -> Any:
 
 
 def scheduler_from_dict(config: dict[str, Any]) -> Any:
-    """The scheduler of diffusers that a config describes; "_class_name" there is its class.
+    """The scheduler that a config describes; "_class_name" there is its class, of diffusers or `TableScheduler`.
 
     Raises:
         ValueError: no such scheduler.
     """
+    if config.get("_class_name") == TableScheduler.__name__:
+        return TableScheduler.from_config(config)
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler {config.get('_class_name')!r}.")
@@ -107,7 +116,7 @@ def is_flow_matching(scheduler: Any) -> bool:
     if any(part in kind.__name__ for part in _VELOCITY):
         return True
     asked = scheduler.config.get("prediction_type") == "flow_prediction"
-    return asked and "use_flow_sigmas" in settings_of(kind)
+    return asked and (isinstance(scheduler, TableScheduler) or "use_flow_sigmas" in settings_of(kind))
 
 
 def check_scheduler(scheduler: Any, config: DiTConfig, own: Any, latent: bool) -> None:
@@ -159,6 +168,8 @@ def _noise_levels(scheduler: Any) -> Tensor | None:
 
 def _check_straight_path(scheduler: Any) -> None:
     name, fields = type(scheduler).__name__, scheduler.config
+    if isinstance(scheduler, TableScheduler):  # has checked itself
+        return
     if not any(part in name for part in _VELOCITY) and not fields.get("use_flow_sigmas"):
         raise ValueError(f"{name} steps along the straight path with use_flow_sigmas=True only.")
     if fields.num_train_timesteps != FLOW_TIMESTEPS:
@@ -228,6 +239,11 @@ def official_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000
     return timesteps[::-1]
 
 
+def default_steps(scheduler: Any) -> int:
+    """The number of steps of a run that names none: 50, or the most that a `TableScheduler` has a table of."""
+    return max(scheduler.steps) if isinstance(scheduler, TableScheduler) else 50
+
+
 def set_timesteps(
     scheduler: Any,
     num_inference_steps: int,
@@ -294,10 +310,12 @@ def _falling(timesteps: Any, trained: int, flow: bool) -> list[Any]:
 
 
 def uses_learned_variance(scheduler: Any) -> bool:
-    """Whether the scheduler takes the variance from the prediction, as only a DDPM does, when set to.
+    """Whether the scheduler takes the variance from the prediction, as only a DDPM or its table does, when set to.
 
     Others keep a DDPM's `variance_type` in their config when they are made from it.
     """
+    if isinstance(scheduler, TableScheduler):
+        return scheduler.uses_variance
     takes_variance = isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.DDPMParallelScheduler))
     return takes_variance and str(scheduler.config.get("variance_type")).startswith("learned")
 
@@ -317,3 +335,8 @@ def without_foreign_variance(scheduler: Any) -> Any:
 def prediction_for(scheduler: Any, prediction: Tensor, channels: int) -> Tensor:
     """(N, C or 2C, H, W) -> what the scheduler steps with: all of it, or no variance if it uses none."""
     return prediction if uses_learned_variance(scheduler) else prediction[:, :channels]
+
+
+def scaled_input(scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
+    """What the model sees of a sample; schedulers of flow matching leave it alone, and have no such method."""
+    return scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
