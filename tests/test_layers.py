@@ -36,6 +36,7 @@ LAYERS = (
     {"pipeline_dit"},
     {"conversion.pipelines", "export", "training"},
     {"evaluation"},
+    {"solving"},
     {"cli"},
 )
 

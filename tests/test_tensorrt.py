@@ -97,7 +97,7 @@ def test_a_whole_sampler_builds(tmp_path: Path, precision: str) -> None:
     )
     assert report["transformer"].relative_error < 2e-2
     profiles = manifest_of(tmp_path / "trt")["engines"]["model.engine"]["profiles"]
-    assert profiles["table"] == [[1, 9], [50, 9], [1000, 9]]
+    assert profiles["table"] == [[1, 9], [50, 9], [1000, 72]]
     assert profiles["class_labels"] == [[1], [2], [8]]
 
 

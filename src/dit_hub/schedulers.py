@@ -27,6 +27,7 @@ SCHEDULERS = {
     "euler-ancestral": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "flow-euler": "FlowMatchEulerDiscreteScheduler",
+    "flow-heun": "FlowMatchHeunDiscreteScheduler",
 }
 
 # Parts of the names of schedulers that step with a velocity, and of those for other kinds of models.
@@ -239,9 +240,16 @@ def official_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000
     return timesteps[::-1]
 
 
-def default_steps(scheduler: Any) -> int:
-    """The number of steps of a run that names none: 50, or the most that a `TableScheduler` has a table of."""
-    return max(scheduler.steps) if isinstance(scheduler, TableScheduler) else 50
+def default_steps(scheduler: Any, usual: int = 50) -> int:
+    """The number of steps of a run that names none.
+
+    Args:
+        scheduler: of the run; a `TableScheduler` takes the most that it has a table of.
+        usual: of other schedulers, at most as many as the noise schedule has timesteps.
+    """
+    if isinstance(scheduler, TableScheduler):
+        return max(scheduler.steps)
+    return min(usual, scheduler.config.num_train_timesteps)
 
 
 def set_timesteps(

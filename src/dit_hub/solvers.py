@@ -103,7 +103,7 @@ def table_scheduler(scheduler: Any, steps: Sequence[int], name: str = "", eta: f
         ValueError: the scheduler is of another form, or has no such number of steps.
     """
     tables = [solver_table(scheduler, count, eta=eta) for count in steps]
-    noise_levels = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
+    noise_levels: dict[str, Any] = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
     if is_flow_matching(scheduler):
         noise_levels = {"prediction_type": "flow_prediction"}
     elif "prediction_type" in scheduler.config:
@@ -236,7 +236,7 @@ class _Probe:
         raise _OtherFormError
 
     def _run(self, timestep: Tensor, sample: Tensor, prediction: Tensor) -> Tensor:
-        arguments = dict(self.arguments)
+        arguments: dict[str, Any] = dict(self.arguments)
         if self.draws:
             arguments["generator"] = self._seeded()
         return self.scheduler.step(prediction, timestep, sample, return_dict=False, **arguments)[0].double()

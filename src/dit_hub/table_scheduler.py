@@ -50,6 +50,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         ValueError: a table that is damaged, or not for these noise levels or predictions.
     """
 
+    config: Any
     order = 1
 
     @register_to_config

@@ -14,6 +14,7 @@ from .checks import unsound_values
 from .extras import require
 from .flops import measure
 from .manifest import note_written
+from .schedulers import default_steps
 
 _MARGIN, _CAPTION, _PAPER, _INK = 4, 14, (255, 255, 255), (40, 40, 40)
 
@@ -67,13 +68,13 @@ def sample_grid(
         pipeline: a `DiTPipeline`.
         labels: draw these classes instead.
         count: images; an unconditional model draws as many.
-        steps: denoising steps, at most as many as the noise schedule has.
+        steps: denoising steps, at most as many as the noise schedule has; a `TableScheduler` has its own.
         callback: called after each step, as `callback_on_step_end`.
     """
     num_classes = pipeline.transformer.config.num_classes
     if labels is None and num_classes:
         labels = _spread(num_classes, count)
-    steps = min(steps, pipeline.scheduler.config.num_train_timesteps)
+    steps = default_steps(pipeline.scheduler, steps)
     images = pipeline(
         None if labels is None else list(labels),
         num_images_per_label=count if labels is None else 1,

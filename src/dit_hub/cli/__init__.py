@@ -11,6 +11,7 @@ from .counting import flops
 from .evaluating import evaluate
 from .exporting import export_app
 from .sampling import generate, sample
+from .solving import solver_app
 from .studying import study
 from .training import SETTINGS, latents, train
 
@@ -34,6 +35,7 @@ app.command()(convert)
 app.command()(card)
 app.command()(push)
 app.add_typer(export_app, name="export")
+app.add_typer(solver_app, name="solver")
 
 # Parts of PyTorch's errors, on processors and on GPUs.
 _MEMORY_ERRORS = ("can't allocate memory", "out of memory")

@@ -11,7 +11,7 @@ from ..extras import quiet_libraries
 from ..sharing import Worker
 from .common import Model, Overwrite, check_device, own_device, progress_bar
 
-_SCHEDULERS = "ddpm, ddim, dpm++, unipc, euler, …; default: the model's."
+_SCHEDULERS = "ddpm, ddim, dpm++, unipc, searched, a solver's file (.json), …; default: the model's."
 
 
 def generate(
@@ -19,7 +19,9 @@ def generate(
     labels: Annotated[
         list[str] | None, typer.Argument(help="Class names, or ids that are not names; default: all classes.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; default: 50, or the most that a table of the solver has.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
     per_label: Annotated[int, typer.Option(help="Images of each label; of an unconditional model, in all.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same images.")] = 0,
@@ -43,7 +45,7 @@ def generate(
 
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must be from 0 to {2**63 - 1}, not {seed}.")
-    pipeline = _load(model, scheduler, threads, device)
+    pipeline = load_pipeline(model, scheduler, threads, device)
     ids, frames = _label_ids(pipeline, labels or []), Trajectory()
     images = pipeline(
         ids,
@@ -103,7 +105,7 @@ def sample(
     from ..evaluation.sampling import sample_images
 
     worker = Worker.from_environment()
-    pipeline = _load(model, scheduler, threads, own_device(device, worker), dtype, vae, revision)
+    pipeline = load_pipeline(model, scheduler, threads, own_device(device, worker), dtype, vae, revision)
     with progress_bar("drawing", worker) as (_, report):
         sample_images(pipeline, out, num, labels, seed, batch_size, steps, guidance, guidance_interval, None,
                       timesteps, report)  # fmt: skip
@@ -116,7 +118,7 @@ def sample(
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _load(
+def load_pipeline(
     model: str,
     scheduler: str | None,
     threads: int | None,

@@ -17,7 +17,7 @@ from dit_hub.conversion.origin import DEFAULT_VAE
 from ..checks import real_number, rising_pair, whole_number
 from ..files import file_sha256
 from ..labels import Labels, parse_labels
-from ..schedulers import set_timesteps
+from ..schedulers import default_steps, set_timesteps
 from ..sharing import Progress, Worker
 from ..vaes import decode_latents
 from .provenance import FACTS_FILE, SCHEMA_VERSION, check_same, model_facts, read_facts, run_facts
@@ -87,9 +87,10 @@ def sample_images(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, and samples go to a folder.")
     channels = pipeline.transformer.config.guided_channels if guidance_channels is None else guidance_channels
-    trained = pipeline.scheduler.config.num_train_timesteps
+    if num_inference_steps is None:
+        num_inference_steps = default_steps(pipeline.scheduler, STEPS)
     options = {
-        "num_inference_steps": min(STEPS, trained) if num_inference_steps is None else num_inference_steps,
+        "num_inference_steps": num_inference_steps,
         "timesteps": timesteps,
         "guidance_scale": real_number("guidance_scale", guidance_scale),
         "guidance_interval": rising_pair("guidance_interval", guidance_interval),
