@@ -268,7 +268,8 @@ def set_timesteps(
         _set_sigmas(scheduler, sigmas, timesteps, device)
         return
     flow, trained = is_flow_matching(scheduler), scheduler.config.num_train_timesteps
-    steps = whole_number("num_inference_steps", num_inference_steps, 1, None if flow else trained)
+    between = flow or isinstance(scheduler, TableScheduler)  # can step to times between whole timesteps
+    steps = whole_number("num_inference_steps", num_inference_steps, 1, None if between else trained)
     if timesteps is None:
         scheduler.set_timesteps(steps, device=device)
         return

@@ -154,7 +154,8 @@ def advance(
         history: earlier estimates, the latest first; changed in place.
         noise: () -> (N, C, H, W) of unit variance, called if the row needs it.
     """
-    channels, clip = sample.shape[1], float(row[_CLIP])
+    channels = sample.shape[1]
+    clip = row[_CLIP].item() if isinstance(row, Tensor) else row[_CLIP]
     weights = [row[_C], *row[len(COLUMNS) :]]
     estimate = row[_P] * sample + row[_Q] * prediction[:, :channels]
     if clip < NO_CLIP:

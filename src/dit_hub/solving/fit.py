@@ -1,5 +1,6 @@
 """Solvers fitted to a model: timesteps and weights by gradient descent through the sampler (Wang et al. 2025)."""
 
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checks import real_number, whole_number
-from ..files import new_file, remove_folder
+from ..files import new_file
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from ..schedulers import TableScheduler
@@ -139,7 +140,7 @@ class _Fit:
                 parameter.requires_grad_(True)
         self.accelerator.wait_for_everyone()
         if self.work is not None and self.accelerator.is_main_process and self.work.is_dir():
-            remove_folder(self.work)
+            _remove(self.work)
         return self.path.scheduler([self.best], self._name(), self._source())
 
     def _timesteps(self, deltas: Tensor) -> Tensor:
@@ -167,14 +168,17 @@ class _Fit:
         labels = torch.randint(max(config.num_classes, 1), (plan.trajectories,), generator=generator)[mine]
         file = None
         if self.work is not None:
-            self.work.mkdir(parents=True, exist_ok=True)
             share = f"{accelerator.process_index}-of-{accelerator.num_processes}"
-            file = self.work / f"trajectories-{self._fingerprint()}-{share}.safetensors"
+            made_by = self._fingerprint("guidance_scale", "trajectories", "seed")
+            file = self.work / f"trajectories-{made_by}-{share}.safetensors"
         if file is not None and file.is_file():
             ends = load_file(file)["ends"]
         else:
             ends = self._ends(noise, labels)
+            if not ends.isfinite().all():
+                raise ValueError("The model's own trajectories of 250 steps hold numbers that are not finite.")
             if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
                 _save({"ends": ends}, file)
         classes = labels.to(self.device) if config.num_classes else None
         return noise.to(self.device), classes, ends.to(self.device)
@@ -278,16 +282,20 @@ class _Fit:
             whole["state"].setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(whole)
 
-    def _fingerprint(self) -> str:
-        """Of what the state belongs to: the plan, and the model by what it draws."""
-        if not hasattr(self, "_made"):
-            digest = hashlib.sha256(json.dumps(asdict(self.plan), sort_keys=True).encode())
-            digest.update(json.dumps(self.path.settings, sort_keys=True, default=str).encode())
-            for name, tensor in self.pipeline.transformer.state_dict().items():
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            self._made = digest.hexdigest()[:16]
-        return self._made
+    def _fingerprint(self, *fields: str) -> str:
+        """Of what a file belongs to: the model, its noise levels, and these fields of the plan."""
+        digest = hashlib.sha256(self._model_digest.encode())
+        plan = asdict(self.plan)
+        digest.update(json.dumps([plan[name] for name in fields or plan]).encode())
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def _model_digest(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.path.settings, sort_keys=True, default=str).encode())
+        for name, tensor in self.pipeline.transformer.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def _name(self) -> str:
         return "fitted timesteps" if self.plan.timesteps_only else "fitted"
@@ -299,6 +307,15 @@ class _Fit:
                 f"250 steps of the second order, on {self.plan.trajectories // _HELD_OUT} noises held out")  # fmt: skip
 
 
+def _remove(work: FilePath) -> None:
+    """Remove the files of the state, and the folder where it holds nothing else."""
+    for file in [*work.glob("state-*.safetensors"), *work.glob("trajectories-*.safetensors")]:
+        file.unlink()
+    if not any(work.iterdir()):
+        work.rmdir()
+
+
 def _save(tensors: dict[str, Tensor], file: FilePath) -> None:
+    """Replace a file of the state by a whole one."""
     with new_file(file, overwrite=True) as building:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, building)
