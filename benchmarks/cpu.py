@@ -101,7 +101,8 @@ def exported(model: Any, **options: Any) -> Forward:
 
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(DiTPipeline(model, DDIMScheduler()), Path(folder, "export"), **options)
-        denoiser = DiTPipeline.from_pretrained(Path(folder, "export")).transformer
+        threads = 1 if torch.get_num_threads() == 1 else None
+        denoiser = DiTPipeline.from_pretrained(Path(folder, "export"), num_threads=threads).transformer
     if not hasattr(denoiser, "precompute"):
         return lambda **inputs: denoiser(**inputs).sample
     conditions: dict[int, torch.Tensor] = {}
@@ -129,11 +130,17 @@ CONTENDERS: dict[str, Callable[[Any], Forward]] = {
     "dit-hub OpenVINO bf16, modulations ahead": partial(
         exported, precision="bf16", precompute=True, runtime="openvino"
     ),
+    "dit-hub OpenVINO int8, modulations ahead": partial(
+        exported, precision="int8", precompute=True, runtime="openvino"
+    ),
 }
 
 
-def contend(contender: str, workload: str, pipe: Connection) -> None:
+def contend(contender: str, workload: str, shared: bool, pipe: Connection) -> None:
     """The process of one contender: its output first, then the seconds of as many passes as it is asked for."""
+    clock = time.process_time if shared else time.perf_counter
+    if shared:
+        torch.set_num_threads(1)
     name, fields, batch = WORKLOADS[workload]
     model = make_model(name, fields)
     forward = CONTENDERS[contender](model)
@@ -149,26 +156,26 @@ def contend(contender: str, workload: str, pipe: Connection) -> None:
             output = forward(**inputs)
         pipe.send(output.float().numpy())
         while passes := pipe.recv():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(passes):
                 forward(**inputs)
-            pipe.send((time.perf_counter() - start) / passes)
+            pipe.send((clock() - start) / passes)
 
 
-def measure(workload: str, rounds: int, console: Console) -> Table:
-    """Let all contenders take turns and put the outcome in a table."""
+def measure(workload: str, contenders: list[str], rounds: int, shared: bool, console: Console) -> Table:
+    """Let the contenders take turns and put the outcome in a table."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     outputs: dict[str, torch.Tensor] = {}
-    for contender in CONTENDERS:
+    for contender in contenders:
         with console.status(f"{workload}: preparing {contender}"):
             here, there = context.Pipe()
-            context.Process(target=contend, args=(contender, workload, there), daemon=True).start()
+            context.Process(target=contend, args=(contender, workload, shared, there), daemon=True).start()
             there.close()  # so that a contender that fails ends the wait for it
             outputs[contender] = torch.from_numpy(here.recv())
             pipes[contender] = here
     passes = 30 if workload.startswith("toy") else 3
-    seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
     for done in range(rounds):
         with console.status(f"{workload}: round {done + 1} of {rounds}"):
             for contender, pipe in pipes.items():
@@ -200,7 +207,11 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15, help="turns of each contender (default 15)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument(
+        "--shared", action="store_true", help="one thread, and processor time: for a machine that others use as well"
+    )
+    parser.add_argument("--only", nargs="+", default=[""], help="words; contenders and workloads with one of them")
+    arguments = parser.parse_args()
     console = Console(width=110)
     import diffusers
     import onnxruntime
@@ -215,8 +226,10 @@ def main() -> None:
     )
     peaks = (f"{matmul_peak('cpu', dtype, 2048) / 1e9:.0f} ({dtype})" for dtype in (torch.float32, torch.bfloat16))
     console.print(f"matrix products of 2048x2048, G operations/s: {', '.join(peaks)}")
-    for workload in WORKLOADS:
-        console.print(measure(workload, rounds, console))
+    words = arguments.only
+    chosen = [name for name in CONTENDERS if name == BASELINE or any(word in name for word in words)]
+    for workload in [name for name in WORKLOADS if any(word in name for word in words)] or WORKLOADS:
+        console.print(measure(workload, chosen, arguments.rounds, arguments.shared, console))
 
 
 if __name__ == "__main__":

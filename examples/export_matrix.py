@@ -42,6 +42,8 @@ ROWS: list[Row] = [
         {}, {"precompute": True}, {"opset": 20}, {"precision": "fp16"}, {"precision": "int8"},
         {"precision": "int8", "precompute": True}, {"precision": "int8", "static": True},
         {"runtime": "openvino"}, {"runtime": "openvino", "precision": "bf16", "precompute": True},
+        {"runtime": "openvino", "precision": "int8"},
+        {"runtime": "openvino", "precision": "int8", "precompute": True},
     )),
     ("onnx", "transformer", "latent", {"dynamic_size": True}),
     ("onnx", "vae", "latent", {}),

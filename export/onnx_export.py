@@ -14,7 +14,7 @@ from .reference import Parity
 from .sampler import sample_latents
 
 # The precisions of the denoiser, by the runtime that runs it on a processor.
-PRECISIONS = {"onnxruntime": ORT_PRECISIONS, "openvino": ("fp32", "bf16")}
+PRECISIONS = {"onnxruntime": ORT_PRECISIONS, "openvino": ("fp32", "bf16", "int8")}
 
 # The sampling run after which the error of 8 bits is reported: images and steps.
 _RUN_BATCH, _RUN_STEPS = 4, 20
@@ -85,7 +85,8 @@ def export_onnx(
         decode: put the VAE into the sampler's file, so that it draws images; models of pixels always do.
         dynamic_size: accept every height and width that the patches tile; for models with sin-cos positions.
         static: for "int8": fix the scales of the activations ahead, from sampling runs in PyTorch, rather than find
-            them while it runs. Slower on ONNX Runtime, but the form (Q/DQ) that other runtimes read.
+            them while it runs. Slower on ONNX Runtime, but the form (Q/DQ) that other runtimes read; OpenVINO's int8
+            is always of it.
         max_error: bound of the relative error in place of that of `MAX_RELATIVE_ERROR`.
         overwrite: replace a folder that is there.
 
@@ -117,6 +118,7 @@ def export_onnx(
         raise ValueError(f"opset must lie between {OPSETS[0]} and {OPSETS[-1]}, not {opset}.")
     if static and precision != "int8":
         raise ValueError("static is for int8.")
+    static = static or (runtime == "openvino" and precision == "int8")  # which reads Q/DQ pairs
     check_output(model, output_dir, overwrite)
     pipeline = load_pytorch(model)
     if decode and pipeline.vae is None and not pipeline.transformer.config.draws_pixels:

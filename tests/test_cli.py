@@ -53,6 +53,11 @@ def test_generate_writes_a_grid_and_the_same_seed_the_same_bytes(tmp_path: Path)
     )
     assert other.returncode == 0
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+    run = dit_hub(
+        "generate", TOY, "red-circle", "blue-cross", "--steps", 4, "--cache", 2, "--out", "d.png", cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "d.png").read_bytes()
 
 
 def test_a_number_that_is_a_name_is_that_class(tmp_path: Path, make_model: Callable[..., DiTTransformer]) -> None:
@@ -125,6 +130,7 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_images(tmp_pat
         (("generate", TOY, "--steps", "0"), ("num_inference_steps", "0")),
         (("generate", TOY, "--guidance", "2"), ("null class",)),
         (("generate", TOY, "--scheduler", "dim"), ("dim", "ddim")),
+        (("generate", TOY, "--cache", "1"), ("--cache must be at least 2, not 1.",)),
         (("generate", TOY, "--threads", "0"), ("threads",)),
         (("generate", TOY, "--threads", "1025"), ("num_threads must be at most 1024, not 1025.",)),
         (("generate", TOY, "--threads", "99999999999999"), ("num_threads must be at most 1024",)),

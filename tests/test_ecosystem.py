@@ -24,7 +24,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from dit_hub import DiTPipeline, DiTTransformer
+from dit_hub import DiTPipeline, DiTTransformer, cache_preset
 from dit_hub.export import export_onnx
 
 from .conftest import small_vae
@@ -180,6 +180,7 @@ CACHES: dict[str, Callable[[DiTPipeline], Any]] = {
         spatial_attention_timestep_skip_range=(100, 900),
         current_timestep_callback=lambda: pipe.current_timestep,
     ),
+    "cache_preset": lambda pipe: cache_preset(pipe.transformer),
 }
 
 
@@ -196,13 +197,16 @@ def test_caches_skip_work_and_leave_no_trace(make_model: MakeModel, name: str, c
     cached, again = draw(pipe), draw(pipe)
     assert sum(rows) / 2 < 0.8 * 4 * STEPS  # of the four rows of each guided step, in two runs
     torch.testing.assert_close(again, cached, rtol=0, atol=0)  # each run starts afresh
-    assert 0 < relative_error(cached, expected) < 0.6  # of random weights, where nothing changes slowly
+    # Of random weights, where nothing changes slowly; the preset leaves out all blocks.
+    assert 0 < relative_error(cached, expected) < (1.5 if name == "cache_preset" else 0.6)
     # Guided and unguided steps of one run have different numbers of rows, and states of their own.
     if name == "FasterCache":
-        with pytest.raises(ValueError, match="takes half of every batch for the unconditional one"):
-            draw(pipe, guidance_interval=(0.3, 0.8))
+        for options in ({"guidance_interval": (0.3, 0.8)}, {"guidance_every": 2}):
+            with pytest.raises(ValueError, match="takes half of every batch for the unconditional one"):
+                draw(pipe, **options)
     else:
         assert torch.isfinite(draw(pipe, guidance_interval=(0.3, 0.8))).all()
+        assert torch.isfinite(draw(pipe, guidance_every=2)).all()
     model.disable_cache()
     hook.remove()
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
@@ -223,6 +227,39 @@ def test_a_run_that_was_cut_off_leaves_nothing_to_the_next(make_model: MakeModel
         pipe([5, 6], num_inference_steps=STEPS, output_type="latent", callback_on_step_end=fail)
     assert pipe.current_timestep is None
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "cross_attention", "in_context"])
+@pytest.mark.parametrize(("every", "full"), [(2, [0, 1, 3, 5, 7]), (3, [0, 1, 3, 6]), (4, [0, 1, 3, 7])])
+def test_the_preset_forecasts_what_the_last_block_gives_along_a_line(
+    make_model: MakeModel, conditioning: str, every: int, full: list[int]
+) -> None:
+    model = make_model(conditioning=conditioning, num_hidden_layers=12)  # "blocks.1" is not the last of twelve
+    pipe, computed, tokens = pipeline_of(model), [], []
+    model.enable_cache(cache_preset(model, every))
+    blocks: Any = model.blocks
+    hooks = [block.attn.qkv.register_forward_hook(lambda *_: computed.append(len(tokens))) for block in blocks]
+    hooks.append(model.final_layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].clone())))
+    draw(pipe)
+    assert computed == [step for step in full for _ in blocks]  # all of them, in these steps alone
+    for step in set(range(STEPS)) - set(full):
+        before, last = [each for each in full if each < step][-2:]
+        slope = (tokens[last] - tokens[before]) / (last - before)
+        expected = tokens[last] + (step - last) * slope
+        torch.testing.assert_close(tokens[step], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("every", [1, 0, 2.5, None])
+def test_a_preset_that_forecasts_nothing_is_an_error(make_model: MakeModel, every: Any) -> None:
+    with pytest.raises(ValueError, match="every must be"):
+        cache_preset(make_model(), every)
+
+
+def test_a_cache_of_an_export_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    export_onnx(pipeline_of(make_model()), tmp_path / "onnx")
+    exported = DiTPipeline.from_pretrained(tmp_path / "onnx").transformer
+    with pytest.raises(ValueError, match="for denoisers in PyTorch, and this is a ORTDiTTransformer"):
+        cache_preset(exported)
 
 
 def test_a_cache_that_never_skips_changes_nothing(make_model: MakeModel) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit_hub import DiTPipeline, ORTSampler
-from dit_hub.export import DEFAULT_PARTS, export_onnx, export_web, verify_export
+from dit_hub.export import DEFAULT_PARTS, export_onnx, export_web, quantize, verify_export
 from dit_hub.export.flow import in_precision
 from dit_hub.export.reference import Parity
 from dit_hub.schedulers import TableScheduler
@@ -273,8 +273,8 @@ def test_fp16_does_not_overflow_where_a_naive_one_does(make_pipeline: MakePipeli
         ({"precision": "fp8"}, "onnxruntime does not run 'fp8' on a processor; it runs fp32, fp16, int8"),
         ({"precision": "bf16"}, "onnxruntime does not run 'bf16' on a processor"),
         (
-            {"precision": "int8", "runtime": "openvino"},
-            "openvino does not run 'int8' on a processor; it runs fp32, bf16",
+            {"precision": "fp16", "runtime": "openvino"},
+            "openvino does not run 'fp16' on a processor; it runs fp32, bf16, int8",
         ),
         ({"runtime": "coreml"}, "There is no runtime 'coreml'; known: onnxruntime, openvino"),
         ({"opset": 26}, "opset must lie between 20 and 25"),
@@ -572,8 +572,8 @@ def test_a_sampler_takes_any_scheduler_that_is_a_table(make_pipeline: MakePipeli
     pipeline.scheduler = exported.scheduler = DDIMScheduler(clip_sample=False)
     drawn, expected = (latents(each, [1, 2], eta=1.0) for each in (exported, pipeline))
     assert distance(drawn, expected) < 1e-5
-    for options in ({"sigmas": [1.0]}, {"guidance_interval": (0.2, 0.8)}, {"guidance_channels": 4},
-                    {"callback_on_step_end": lambda *_: {}}):  # fmt: skip
+    for options in ({"sigmas": [1.0]}, {"guidance_interval": (0.2, 0.8)}, {"guidance_every": 2},
+                    {"guidance_channels": 4}, {"callback_on_step_end": lambda *_: {}}):  # fmt: skip
         with pytest.raises(ValueError, match="An exported sampler runs its loop as a whole"):
             latents(exported, [1], **options)
 
@@ -659,3 +659,30 @@ def test_openvino_runs_in_the_same_pipeline(
     (tmp_path / "copy" / "transformer" / "model.onnx").write_bytes(b"GIF89a")
     with pytest.raises(ValueError, match=r"OpenVINO cannot load .*model\.onnx"):
         DiTPipeline.from_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_openvino_in_int8_draws_as_pytorch(tmp_path: Path, precompute: bool) -> None:
+    report = export_onnx("dit-toy-shapes", tmp_path / "ov", precision="int8", runtime="openvino", precompute=precompute)
+    assert 1e-3 < report["transformer"].relative_error < 1.5e-2
+    assert report["transformer"].measured_on == "openvino"
+    written = json.loads((tmp_path / "ov" / "report.json").read_text())
+    assert (written["runtime"], written["precision"], written["static"]) == ("openvino", "int8", True)
+    assert 1e-3 < written["parity"]["transformer"]["sampling_error"] < 3e-2  # 20 guided steps
+    # The products of the blocks alone are rounded: x_embedder, what makes the modulation and the last layer are not.
+    graph = onnx.load(tmp_path / "ov" / "transformer" / "model.onnx").graph
+    rounded = [tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims]
+    assert rounded
+    assert all(name.startswith("transformer.blocks.") and "adaLN" not in name for name in rounded)
+    images = sample(DiTPipeline.from_pretrained(tmp_path / "ov"), [0, 4, 8])
+    assert (images - sample(DiTPipeline.from_pretrained("dit-toy-shapes"), [0, 4, 8])).abs().mean() < 0.02
+
+
+def test_the_last_layer_in_int8_would_nearly_double_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"precision": "int8", "runtime": "openvino"}
+    kept = export_onnx("dit-toy-shapes", tmp_path / "kept", **options)["transformer"].relative_error
+    others = tuple(part for part in quantize._KEPT if part != "final_layer")
+    monkeypatch.setattr("dit_hub.export.quantize._KEPT", others)
+    with pytest.raises(ValueError, match="The exported transformer differs from PyTorch by"):
+        export_onnx("dit-toy-shapes", tmp_path / "rounded", **options, max_error=1.5 * kept)
+    assert not (tmp_path / "rounded").exists()

@@ -486,9 +486,13 @@ def forward_rows(pipe: DiTPipeline, **arguments: Any) -> list[int]:
         ({"guidance_interval": (0.2, 0.8)}, [2, 4, 4, 4, 2]),
         ({"guidance_interval": (0.25, 0.5)}, [2, 2, 4, 4, 2]),  # both ends included
         ({"guidance_interval": (0.0, 0.0)}, [2, 2, 2, 2, 4]),
+        ({"guidance_every": 2}, [4, 2, 4, 2, 4]),
+        ({"guidance_every": 9}, [4, 2, 2, 2, 2]),
+        ({"guidance_every": 2, "guidance_interval": (0.2, 0.8)}, [2, 4, 2, 4, 2]),  # of the guided ones
+        ({"guidance_every": 2, "guidance_scale": 1.0}, [2, 2, 2, 2, 2]),
     ],
 )
-def test_steps_outside_the_guidance_interval_cost_one_pass(
+def test_steps_outside_the_guidance_interval_or_between_cost_one_pass(
     pipe: DiTPipeline, arguments: dict[str, Any], rows: list[int]
 ) -> None:
     pipe.scheduler = official_ddpm()
@@ -506,6 +510,52 @@ def test_guidance_interval_of_everything_and_of_nothing(pipe: DiTPipeline) -> No
 def test_guidance_interval_that_is_none_is_an_error(pipe: DiTPipeline, interval: Any) -> None:
     with pytest.raises(ValueError, match="guidance_interval must be two rising numbers between 0 and 1"):
         sample(pipe, guidance_interval=interval)
+
+
+@pytest.mark.parametrize("plain", [False, True])  # modulations ahead of the loop, or as other runtimes
+def test_a_step_between_guides_by_the_last_difference(make_model: MakeModel, plain: bool) -> None:
+    model = make_model()
+    seen: list[Tensor] = []
+    options: dict[str, Any] = {
+        "guidance_scale": 3.0,
+        "num_inference_steps": 2,
+        "callback_on_step_end": lambda _, __, ___, tensors: seen.extend(tensors.values()),
+        "callback_on_step_end_tensor_inputs": ["noise_pred", "latents"],
+    }
+    pipe = pipeline_of(PlainDenoiser(model) if plain else model)
+    last = sample(pipe, **options, guidance_every=2)
+    first, latents, second, _ = seen
+
+    def predict(latents: Tensor, timestep: Any, labels: list[int]) -> Tensor:
+        with torch.no_grad():
+            return model(latents, timestep, torch.tensor(labels)).sample[:, :4]
+
+    begin, end = pipe.scheduler.timesteps
+    noise = torch.randn(2, 4, 8, 8, generator=seeded())
+    difference = (predict(noise, begin, [1, 2]) - predict(noise, begin, [10, 10]))[:, :3]  # three channels of four
+    for actual, conditional in ((first, predict(noise, begin, [1, 2])), (second, predict(latents, end, [1, 2]))):
+        expected = torch.cat([conditional[:, :3] + 2 * difference, conditional[:, 3:]], dim=1)
+        assert_close_relative(actual, expected, 1e-5)
+    assert_different(last, sample(pipe, guidance_scale=3.0, num_inference_steps=2))
+
+
+def test_guidance_in_every_step_is_the_default(pipe: DiTPipeline) -> None:
+    assert_same(sample(pipe, guidance_every=1), sample(pipe))
+    assert_different(sample(pipe, guidance_every=2), sample(pipe))
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, None, "2", True])
+def test_guidance_every_no_step_is_an_error(pipe: DiTPipeline, every: Any) -> None:
+    with pytest.raises(ValueError, match="guidance_every must be"):
+        sample(pipe, guidance_every=every)
+
+
+def test_a_difference_of_the_step_before_is_nearer_than_none(pipe: DiTPipeline) -> None:
+    options: dict[str, Any] = {"guidance_scale": 2.0, "num_inference_steps": 50}
+    expected = sample(pipe, **options)
+    drift = [relative_error(sample(pipe, **options, guidance_every=every), expected) for every in (2, 4, 50)]
+    without = relative_error(sample(pipe, guidance_scale=1.0, num_inference_steps=50), expected)
+    assert 1e-4 < drift[0] < drift[1] < drift[2] < without
 
 
 # --- Schedulers ------------------------------------------------------------------------------------------------------

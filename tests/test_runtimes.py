@@ -267,6 +267,18 @@ def test_an_input_that_the_file_has_not_is_one_sentence(exported: dict[str, Path
     assert "\n" not in str(error.value)
 
 
+def test_openvino_takes_every_batch_and_refuses_other_sizes(exported: dict[str, Path]) -> None:
+    """More batches than it compiles for, each twice."""
+    denoiser, plain = (DiTPipeline.from_pretrained(exported[name]).transformer for name in ("openvino", "onnxruntime"))
+    for count in (*range(1, 8), *range(1, 8)):
+        noise = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(count))
+        inputs = (noise, torch.full((count,), 321.0), torch.arange(count))
+        torch.testing.assert_close(denoiser(*inputs).sample, plain(*inputs).sample, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="OpenVINO cannot run this: ") as error:
+        denoiser(torch.zeros(2, 3, 8, 8), 1, torch.tensor([1, 2]))
+    assert "\n" not in str(error.value)
+
+
 # --- Copies ----------------------------------------------------------------------------------------------------------
 
 

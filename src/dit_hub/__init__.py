@@ -12,6 +12,7 @@ from .registration import register
 
 if TYPE_CHECKING:
     from dit_hub.configuration_dit import DiTConfig
+    from dit_hub.ecosystem import cache_preset
     from dit_hub.export import (
         OpenVINODiTTransformer,
         ORTDiTTransformer,
@@ -40,6 +41,7 @@ _HOMES = {
     "TensorRTDiTTransformer": "export",
     "TensorRTSampler": "export",
     "TensorRTVAEDecoder": "export",
+    "cache_preset": "ecosystem",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "TensorRTSampler",
     "TensorRTVAEDecoder",
     "__version__",
+    "cache_preset",
 ]
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from diffusers.hooks import FasterCacheConfig
+from diffusers.hooks import FasterCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .checks import whole_number
 from .extras import require
 
 # In `config._attn_implementation`: attention through diffusers' backends, as its environment variable and its context
@@ -102,6 +103,36 @@ class DiffusersModelMixin(CacheMixin, PeftAdapterMixin):
         super().enable_cache(config)
 
 
+def cache_preset(transformer: Any, every: int = 3) -> TaylorSeerCacheConfig:
+    """diffusers' TaylorSeer cache as it pays for a DiT: a config for `transformer.enable_cache`.
+
+    The first two steps and every `every`-th are computed in full. In the others all blocks are left out: the tokens
+    after the last one are forecast along the line through the last two computed, and the final layer, modulated as the
+    step asks, predicts from them. (diffusers' `use_lite_mode` looks for a layer `proj_out`, which a DiT has not, and
+    its default leaves out the attentions alone.)
+
+    Args:
+        transformer: a denoiser in PyTorch.
+        every: 2 or more.
+
+    Raises:
+        ValueError: a denoiser of another runtime, which takes no caches, or a smaller `every`.
+    """
+    every = whole_number("every", every, 2)
+    if not isinstance(transformer, DiffusersModelMixin):
+        raise ValueError(f"Caches are for denoisers in PyTorch, and this is a {type(transformer).__name__}.")
+    blocks: Any = transformer.blocks  # pyright: ignore[reportAttributeAccessIssue]
+    last = len(blocks) - 1
+    return TaylorSeerCacheConfig(
+        cache_interval=every,
+        disable_cache_before_step=2,
+        max_order=1,
+        taylor_factors_dtype=torch.float32,
+        skip_predict_identifiers=[rf"blocks\.(?!{last}$)\d+"],
+        cache_identifiers=[rf"blocks\.{last}"],
+    )
+
+
 def check_quantization(config: Any, device_map: Any = None) -> None:
     """Try a quantisation of torchao on one layer, so that what this machine lacks is one sentence, not a long report.
 
@@ -134,8 +165,8 @@ def check_cache_of_unguided_steps(transformer: Any) -> None:
     """Raise ValueError where the cache of a model takes the first half of every batch for the unconditional one."""
     config = getattr(transformer, "_cache_config", None)
     if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
-        raise ValueError("FasterCache takes half of every batch for the unconditional one, and some steps of this run "
-                         "are not guided; guide all, or set is_guidance_distilled=True in its config.")  # fmt: skip
+        raise ValueError("FasterCache takes half of every batch for the unconditional one, which some steps of this "
+                         "run lack; guide in all, or set is_guidance_distilled=True in its config.")  # fmt: skip
 
 
 def takes_precomputed(transformer: Any) -> bool:

@@ -1,6 +1,7 @@
 """Classifier-free guidance, and the denoiser of one sampling run with all that can be computed ahead of its loop."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class GuidedDenoiser:
         guided: of each step, whether it is guided.
         guidance_scale, channels: see `guide`.
         device: where the transformer computes.
+        every: of the guided steps, every such one computes both predictions; those between take over the difference
+            of the last one that did, and cost one pass.
     """
 
     def __init__(
@@ -50,8 +53,12 @@ class GuidedDenoiser:
         guidance_scale: float,
         channels: int,
         device: torch.device,
+        every: int = 1,
     ):
         self.transformer, self.timesteps, self.guided = transformer, timesteps, guided
+        count = accumulate(guided)  # of the guided steps up to each
+        self._computes_both = [is_guided and (n - 1) % every == 0 for is_guided, n in zip(guided, count, strict=True)]
+        self._difference: Tensor | None = None  # cond - uncond on the guided channels, of the last step with both
         self.guidance_scale, self.channels = guidance_scale, channels
         config: DiTConfig = transformer.config
         self.labels = None if class_labels is None else torch.tensor(class_labels, device=device)
@@ -63,20 +70,23 @@ class GuidedDenoiser:
             self._plan(config)
         modules = transformer.modules() if isinstance(transformer, nn.Module) else ()
         self._is_hooked = any(hasattr(module, "_diffusers_hook") for module in modules)
-        if not all(guided):
+        if not all(self._computes_both):
             check_cache_of_unguided_steps(transformer)
 
     def __call__(self, step: int, model_input: Tensor) -> Tensor:
         """(N, C, H, W) model input of a step -> (N, C or 2C, H, W) prediction."""
-        guided = self.guided[step]
-        prediction = self._predict(step, torch.cat([model_input, model_input]) if guided else model_input)
-        if not guided:
-            return prediction
-        uncond, cond = prediction.chunk(2)
-        return guide(cond, uncond, self.guidance_scale, self.channels)
+        if self._computes_both[step]:
+            uncond, cond = self._predict(step, torch.cat([model_input, model_input])).chunk(2)
+            self._difference = cond[:, : self.channels] - uncond[:, : self.channels]
+            return guide(cond, uncond, self.guidance_scale, self.channels)
+        cond = self._predict(step, model_input)
+        if not self.guided[step] or self._difference is None:
+            return cond
+        guided = cond[:, : self.channels] + (self.guidance_scale - 1) * self._difference
+        return torch.cat([guided, cond[:, self.channels :]], dim=1)
 
     def _predict(self, step: int, rows: Tensor) -> Tensor:
-        timestep, labels = self.timesteps[step], self.doubled if self.guided[step] else self.labels
+        timestep, labels = self.timesteps[step], self.doubled if self._computes_both[step] else self.labels
         if self._ahead:
             inputs: dict[str, Any] = {"precomputed": self._precomputed(step, len(rows))}
         elif self._is_hooked:
@@ -85,11 +95,12 @@ class GuidedDenoiser:
             return self.transformer(rows, timestep.expand(len(rows)), labels).sample
         if not self._is_hooked:
             return self.transformer(rows, **inputs).sample
-        # Caches know arguments by their names and outputs as tuples. A guided step has twice the rows: states are kept
+        # Caches know arguments by their names and outputs as tuples. A step of both has twice the rows: states are kept
         # apart, and those of a cache that does not are of no use after a change, nor those of a run that was cut off.
-        if not step or self.guided[step] != self.guided[step - 1]:
+        both = self._computes_both
+        if not step or both[step] != both[step - 1]:
             self.transformer._reset_stateful_cache()
-        with self.transformer.cache_context("guided" if self.guided[step] else "unguided"):
+        with self.transformer.cache_context("guided" if both[step] else "unguided"):
             return self.transformer(hidden_states=rows, **inputs, return_dict=False)[0]
 
     # --- Modulations, ahead of the loop ------------------------------------------------------------------------------

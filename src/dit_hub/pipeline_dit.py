@@ -175,6 +175,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
         num_images_per_prompt: int | None = None,
         guidance_channels: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_every: int = 1,
         timesteps: Sequence[int] | Literal["official"] | None = None,
         sigmas: Sequence[float] | None = None,
         eta: float = 0.0,
@@ -199,6 +200,8 @@ class DiTPipeline(HubPipeline, LoraMixin):
             guidance_channels: how many leading channels guidance touches; None means the model's own (officially 3).
             guidance_interval: guide only where timestep / training timesteps lies within these two, both included
                 (Kynkäänniemi et al. 2024); the other steps cost one pass, not two.
+            guidance_every: predict without the class in every such guided step only; those between guide by the last
+                difference that the class made, and cost one pass.
             timesteps: the timesteps to visit, from noise to data; "official" means `official_timesteps`. None leaves
                 them to the scheduler.
             sigmas: the noise levels to visit, for schedulers whose `set_timesteps` takes them, in its terms.
@@ -230,6 +233,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
         guidance_scale = self._guidance_scale = self._resolve_guidance(guidance_scale)
         interval = rising_pair("guidance_interval", guidance_interval)
         config: DiTConfig = self.transformer.config
+        every = whole_number("guidance_every", guidance_every, 1)
         channels = config.guided_channels
         if guidance_channels is not None:
             channels = whole_number("guidance_channels", guidance_channels, 1, config.in_channels)
@@ -239,10 +243,13 @@ class DiTPipeline(HubPipeline, LoraMixin):
         step_kwargs = self._step_kwargs(generator, eta)
         whole_loop = hasattr(self.transformer, "sample")  # in one call of a runtime
         if whole_loop and (
-            callback_on_step_end or sigmas is not None or interval != (0, 1) or channels != config.guided_channels
+            callback_on_step_end
+            or sigmas is not None
+            or (interval, every) != ((0, 1), 1)
+            or channels != config.guided_channels
         ):
             raise ValueError("An exported sampler runs its loop as a whole: without callback, sigmas, guidance "
-                             "interval, or guidance of other channels than it was exported with.")  # fmt: skip
+                             "interval or every, or guidance of other channels than it was exported with.")  # fmt: skip
         if num_inference_steps is None:
             num_inference_steps = default_steps(self.scheduler)
         set_timesteps(self.scheduler, num_inference_steps, timesteps, self._execution_device, sigmas)
@@ -256,7 +263,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
                 guided = [guidance_scale != 1 and self._within(t, interval) for t in self.scheduler.timesteps]
                 classes = None if labels[0] is None else [label for label in labels if label is not None]
                 predict = GuidedDenoiser(self.transformer, self.scheduler.timesteps, classes, guided, guidance_scale,
-                                         channels, self._execution_device)  # fmt: skip
+                                         channels, self._execution_device, every)  # fmt: skip
                 sample = self._denoise(
                     sample, predict, step_kwargs, callback_on_step_end, callback_on_step_end_tensor_inputs
                 )

@@ -23,7 +23,7 @@ def export_onnx_command(
         typer.Option(help="denoiser, decoder, sampler (the whole loop in one file) or all; default: the first two."),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Of the denoiser: fp32, fp16 or int8; with openvino fp32 or bf16.")
+        str, typer.Option(help="Of the denoiser: fp32, fp16 or int8; with openvino fp32, bf16 or int8.")
     ] = "fp32",
     opset: Annotated[int, typer.Option(help="Version of the ONNX operators: 23 is fastest, 20 most portable.")] = 23,
     precompute: Annotated[
@@ -36,7 +36,10 @@ def export_onnx_command(
         bool, typer.Option("--dynamic-size", help="Accept every height and width; for sin-cos positions.")
     ] = False,
     static: Annotated[
-        bool, typer.Option("--static", help="For int8: fix the scales ahead, from sampling runs (Q/DQ).")
+        bool,
+        typer.Option(
+            "--static", help="For int8: fix the scales ahead, from sampling runs (Q/DQ); always for openvino."
+        ),
     ] = False,
     max_error: MaxError = None,
     overwrite: Overwrite = False,

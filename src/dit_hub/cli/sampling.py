@@ -23,6 +23,9 @@ def generate(
         int | None, typer.Option(help="Denoising steps; default: 50, or the most that a table of the solver has.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
+    cache: Annotated[
+        int | None, typer.Option(help="Compute every N-th step in full and forecast the others; default: all in full.")
+    ] = None,
     per_label: Annotated[int, typer.Option(help="Images of each label; of an unconditional model, in all.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same images.")] = 0,
     scheduler: Annotated[str | None, typer.Option(help=_SCHEDULERS)] = None,
@@ -46,6 +49,12 @@ def generate(
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must be from 0 to {2**63 - 1}, not {seed}.")
     pipeline = load_pipeline(model, scheduler, threads, device)
+    if cache is not None:
+        from ..checks import whole_number
+        from ..ecosystem import cache_preset
+
+        every = whole_number("--cache", cache, 2)
+        pipeline.transformer.enable_cache(cache_preset(pipeline.transformer, every))
     ids, frames = _label_ids(pipeline, labels or []), Trajectory()
     images = pipeline(
         ids,
