@@ -91,8 +91,16 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         title=title,
         summary=_summary(config, training, imagenet),
         image="samples.png" if (folder / "samples.png").is_file() else None,
-        code=_code(repository, layout, config, index, id2label, adapters.get("base_model_name_or_path")),
-        caveat=_caveat(layout, conversion),
+        code=_code(
+            repository,
+            layout,
+            config,
+            index,
+            id2label,
+            adapters.get("base_model_name_or_path"),
+            _student_steps(training),
+        ),
+        caveat=_caveat(layout, conversion) or _student_caveat(training),
         facts=_table(config, id2label, origin, training, layout, _facts(folder, "vae/config.json")),
         origin=_origin_text(origin) if origin else None,
         parity=_parity(folder, conversion),
@@ -120,6 +128,9 @@ def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.get("gradient_accumulation_steps") == 1,
         "gradient_accumulation": recipe.get("gradient_accumulation") == 1,  # its name in older results
         "merge_adapters": not recipe.get("lora_rank"),
+        "guidance_scale": not recipe.get("distill"),
+        "student_steps": recipe.get("distill") != "progressive",
+        "teacher_steps": recipe.get("distill") not in ("progressive", "consistency"),
         **dict.fromkeys(("beta_start", "beta_end"), recipe.get("objective") == "flow"),
     }
     return {
@@ -269,8 +280,9 @@ def _code(
     index: dict[str, Any],
     id2label: dict[int, str],
     base: str | None,
+    steps: int | None,
 ) -> str:
-    """Lines of code that run as they stand; `base` is the model that adapters belong to."""
+    """Lines of code that run as they stand; `base` is the model that adapters belong to, `steps` a student's."""
     names = [id2label[label].split(",")[0] for label in sorted(id2label)[:2]] or list(range(min(2, config.num_classes)))
     labels = f"[{', '.join(json.dumps(name) for name in names)}]" if config.num_classes else ""
     library, load, decoder, then = "dit_hub", f'from_pretrained("{repository}"', "", ""
@@ -293,8 +305,28 @@ def _code(
         imports = (
             f"from diffusers import AutoencoderKL{', DiTPipeline' if library == 'diffusers' else chr(10) + imports}"
         )
-    draw = f'pipe({labels}).images[0].save("sample.png")'
+    arguments = ", ".join(filter(None, [labels, f"num_inference_steps={steps}" if steps else ""]))
+    draw = f'pipe({arguments}).images[0].save("sample.png")'
     return f"{imports}\n\n{decoder}pipe = DiTPipeline.{load})\n{then}{draw}"
+
+
+def _student_steps(training: dict[str, Any]) -> int | None:
+    """The steps in which a student of step distillation draws; None for any other model."""
+    recipe = training.get("recipe") or {}
+    return {"progressive": recipe.get("student_steps"), "consistency": 4}.get(recipe.get("distill", ""))
+
+
+def _student_caveat(training: dict[str, Any]) -> str:
+    """How a distilled model is drawn from, in sentences."""
+    recipe, steps = training.get("recipe") or {}, _student_steps(training)
+    sentences = {
+        "progressive": f"The model was distilled to draw in {steps} {'step' if steps == 1 else 'steps'}, and in no "
+        "other number of them.",
+        "consistency": "The model was distilled to draw in a few steps, from 1 to 8.",
+    }
+    scale = recipe.get("guidance_scale", 1) if recipe.get("distill") else 1
+    built_in = f"Guidance of {scale:g} is built in, so that a step is one pass." if scale != 1 else ""
+    return " ".join(filter(None, [sentences.get(recipe.get("distill", "")), built_in]))
 
 
 def _caveat(layout: str, conversion: dict[str, Any]) -> str | None:

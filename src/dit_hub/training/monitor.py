@@ -128,7 +128,7 @@ class Monitor:
             return
         pipeline.set_progress_bar_config(disable=True)
         cast(Any, pipeline).to(self.accelerator.device)
-        grid = sample_grid(pipeline)
+        grid = sample_grid(pipeline, steps=self.run.recipe.sampling_steps)
         cast(Any, pipeline).to("cpu")  # a decoder that is kept leaves its memory to training
         self._try(lambda: self._write(grid, step))
 

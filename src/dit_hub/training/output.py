@@ -83,7 +83,7 @@ def _draw(result: TrainingResult, folder: Path) -> None:
     with _warn_on_error("No samples were drawn"):
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         if draws_quickly(pipeline):
-            sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
+            sample_grid(pipeline, steps=result.recipe.sampling_steps, callback=trajectory).save(folder / SAMPLES_FILE)
             trajectory.image(pipeline).save(folder / "trajectory.png")
     with _warn_on_error("No losses were drawn"):
         loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result), _title(result))
