@@ -21,6 +21,8 @@ from dit_hub.conversion.origin import DECODER_LICENSES, DEFAULT_VAE, IMAGENET, U
 from dit_hub.flops import measure
 from dit_hub.labels import imagenet_id2label
 
+from .students import student_caveat, student_steps
+
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
 # In every card that this module makes, so that cards that people wrote are recognised and left alone.
@@ -98,9 +100,9 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
             index,
             id2label,
             adapters.get("base_model_name_or_path"),
-            _student_steps(training),
+            student_steps(training),
         ),
-        caveat=_caveat(layout, conversion) or _student_caveat(training),
+        caveat=_caveat(layout, conversion) or student_caveat(training),
         facts=_table(config, id2label, origin, training, layout, _facts(folder, "vae/config.json")),
         origin=_origin_text(origin) if origin else None,
         parity=_parity(folder, conversion),
@@ -308,25 +310,6 @@ def _code(
     arguments = ", ".join(filter(None, [labels, f"num_inference_steps={steps}" if steps else ""]))
     draw = f'pipe({arguments}).images[0].save("sample.png")'
     return f"{imports}\n\n{decoder}pipe = DiTPipeline.{load})\n{then}{draw}"
-
-
-def _student_steps(training: dict[str, Any]) -> int | None:
-    """The steps in which a student of step distillation draws; None for any other model."""
-    recipe = training.get("recipe") or {}
-    return {"progressive": recipe.get("student_steps"), "consistency": 4}.get(recipe.get("distill", ""))
-
-
-def _student_caveat(training: dict[str, Any]) -> str:
-    """How a distilled model is drawn from, in sentences."""
-    recipe, steps = training.get("recipe") or {}, _student_steps(training)
-    sentences = {
-        "progressive": f"The model was distilled to draw in {steps} {'step' if steps == 1 else 'steps'}, and in no "
-        "other number of them.",
-        "consistency": "The model was distilled to draw in a few steps, from 1 to 8.",
-    }
-    scale = recipe.get("guidance_scale", 1) if recipe.get("distill") else 1
-    built_in = f"Guidance of {scale:g} is built in, so that a step is one pass." if scale != 1 else ""
-    return " ".join(filter(None, [sentences.get(recipe.get("distill", "")), built_in]))
 
 
 def _caveat(layout: str, conversion: dict[str, Any]) -> str | None:

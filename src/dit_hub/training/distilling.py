@@ -101,13 +101,6 @@ class Distillation:
         return {"teacher": dict(self.model.state_dict())} if self.stage else {}
 
 
-def stage_of(recipe: Recipe, step: int, last: int) -> tuple[int, int, int]:
-    """The stage that the step after `step` of `last` steps belongs to, and its first step and the next stage's."""
-    stages = max(recipe.halvings, 1)
-    stage = min(step * stages // last, stages - 1)
-    return stage, -(-stage * last // stages), -(-(stage + 1) * last // stages)
-
-
 def student_scheduler(recipe: Recipe, scheduler: Any) -> Any:
     """The scheduler that samples a student in the steps it was trained for, by the noise schedule of the run."""
     if recipe.objective == "flow":

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from ..configuration_dit import DiTConfig, nearest
+from .ladder import check_distillation
 from .old_names import OLD_NAMES
 
 OBJECTIVES = ("noise", "v", "flow")
-DISTILLATIONS = ("guidance", "progressive", "consistency")
 
 # Bound of the sum of all betas. The signal's power is about exp(-sum), which schedulers divide by, and float32 ends at
 # exp(-87).
@@ -142,7 +142,7 @@ class Recipe:
         self._check_noise()
         self._check_choices()
         if self.distill or self.guidance_scale != 1:
-            self._check_distillation()
+            check_distillation(self)
 
     def _check_ranges(self) -> None:
         for name in _ABOVE_ZERO:
@@ -182,57 +182,6 @@ class Recipe:
             raise ValueError("merge_adapters=false needs lora_rank, and at most one ema_decay.")
         if self.streaming and not self.data.startswith("hf:"):
             raise ValueError(f"streaming is for data sets of the Hub (hf:NAME), not for {self.data!r}.")
-
-    def _check_distillation(self) -> None:
-        if self.distill not in DISTILLATIONS:
-            raise ValueError(f"distill must be {', '.join(DISTILLATIONS[:-1])} or {DISTILLATIONS[-1]}, not "
-                             f"{self.distill!r}.") if self.distill else ValueError(
-                             f"guidance_scale {self.guidance_scale} is of a teacher; set distill too.")  # fmt: skip
-        if not self.init_from:
-            raise ValueError("distill needs a teacher; set init_from to a folder, a Hub id or a checkpoint.")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, not {self.guidance_scale}.")
-        if self.min_snr_gamma:
-            raise ValueError("min_snr_gamma weights the loss of training on data, and distill has a loss of its own.")
-        if self.distill == "guidance":
-            if self.guidance_scale == 1:
-                raise ValueError("distill=guidance builds in a guidance_scale, and 1 is no guidance; set another.")
-            return
-        if self.objective == "noise":
-            raise ValueError(f"distill={self.distill} needs a student that predicts more than noise, which says "
-                             "nothing of the image where there is nothing but noise; set objective=v.")  # fmt: skip
-        self._check_steps()
-
-    def _check_steps(self) -> None:
-        """Check that the steps of student and teacher go together, and visit whole timesteps."""
-        trained, flow = self.num_train_timesteps, self.objective == "flow"
-        if self.distill == "consistency":
-            if flow:
-                raise ValueError("distill=consistency is for diffusion models; a flow model takes progressive.")
-            name, steps = "teacher_steps", self.teacher_steps
-        else:
-            name, steps, halvings = "student_steps", self.student_steps, self.halvings
-            if halvings < 1 or self.student_steps << halvings != self.teacher_steps:
-                raise ValueError(f"teacher_steps {self.teacher_steps} cannot be halved until they are student_steps "
-                                 f"{self.student_steps}; set teacher_steps={self.student_steps * 8}.")  # fmt: skip
-            if self.teacher_steps > trained and not flow:
-                raise ValueError(f"teacher_steps {self.teacher_steps} are more than num_train_timesteps {trained}.")
-        if not flow and trained % steps:
-            fitting = max(divisor for divisor in range(1, min(steps, trained) + 1) if trained % divisor == 0)
-            raise ValueError(f"{name} {steps} do not divide num_train_timesteps {trained} evenly, as samplers do; set "
-                             f"{name}={fitting}.")  # fmt: skip
-
-    @property
-    def halvings(self) -> int:
-        """How often progressive distillation halves the steps; 0 for other training."""
-        if self.distill != "progressive":
-            return 0
-        return max(self.teacher_steps // self.student_steps, 1).bit_length() - 1
-
-    @property
-    def sampling_steps(self) -> int:
-        """The steps with which the result is drawn: 50, or those of a student."""
-        return {"progressive": self.student_steps, "consistency": 4}.get(self.distill, 50)
 
     @property
     def ema_decays(self) -> list[float]:

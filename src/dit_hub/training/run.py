@@ -16,8 +16,9 @@ from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import checkpoints
 from .data import Batch, Dataset, check_unreadable
-from .distilling import Distillation, stage_of
+from .distilling import Distillation
 from .history import History
+from .ladder import halvings, stage_of
 from .loader import end_workers, make_loader
 from .loss import TrainingLoss
 from .recipe import Recipe
@@ -74,8 +75,8 @@ class Run:
         self.own = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
         self.distillation: Distillation | None = None
         if base is not None and teacher is not None:
-            if self.last < recipe.halvings:
-                raise ValueError(f"{self.last} steps are too few for the {recipe.halvings} stages from "
+            if self.last < (stages := halvings(recipe)):
+                raise ValueError(f"{self.last} steps are too few for the {stages} stages from "
                                  f"{recipe.teacher_steps} steps to {recipe.student_steps}.")  # fmt: skip
             self.distillation = Distillation(recipe, teacher, cast(Any, base).scheduler, accelerator.device)
         self.loss = TrainingLoss(recipe, dataset, model.config, accelerator, self.distillation)

@@ -14,7 +14,8 @@ from ..adapters import merge_adapters
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import LOGS_FOLDER, Checkpoint, checkpoints, damaged, load_checkpoint, save_checkpoint
-from .distilling import stage_of, student_scheduler
+from .distilling import student_scheduler
+from .ladder import stage_of
 from .result import TrainingResult
 from .run import Run, TrainingError
 from .setup import check_same_recipe, make_scheduler
