@@ -27,6 +27,7 @@ from dit_hub.distillation import (
     two_steps,
 )
 from dit_hub.training.checkpoints import checkpoints
+from dit_hub.training.distilling import Distillation
 from dit_hub.training.loop import Progress, train
 from dit_hub.training.recipe import Recipe, get_recipe
 
@@ -177,7 +178,7 @@ def test_a_consistent_student_estimates_what_it_does_one_step_later() -> None:
     clean, noise = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
 
     def answer(noisy: Tensor, timestep: Tensor) -> Tensor:
-        return torch.cos(noisy) * timestep.view(-1, 1, 1, 1) / 1000
+        return torch.cos(noisy) * (1 + timestep.view(-1, 1, 1, 1) / 1000)
 
     class Student(Predictor):
         """Predicts one thing for the later timestep, and learns another one for the first."""
@@ -202,6 +203,39 @@ def test_a_consistent_student_estimates_what_it_does_one_step_later() -> None:
             signal, sigma = float(NOISE.alphas_cumprod[end]) ** 0.5, (1 - float(NOISE.alphas_cumprod[end])) ** 0.5
             expected = signal * reached - sigma * answer(reached, steps[1])
         torch.testing.assert_close(estimate, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "starts"),
+    [
+        (
+            {"distill": "progressive", "student_steps": 1, "teacher_steps": 4, "guidance_scale": 2.0},
+            [99, 99, 99, 199, 199],
+        ),
+        ({"distill": "consistency", "teacher_steps": 50}, [3, 51, 99, 103, 199]),
+        ({"distill": "guidance", "guidance_scale": 2.0}, [0, 49, 99, 100, 199]),
+    ],
+)
+def test_students_learn_at_the_timesteps_where_steps_start(
+    make_model: MakeModel, settings: dict[str, Any], starts: list[int]
+) -> None:
+    scheduler, seen = DDPMScheduler(200, **TOYS_NOISE), []
+
+    def student(noisy: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        seen.append(timestep.tolist())
+        return torch.zeros_like(noisy)
+
+    recipe = replace(LADDER, **settings)
+    distillation = Distillation(recipe, make_model(**SMALL_MODEL), scheduler, torch.device("cpu"))
+    clean, noise = torch.randn(2, 5, 3, 16, 16)
+    drawn = torch.tensor([0, 49, 99, 100, 199])
+    losses = distillation(student, scheduler, clean, noise, drawn, class_labels=torch.arange(5))
+    assert losses.shape == (5,)
+    assert seen[-1] == starts
+    if recipe.distill == "progressive":  # a later stage has half as many steps, and an unguided teacher
+        distillation.begin(1, make_model(**{**SMALL_MODEL, "class_dropout_prob": 0.0}))
+        distillation(student, scheduler, clean, noise, drawn, class_labels=torch.arange(5))
+        assert seen[-1] == [199] * 5
 
 
 # --- Runs ------------------------------------------------------------------------------------------------------------
@@ -330,6 +364,16 @@ def test_a_consistency_student_comes_nearer_to_what_its_teacher_draws() -> None:
                          images_per_class=8, learning_rate=1e-3, ema_decay=0.0, save_every=0)  # fmt: skip
         distances.append(float((drawn(train(recipe).pipeline, 1) - expected).norm() / expected.norm()))
     assert distances[1] < 0.8 * distances[0], distances
+
+
+def test_the_teacher_is_clipped_where_its_scheduler_clips(tmp_path: Path, make_pipeline: MakePipeline) -> None:
+    losses: list[float] = []
+    for clips in (True, False):
+        scheduler = DDPMScheduler(200, **TOYS_NOISE, clip_sample=clips)
+        make_pipeline(scheduler=scheduler, **SMALL_MODEL).save_pretrained(tmp_path / str(clips))
+        recipe = replace(LADDER, init_from=str(tmp_path / str(clips)), teacher_steps=2, steps=1)
+        train(recipe, lambda progress: losses.append(progress.loss))
+    assert losses[0] < 0.5 * losses[1]  # random noise predictions mean data far beyond
 
 
 def test_low_rank_adapters_and_micro_batches_learn_from_a_teacher_too(guided_base: str) -> None:

@@ -111,5 +111,5 @@ def student_scheduler(recipe: Recipe, scheduler: Any) -> Any:
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     settings: dict[str, Any] = {name: scheduler.config[name] for name in kept}
     if recipe.distill == "consistency":
-        return LCMScheduler(**settings, original_inference_steps=recipe.teacher_steps, timestep_spacing="trailing")
+        return LCMScheduler(**settings, original_inference_steps=recipe.teacher_steps)
     return DDIMScheduler(**settings, clip_sample=False, timestep_spacing="trailing")
