@@ -21,6 +21,8 @@ from dit_hub.conversion.origin import DECODER_LICENSES, DEFAULT_VAE, IMAGENET, U
 from dit_hub.flops import measure
 from dit_hub.labels import imagenet_id2label
 
+from .students import student_caveat, student_steps
+
 TEMPLATE = Path(__file__).parent / "card.md.j2"
 
 # In every card that this module makes, so that cards that people wrote are recognised and left alone.
@@ -91,8 +93,16 @@ def render_card(folder: str | os.PathLike, repository: str | None = None) -> Mod
         title=title,
         summary=_summary(config, training, imagenet),
         image="samples.png" if (folder / "samples.png").is_file() else None,
-        code=_code(repository, layout, config, index, id2label, adapters.get("base_model_name_or_path")),
-        caveat=_caveat(layout, conversion),
+        code=_code(
+            repository,
+            layout,
+            config,
+            index,
+            id2label,
+            adapters.get("base_model_name_or_path"),
+            student_steps(training),
+        ),
+        caveat=_caveat(layout, conversion) or student_caveat(training),
         facts=_table(config, id2label, origin, training, layout, _facts(folder, "vae/config.json")),
         origin=_origin_text(origin) if origin else None,
         parity=_parity(folder, conversion),
@@ -120,6 +130,9 @@ def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.get("gradient_accumulation_steps") == 1,
         "gradient_accumulation": recipe.get("gradient_accumulation") == 1,  # its name in older results
         "merge_adapters": not recipe.get("lora_rank"),
+        "guidance_scale": not recipe.get("distill"),
+        "student_steps": recipe.get("distill") != "progressive",
+        "teacher_steps": recipe.get("distill") not in ("progressive", "consistency"),
         **dict.fromkeys(("beta_start", "beta_end"), recipe.get("objective") == "flow"),
     }
     return {
@@ -269,8 +282,9 @@ def _code(
     index: dict[str, Any],
     id2label: dict[int, str],
     base: str | None,
+    steps: int | None,
 ) -> str:
-    """Lines of code that run as they stand; `base` is the model that adapters belong to."""
+    """Lines of code that run as they stand; `base` is the model that adapters belong to, `steps` a student's."""
     names = [id2label[label].split(",")[0] for label in sorted(id2label)[:2]] or list(range(min(2, config.num_classes)))
     labels = f"[{', '.join(json.dumps(name) for name in names)}]" if config.num_classes else ""
     library, load, decoder, then = "dit_hub", f'from_pretrained("{repository}"', "", ""
@@ -293,7 +307,8 @@ def _code(
         imports = (
             f"from diffusers import AutoencoderKL{', DiTPipeline' if library == 'diffusers' else chr(10) + imports}"
         )
-    draw = f'pipe({labels}).images[0].save("sample.png")'
+    arguments = ", ".join(filter(None, [labels, f"num_inference_steps={steps}" if steps else ""]))
+    draw = f'pipe({arguments}).images[0].save("sample.png")'
     return f"{imports}\n\n{decoder}pipe = DiTPipeline.{load})\n{then}{draw}"
 
 

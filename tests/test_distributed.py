@@ -152,6 +152,8 @@ FEW = {
     "learning_rate": 1e-2,
     "ema_decay": 0.9,
 }
+# Three stages, in each of which every process has the student of the stage before for a teacher.
+LADDER = {"distill": "progressive", "objective": "v", "student_steps": 1, "teacher_steps": 8, "learning_rate": 1e-3}
 WAYS: dict[str, dict[str, Any]] = {
     "parts": {"gradient_accumulation_steps": 4},
     "sharded": {"fsdp": True},
@@ -160,6 +162,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "compiled": {"fsdp": True, "compile": True},
     "adapters": {"fsdp": True, "lora_rank": 2},
     "bf16": {"fsdp": True, "mixed_precision": "bf16"},
+    "student": LADDER,
+    "sharded student": {"fsdp": True, **LADDER},
     "bf16 adapters": {"fsdp": True, "mixed_precision": "bf16", "lora_rank": 2},
 }
 
@@ -176,11 +180,11 @@ def other_classes() -> InMemoryImages:
 
 
 def run_of(settings: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses and weights of a run; adapters start from the embedded model."""
+    """The losses and weights of a run; adapters and students start from the embedded model."""
     seen: list[Progress] = []
-    base = {"init_from": "dit-toy-shapes", **TOYS_NOISE} if "lora_rank" in settings else {}
+    base = {"init_from": "dit-toy-shapes", **TOYS_NOISE} if {"lora_rank", "distill"} & settings.keys() else {}
     recipe = Recipe(**{**FEW, **base, **settings})
-    result = train(recipe, seen.append, dataset=other_classes() if base else None)
+    result = train(recipe, seen.append, dataset=other_classes() if "lora_rank" in settings else None)
     return [progress.loss for progress in seen], dict(result.pipeline.transformer.state_dict())
 
 

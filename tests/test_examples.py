@@ -4,6 +4,9 @@ import re
 import runpy
 from pathlib import Path
 
+from dit_hub.training.loop import train
+from dit_hub.training.recipe import get_recipe
+
 from .command_line import python
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +74,28 @@ def test_the_unet_study_compares_networks_of_one_size(tmp_path: Path) -> None:
     assert abs(unet / dit - 1) < 0.01
     assert float(re.findall(r"names ([\d.]+)% of fresh real shapes", printed)[0]) > 99
     assert image.is_file()
+
+
+def test_students_are_trained_measured_and_drawn_beside_their_teacher(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    small = {"steps": 1, "batch_size": 16, "save_every": 0, "sample_every": 0, "tracker": "none"}
+    train(get_recipe("digits").with_settings(small)).pipeline.save_pretrained(tmp_path / "teacher")
+    folders = (
+        str(tmp_path / "teacher"),
+        "--students",
+        str(tmp_path / "students"),
+        "--out",
+        str(tmp_path / "drawn.png"),
+    )
+    printed = run("distillation.py", tmp_path / "here", *folders, "--quick")
+    rows = [line.split(" | ")[:2] for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert rows[-4:] == [["| progressive, 1", "1"], ["| consistency, 4", "4"], ["| consistency, 2", "2"],
+                         ["| consistency, 1", "1"]]  # fmt: skip
+    assert ["| teacher, 4 DDIM", "8"] in rows
+    assert (tmp_path / "drawn.png").stat().st_size > 5_000
+    document = (ROOT / "docs" / "distillation.md").read_text()
+    commands = [line for line in printed.splitlines() if line.startswith("dit-hub train distill")]
+    assert len(commands) == 6
+    for command in commands:
+        generic = command.replace(str(tmp_path / "teacher"), "outputs/digits")
+        assert generic.replace(str(tmp_path / "students"), "outputs/distilled") in document

@@ -28,7 +28,7 @@ LAYERS = (
     {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers", "vaes"},
     {"pretrained"},
     {"modeling_dit"},
-    {"adapters", "conversion", "flops", "guidance", "visualize"},
+    {"adapters", "conversion", "distillation", "flops", "guidance", "visualize"},
     {"model_cards"},
     {"sources"},
     {"loading", "lora"},

@@ -352,7 +352,7 @@ def test_weights_and_times() -> None:
 
 def test_every_shipped_recipe_loads_and_names_a_model() -> None:
     names = shipped_recipes()
-    assert names == ["digits", "finetune", "imagenet-256", "imagenet-256-flow", "toy", "toy-shapes"]
+    assert names == ["digits", "distill", "finetune", "imagenet-256", "imagenet-256-flow", "toy", "toy-shapes"]
     assert all(get_recipe(name).config.num_hidden_layers > 0 for name in names)
     flow = get_recipe("imagenet-256-flow").config
     assert (flow.parameterization, flow.learn_sigma) == ("flow", False)

@@ -39,7 +39,7 @@ def noise_prediction(
         The loss of each sample, (N,).
     """
     noisy = _noisy(scheduler, clean, noise, timestep)
-    return _mean_square(denoiser(noisy, timestep, **conditions) - noise)
+    return mean_square(denoiser(noisy, timestep, **conditions) - noise)
 
 
 def noise_and_variance(
@@ -58,7 +58,7 @@ def noise_and_variance(
     noisy = _noisy(scheduler, clean, noise, timestep)
     predicted, fraction = denoiser(noisy, timestep, **conditions).chunk(2, dim=1)
     bound = variational_bound(scheduler, clean, noisy, timestep, predicted.detach(), fraction)
-    return _mean_square(predicted - noise) + bound
+    return mean_square(predicted - noise) + bound
 
 
 def variational_bound(
@@ -112,9 +112,9 @@ def v_prediction(
 
     Arguments as for `noise_prediction`.
     """
-    signal, sigma = _levels(scheduler, clean, timestep)
+    signal, sigma = noise_levels(scheduler, clean, timestep)
     noisy, target = signal * clean + sigma * noise, signal * noise - sigma * clean
-    return _mean_square(denoiser(noisy, timestep, **conditions) - target)
+    return mean_square(denoiser(noisy, timestep, **conditions) - target)
 
 
 def flow_matching(
@@ -132,7 +132,7 @@ def flow_matching(
     time = timestep / scheduler.config["num_train_timesteps"]
     time = time.view(-1, *[1] * (clean.dim() - 1))
     noisy = (1 - time) * clean + time * noise
-    return _mean_square(denoiser(noisy, timestep, **conditions) - (noise - clean))
+    return mean_square(denoiser(noisy, timestep, **conditions) - (noise - clean))
 
 
 def min_snr_weight(scheduler: DDPMScheduler, timestep: Tensor, gamma: float, prediction: str = "noise") -> Tensor:
@@ -170,11 +170,11 @@ def flow_timesteps(
 
 def _noisy(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
     """Draw from q(x_t | x_0): x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise (Ho et al. 2020, equation 4)."""
-    signal, sigma = _levels(scheduler, clean, timestep)
+    signal, sigma = noise_levels(scheduler, clean, timestep)
     return signal * clean + sigma * noise
 
 
-def _levels(scheduler: DDPMScheduler, clean: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+def noise_levels(scheduler: DDPMScheduler, clean: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t), (N, 1, ...): the scheduler's, but exact, as in the official code."""
     tables = _tables(scheduler, clean.device, clean.dtype)
     return _at(tables.signal_scale, timestep, clean), _at(tables.noise_scale, timestep, clean)
@@ -239,7 +239,8 @@ def _exact_betas(scheduler: DDPMScheduler) -> Tensor:
     return scheduler.betas.double().cpu()
 
 
-def _mean_square(difference: Tensor) -> Tensor:
+def mean_square(difference: Tensor) -> Tensor:
+    """(N, ...) -> (N,)."""
     return difference.square().flatten(1).mean(dim=1)
 
 

@@ -145,6 +145,16 @@ class DiTPreTrainedModel(PreTrainedModel, DiffusersModelMixin):
             config.pop("dtype", None)
             path.write_text(json.dumps(config, indent=2) + "\n")
 
+    def remove_null_class(self) -> Any:
+        """Remove the null class, so that the model can no longer be guided; see `DiTConfig.class_dropout_prob`."""
+        null, self.config.class_dropout_prob = self.config.null_class, 0.0
+        if null is not None:
+            table = self.y_embedder.embedding_table.weight
+            self.y_embedder = LabelEmbedder(self.config).to(table).train(self.training)
+            with torch.no_grad():
+                self.y_embedder.embedding_table.weight.copy_(table[:null])
+        return self
+
     def resize_class_labels(
         self,
         num_classes: int,

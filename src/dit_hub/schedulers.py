@@ -136,7 +136,8 @@ def check_scheduler(scheduler: Any, config: DiTConfig, own: Any, latent: bool) -
         advice = "use DDPMScheduler, DPMSolverMultistepScheduler or another of that kind"
     if not _steps_alone(scheduler):
         raise ValueError(f"{name} does not step from noise to data by the model's prediction alone; {advice}.")
-    if reason := next((why for part, why in _OTHER_MODELS.items() if part in name), ""):
+    reason = next((why for part, why in _OTHER_MODELS.items() if part in name), "")
+    if reason and type(scheduler) is not type(own):  # a consistency model comes with a scheduler for it
         raise ValueError(f"{name} {reason}; {advice}.")
     if not flow and is_flow_matching(scheduler):
         raise ValueError(f"{name} steps with a velocity, but this model was trained as a diffusion model; {advice}.")

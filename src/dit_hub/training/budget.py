@@ -218,12 +218,25 @@ def _step_seconds(
     choice = [fits and recipe.batch_size * gmacs <= images, batch]
     broadcast_object_list(choice)  # processes guess differently, and must measure the same
     whole, batch = choice
+    if recipe.distill == "progressive":  # as many stages as a few steps have room for
+        recipe = replace(recipe, teacher_steps=2 * recipe.student_steps)
     if whole:
         return _measure(replace(recipe, steps=_MEASURED), dataset), f"measured on {_MEASURED - _WARM_UP} steps"
-    probe = replace(recipe, model=shallow, init_from="", lora_rank=0, merge_adapters=True, freeze="", batch_size=batch,
-                    gradient_accumulation_steps=1, steps=_MEASURED)  # fmt: skip
-    seconds = _measure(probe, dataset) * gmacs * recipe.batch_size / (few_gmacs * batch)
+    probe = replace(recipe, **_UNDISTILLED, model=shallow, init_from="", lora_rank=0, merge_adapters=True, freeze="",
+                    batch_size=batch, gradient_accumulation_steps=1, steps=_MEASURED)  # fmt: skip
+    larger = gmacs * recipe.batch_size / (few_gmacs * batch) * (1 + _extra_passes(recipe) / 3)
+    seconds = _measure(probe, dataset) * larger
     return seconds, f"scaled up from {shallow['num_hidden_layers']} layers and a batch of {batch}"
+
+
+# Settings of a run that has no teacher.
+_UNDISTILLED: dict[str, Any] = {"distill": "", "guidance_scale": 1.0}
+
+
+def _extra_passes(recipe: Recipe) -> int:
+    """Forward passes of a step of distillation besides the three of forward and backward."""
+    of_teacher = {"guidance": 1, "progressive": 2, "consistency": 1}.get(recipe.distill, 0)
+    return of_teacher * (1 if recipe.guidance_scale == 1 else 2) + (recipe.distill == "consistency")
 
 
 def _first_guess(recipe: Recipe, accelerator: Accelerator) -> float:

@@ -1,10 +1,11 @@
 """The training loop, on accelerate."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -103,11 +104,12 @@ def _start(
     if dataset is None:
         dataset = open_dataset(recipe.data, config.sample_height_width[0], recipe.images_per_class, recipe.seed,
                                recipe.streaming)  # fmt: skip
+    teacher = copy.deepcopy(cast(Any, base).transformer) if recipe.distill else None
     model = make_model(recipe, dataset, base)
     check_fit(recipe, model, dataset, accelerator.num_processes, base)
     for note in dataset.notes if accelerator.is_main_process else ():
         logger.warning(note)
-    run = Run(recipe, model, dataset, accelerator, run_folder, base)
+    run = Run(recipe, model, dataset, accelerator, run_folder, base, teacher)
     if resume:
         resume_run(run)
     elif accelerator.is_main_process:

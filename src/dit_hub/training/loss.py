@@ -18,6 +18,7 @@ from ..objectives import (
     v_prediction,
 )
 from .data import Batch, Dataset
+from .distilling import Distillation
 from .recipe import Recipe
 from .setup import make_scheduler
 
@@ -38,12 +39,20 @@ class TrainingLoss:
         recipe, dataset: of the run.
         config: of the model.
         accelerator: of the run; the loss is computed on its device and in its precision.
+        distillation: takes the place of the recipe's objective, if given.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Dataset, config: DiTConfig, accelerator: Accelerator):
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        config: DiTConfig,
+        accelerator: Accelerator,
+        distillation: Distillation | None = None,
+    ):
         self.recipe, self.dataset, self.config, self.accelerator = recipe, dataset, config, accelerator
         self.scheduler = make_scheduler(recipe, config)
-        self.objective = _objective(recipe, config)
+        self.objective = distillation or _objective(recipe, config)
 
     def draw(self, step: int, micro_batches: int) -> list[Draws]:
         """The draws of a whole step, of all processes, by micro-batch.

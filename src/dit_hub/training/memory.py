@@ -25,7 +25,7 @@ class TrainingMemory:
     """Bytes that one process takes for training, by part.
 
     Args:
-        weights, gradients, optimizer, averages: for as long as training runs.
+        weights, gradients, optimizer, averages: for as long as training runs; a teacher's weights are among the first.
         activations: the most that live at once in the forward and backward pass of a micro-batch.
     """
 
@@ -50,6 +50,7 @@ def training_memory(recipe: Recipe, model: DiTTransformer, processes: int = 1) -
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    teacher = parameters if recipe.distill else 0  # whole in each process
     held = gathered = 0
     if recipe.fsdp and processes > 1:
         # Each process holds a share, and the root's weights whole: all but attention and MLP.
@@ -60,7 +61,7 @@ def training_memory(recipe: Recipe, model: DiTTransformer, processes: int = 1) -
         held = trained  # DDP's buckets
     micro_batch = recipe.batch_size // (processes * recipe.gradient_accumulation_steps)
     return TrainingMemory(
-        weights=_BYTES * (parameters + gathered),
+        weights=_BYTES * (parameters + gathered + teacher),
         gradients=_BYTES * (trained + held),
         optimizer=2 * _BYTES * trained,
         averages=len(recipe.ema_decays) * _BYTES * trained,

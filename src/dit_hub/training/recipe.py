@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ..configuration_dit import DiTConfig, nearest
+from .ladder import check_distillation
 from .old_names import OLD_NAMES
 
 OBJECTIVES = ("noise", "v", "flow")
@@ -19,7 +20,7 @@ OBJECTIVES = ("noise", "v", "flow")
 _MOST_NOISE = 80
 
 _ABOVE_ZERO = ("images_per_class", "epochs", "batch_size", "gradient_accumulation_steps", "num_train_timesteps",
-               "learning_rate", "keep_last")  # fmt: skip
+               "student_steps", "teacher_steps", "learning_rate", "keep_last")  # fmt: skip
 _AT_LEAST_ZERO = ("steps", "max_grad_norm", "weight_decay", "min_snr_gamma", "lora_rank", "save_every", "sample_every",
                   "num_workers")  # fmt: skip
 # Far above any use, so that a slip of the keyboard is refused before the work.
@@ -54,6 +55,13 @@ class Recipe:
         objective: "noise" (with the variational bound where the model learns its variance), "v" or "flow".
         logit_normal: draw the timesteps of "flow" from a logit-normal distribution rather than evenly.
         min_snr_gamma: bound of the signal-to-noise ratio in the loss weights of "noise" and "v"; 0 for no weights.
+        distill: train the model of `init_from` to do with less: "guidance" (in one pass what it does guided in two),
+            "progressive" (in `student_steps` steps what it does in `teacher_steps`) or "consistency" (in any few
+            steps); "" for no distillation. The student has no null class, and predicts what `objective` says.
+        guidance_scale: scale at which the teacher is guided, which the student has built in; 1 for no guidance.
+        student_steps: sampling steps of a progressive student.
+        teacher_steps: sampling steps that progressive distillation halves until they are `student_steps`, in equal
+            parts of the run; of consistency, the number of its teacher's steps.
         epochs: passes over the data.
         steps: optimizer steps, in place of `epochs` where above 0.
         batch_size: images per step, over all processes.
@@ -96,6 +104,10 @@ class Recipe:
     objective: str = "noise"
     logit_normal: bool = False
     min_snr_gamma: float = 0.0
+    distill: str = ""
+    guidance_scale: float = 1.0
+    student_steps: int = 4
+    teacher_steps: int = 64
     epochs: int = 30
     steps: int = 0
     batch_size: int = 128
@@ -129,6 +141,8 @@ class Recipe:
         self._check_ranges()
         self._check_noise()
         self._check_choices()
+        if self.distill or self.guidance_scale != 1:
+            check_distillation(self)
 
     def _check_ranges(self) -> None:
         for name in _ABOVE_ZERO:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,9 @@ from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import checkpoints
 from .data import Batch, Dataset, check_unreadable
+from .distilling import Distillation
 from .history import History
+from .ladder import halvings, stage_of
 from .loader import end_workers, make_loader
 from .loss import TrainingLoss
 from .recipe import Recipe
@@ -41,6 +44,7 @@ class Run:
         model: as `make_model` returns it.
         folder: where checkpoints go; None for none.
         base: the pipeline that the model was loaded from, if any.
+        teacher: a model of its own, for a recipe that distills; `base` samples it.
 
     Attributes:
         step: optimizer steps done.
@@ -56,6 +60,7 @@ class Run:
         accelerator: Accelerator,
         folder: Path | None,
         base: DiTPipeline | None,
+        teacher: DiTTransformer | None = None,
     ):
         self.recipe, self.dataset, self.accelerator = recipe, dataset, accelerator
         self.folder, self.base = folder, base
@@ -68,7 +73,13 @@ class Run:
         each = recipe.gradient_accumulation_steps
         self.micro_batches = each * accelerator.num_processes
         self.own = range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
-        self.loss = TrainingLoss(recipe, dataset, model.config, accelerator)
+        self.distillation: Distillation | None = None
+        if base is not None and teacher is not None:
+            if self.last < (stages := halvings(recipe)):
+                raise ValueError(f"{self.last} steps are too few for the {stages} stages from "
+                                 f"{recipe.teacher_steps} steps to {recipe.student_steps}.")  # fmt: skip
+            self.distillation = Distillation(recipe, teacher, cast(Any, base).scheduler, accelerator.device)
+        self.loss = TrainingLoss(recipe, dataset, model.config, accelerator, self.distillation)
         if model.config.null_class is not None:
             model.y_embedder.dropout_prob = 0.0  # `TrainingLoss` drops labels, alike in all processes
         self.weights = Weights(recipe, model, accelerator)
@@ -95,6 +106,7 @@ class Run:
             batches: this process's micro-batches.
             asked_to_stop: number of the signal that asked this process to stop, or 0.
         """
+        self._begin_stage()
         draws = self.loss.draw(self.step, self.micro_batches)
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in zip(self.own, batches, strict=True):
@@ -113,6 +125,12 @@ class Run:
             self.weights.skip()
         self.pending.append(outcome)
         self.step += 1
+
+    def _begin_stage(self) -> None:
+        """Make the student the teacher, where the next step begins a later stage of progressive distillation."""
+        stage, _, _ = stage_of(self.recipe, self.step, self.last)
+        if self.distillation is not None and stage != self.distillation.stage:
+            self.distillation.begin(stage, self.weights.student())
 
     def settled(self) -> Iterator[tuple[int, float]]:
         """The steps whose outcome is known by now, and their losses, the mean over all processes.
@@ -149,9 +167,14 @@ class Run:
         return bool(every) and (self.step % every == 0 or self.step == self.last)
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of the step after `step` steps; a closed form, so that there is no scheduler to save."""
-        falling = self.recipe.lr_scheduler == "cosine"
-        return self.recipe.learning_rate * (0.5 * (1 + math.cos(math.pi * step / self.last)) if falling else 1.0)
+        """The learning rate of the step after `step` steps; a closed form, so that there is no scheduler to save.
+
+        It falls to zero in each stage of progressive distillation, so that the next teacher is a finished model.
+        """
+        if self.recipe.lr_scheduler == "constant":
+            return self.recipe.learning_rate
+        _, first, end = stage_of(self.recipe, step, self.last)
+        return self.recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - first) / (end - first)))
 
     def _is_finite(self, outcome: StepOutcome) -> bool:
         """Whether a step may be taken; in fp16 the scaler itself leaves out those whose gradients overflow."""

@@ -14,6 +14,8 @@ from ..adapters import merge_adapters
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import LOGS_FOLDER, Checkpoint, checkpoints, damaged, load_checkpoint, save_checkpoint
+from .distilling import student_scheduler
+from .ladder import stage_of
 from .result import TrainingResult
 from .run import Run, TrainingError
 from .setup import check_same_recipe, make_scheduler
@@ -27,6 +29,8 @@ def save_run(run: Run) -> bool:
     if run.folder is None:
         return False
     tensors, facts = run.weights.state_dict()
+    if run.distillation is not None:
+        tensors |= run.distillation.state_dict()
     facts |= {"recipe": asdict(run.recipe), "data": run.data, **run.history.state_dict()}
     written = True
     if run.accelerator.is_main_process:
@@ -69,6 +73,7 @@ def resume_run(run: Run) -> None:
             run.weights.load_state_dict(checkpoint.tensors, checkpoint.facts)
             run.history.load_state_dict(checkpoint.facts)
             run.step = checkpoint.step
+            _resume_teacher(run, checkpoint)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise damaged(kept[-1], error) from None
     step = torch.tensor([run.step], device=run.accelerator.device)
@@ -76,6 +81,13 @@ def resume_run(run: Run) -> None:
     if len(set(steps)) > 1:
         raise ValueError(f"The processes find checkpoints of the steps {', '.join(map(str, steps))}: {run.folder} "
                          "must lie on a disk that all machines share.")  # fmt: skip
+
+
+def _resume_teacher(run: Run, checkpoint: Checkpoint) -> None:
+    """Give a run the teacher of its last step, where that was a former student."""
+    stage, _, _ = stage_of(run.recipe, max(run.step - 1, 0), run.last)
+    if run.distillation is not None and stage:
+        run.distillation.begin(stage, run.weights.whole_model(checkpoint.tensors["teacher"]))
 
 
 def result_of(run: Run) -> TrainingResult:
@@ -88,8 +100,7 @@ def result_of(run: Run) -> TrainingResult:
         adapted = None if run.recipe.merge_adapters else copy.deepcopy(model)
         merge_adapters(model)
         averages = {variant: merged_state(weights.whole_model(state)) for variant, state in averages.items()}
-    scheduler = make_scheduler(run.recipe, weights.plain.config)
-    pipeline = DiTPipeline(model, scheduler, _decoder(run), run.dataset.id2label or None)
+    pipeline = DiTPipeline(model, _scheduler(run), _decoder(run), run.dataset.id2label or None)
     if run.base is not None:  # the licence stays with the weights
         pipeline.origin = run.base.origin
     return TrainingResult(
@@ -114,7 +125,13 @@ def _empty_pipeline(run: Run) -> DiTPipeline | None:
         return None
     with torch.device("meta"):
         model = DiTTransformer(run.weights.plain.config)
-    return DiTPipeline(model, make_scheduler(run.recipe, model.config), None, run.dataset.id2label or None)
+    return DiTPipeline(model, _scheduler(run), None, run.dataset.id2label or None)
+
+
+def _scheduler(run: Run) -> Any:
+    """The scheduler of the pipeline."""
+    scheduler = make_scheduler(run.recipe, run.weights.plain.config)
+    return student_scheduler(run.recipe, scheduler) if run.recipe.distill else scheduler
 
 
 def _decoder(run: Run) -> Any:

@@ -18,6 +18,7 @@ from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from .checkpoints import damaged
 from .data import Dataset
+from .distilling import PREDICTIONS, check_teacher
 from .fingerprint import fingerprint
 from .old_names import renamed
 from .recipe import Recipe
@@ -47,6 +48,9 @@ def make_model(recipe: Recipe, dataset: Dataset, base: DiTPipeline | None) -> Di
                              f"{start.config.num_classes or 'none'}.")  # fmt: skip
         if classes:
             adopt_classes(start, dataset.id2label, base.id2label, recipe)
+        if recipe.distill:
+            check_teacher(recipe, start)
+            start.remove_null_class()
         model = add_adapters(start, recipe.lora_rank) if recipe.lora_rank else start
     else:
         config = recipe.config
@@ -82,6 +86,8 @@ def adopt_classes(model: DiTTransformer, id2label: dict[int, str], known: dict[i
     else:
         same = [None] * classes
     if same != list(range(model.config.num_classes)):
+        if recipe.distill:
+            raise ValueError(f"The data have other classes than {source}, and a teacher can teach only its own.")
         model.resize_class_labels(classes, same, torch.Generator().manual_seed(recipe.seed))
         kept = sum(old is not None for old in same)
         say(
@@ -186,15 +192,11 @@ def check_noise_schedule(recipe: Recipe, base: DiTPipeline, straight: bool) -> N
     if kind != "beta_schedule linear":
         raise ValueError(f"{recipe.init_from} was trained with {kind}, and recipes train with linear betas only.")
     prediction = theirs.get("prediction_type", "epsilon")
-    if prediction not in _OBJECTIVES:
+    if prediction not in PREDICTIONS:
         raise ValueError(f"{recipe.init_from} predicts {prediction!r}, which no objective trains; only noise and v do.")
-    if _OBJECTIVES[prediction] != recipe.objective:
+    if PREDICTIONS[prediction] != recipe.objective and not recipe.distill:  # a student may learn another one
         raise ValueError(f"{recipe.init_from} predicts {prediction!r}, and the objective {recipe.objective!r} would "
-                         f"train it for another target; set objective={_OBJECTIVES[prediction]}.")  # fmt: skip
-
-
-# The objectives by diffusers' name of the prediction.
-_OBJECTIVES = {"epsilon": "noise", "v_prediction": "v"}
+                         f"train it for another target; set objective={PREDICTIONS[prediction]}.")  # fmt: skip
 
 
 def check_decoder(name: str, channels: int) -> None:

@@ -132,19 +132,30 @@ class Weights:
 
     # --- The result --------------------------------------------------------------------------------------------------
 
-    def averaged(self, decay: float | None) -> dict[str, Tensor]:
-        """A copy of the weights by name, averaged with a decay or as they are; adapters are not merged."""
+    def averaged(self, decay: float | None, everywhere: bool = False) -> dict[str, Tensor]:
+        """A copy of the weights by name, averaged with a decay or as they are; adapters are not merged.
+
+        Args:
+            decay: of the average; None for the weights as they are.
+            everywhere: give them to all processes, on their devices, where otherwise only the main process has them.
+        """
         average = None if decay is None else self.averages[decay]
         if average is not None:
             average.foreach = False  # sharded weights cannot be copied all at once
             average.store(self.trainable)
             average.copy_to(self.trainable)
-        state: dict[str, Any] = get_model_state_dict(self.plain, options=_WHOLE)
+        options = StateDictOptions(full_state_dict=True) if everywhere else _WHOLE
+        state: dict[str, Any] = get_model_state_dict(self.plain, options=options)
         state = {name: value.clone() for name, value in state.items()}
         if average is not None:
             average.restore(self.trainable)
             average.foreach = True
         return state
+
+    def student(self) -> DiTTransformer:
+        """A copy of the model, of its first average if there is one, in every process."""
+        decay = next(iter(self.averages), None)
+        return self.whole_model(self.averaged(decay, everywhere=True))
 
     def whole_model(self, weights: dict[str, Tensor]) -> DiTTransformer:
         """A model with these weights; where they are sharded, only the main process has them."""

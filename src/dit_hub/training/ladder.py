@@ -1,0 +1,78 @@
+"""Which distillations a recipe can ask for, and the stages of a run that halves the steps several times."""
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+DISTILLATIONS = ("guidance", "progressive", "consistency")
+
+# Steps with which a consistency model is drawn; it takes any few.
+CONSISTENCY_STEPS = 4
+
+
+def check_distillation(recipe: "Recipe") -> None:
+    """Raise ValueError if the fields of a recipe that distills do not go together."""
+    if not recipe.distill:
+        raise ValueError(f"guidance_scale {recipe.guidance_scale} is of a teacher; set distill too.")
+    if recipe.distill not in DISTILLATIONS:
+        known = f"{', '.join(DISTILLATIONS[:-1])} or {DISTILLATIONS[-1]}"
+        raise ValueError(f"distill must be {known}, not {recipe.distill!r}.")
+    if not recipe.init_from:
+        raise ValueError("distill needs a teacher; set init_from to a folder, a Hub id or a checkpoint.")
+    if not math.isfinite(recipe.guidance_scale):
+        raise ValueError(f"guidance_scale must be a finite number, not {recipe.guidance_scale}.")
+    if recipe.min_snr_gamma:
+        raise ValueError("min_snr_gamma weights the loss of training on data, and distill has a loss of its own.")
+    if recipe.distill == "guidance":
+        if recipe.guidance_scale == 1:
+            raise ValueError("distill=guidance builds in a guidance_scale, and 1 is no guidance; set another.")
+        return
+    if recipe.objective == "noise":
+        raise ValueError(f"distill={recipe.distill} needs a student that predicts more than noise, which says nothing "
+                         "of the image where there is nothing but noise; set objective=v.")  # fmt: skip
+    if recipe.distill == "progressive":
+        _check_halvings(recipe)
+        _check_divides(recipe, "student_steps", recipe.student_steps)
+    elif recipe.objective == "flow":
+        raise ValueError("distill=consistency is for diffusion models; a flow model takes progressive.")
+    else:
+        _check_divides(recipe, "teacher_steps", recipe.teacher_steps)
+
+
+def _check_halvings(recipe: "Recipe") -> None:
+    student, teacher, trained = recipe.student_steps, recipe.teacher_steps, recipe.num_train_timesteps
+    if not halvings(recipe) or student << halvings(recipe) != teacher:
+        raise ValueError(f"teacher_steps {teacher} cannot be halved until they are student_steps {student}; set "
+                         f"teacher_steps={student * 8}.")  # fmt: skip
+    if teacher > trained and recipe.objective != "flow":
+        raise ValueError(f"teacher_steps {teacher} are more than num_train_timesteps {trained}.")
+
+
+def _check_divides(recipe: "Recipe", name: str, steps: int) -> None:
+    """Check that diffusers' samplers, which step by whole timesteps, visit those of the training."""
+    trained = recipe.num_train_timesteps
+    if recipe.objective != "flow" and trained % steps:
+        fitting = max(divisor for divisor in range(1, min(steps, trained) + 1) if trained % divisor == 0)
+        raise ValueError(f"{name} {steps} do not divide num_train_timesteps {trained} evenly, as samplers do; set "
+                         f"{name}={fitting}.")  # fmt: skip
+
+
+def halvings(recipe: "Recipe") -> int:
+    """How often progressive distillation halves the steps; 0 for other training."""
+    if recipe.distill != "progressive":
+        return 0
+    return max(recipe.teacher_steps // recipe.student_steps, 1).bit_length() - 1
+
+
+def stage_of(recipe: "Recipe", step: int, last: int) -> tuple[int, int, int]:
+    """The stage that the step after `step` of `last` steps belongs to, and its first step and the next stage's."""
+    stages = max(halvings(recipe), 1)
+    stage = min(step * stages // last, stages - 1)
+    return stage, -(-stage * last // stages), -(-(stage + 1) * last // stages)
+
+
+def sampling_steps(recipe: "Recipe") -> int:
+    """The steps with which the result is drawn: 50, or those of a student."""
+    return {"progressive": recipe.student_steps, "consistency": CONSISTENCY_STEPS}.get(recipe.distill, 50)
