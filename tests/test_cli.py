@@ -130,7 +130,7 @@ def test_train_reports_losses_and_leaves_a_pipeline_with_card_and_images(tmp_pat
         (("generate", TOY, "--steps", "0"), ("num_inference_steps", "0")),
         (("generate", TOY, "--guidance", "2"), ("null class",)),
         (("generate", TOY, "--scheduler", "dim"), ("dim", "ddim")),
-        (("generate", TOY, "--cache", "1"), ("--cache must be at least 2, not 1.",)),
+        (("generate", TOY, "--cache", "1"), ("--cache must be 2 or more, not 1.",)),
         (("generate", TOY, "--threads", "0"), ("threads",)),
         (("generate", TOY, "--threads", "1025"), ("num_threads must be at most 1024, not 1025.",)),
         (("generate", TOY, "--threads", "99999999999999"), ("num_threads must be at most 1024",)),

@@ -129,7 +129,7 @@ def compare_command(
     from .sampling import load_pipeline
 
     pipeline = load_pipeline(model, None, threads, device)
-    chosen = default_solvers(pipeline)
+    chosen = default_solvers(pipeline, counts)
     chosen |= {Path(name).stem: switch_scheduler(pipeline.scheduler, name) for name in solvers or []}
     with _comparing() as report:
         comparison = compare_solvers(pipeline, chosen, counts, guidance, num, seed, reference=reference,
@@ -152,10 +152,10 @@ def _check_json(out: Path, overwrite: bool) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--steps must be whole numbers with commas, not {text!r}.") from None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--steps must be whole numbers from 1 on, with commas, not {text!r}.")
+    return [int(part) for part in parts]
 
 
 class _Bar:

@@ -17,7 +17,7 @@ from ..checks import real_number, whole_number
 from ..files import new_file
 from ..pipeline_dit import DiTPipeline
 from ..schedulers import TableScheduler, check_scheduler, is_flow_matching, switch_scheduler
-from .trajectories import reference_scheduler
+from .trajectories import reference_scheduler, second_order_scheduler
 
 # What is compared unless told otherwise, by name; of velocities, and of other predictions.
 _FLOW_SOLVERS = ("flow-euler", "flow-heun", "searched-flow")
@@ -106,8 +106,16 @@ class Comparison:
             building.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def default_solvers(pipeline: DiTPipeline) -> dict[str, Any]:
-    """Schedulers by name: those of diffusers that sample the model well, and what is published for its noise levels."""
+def default_solvers(pipeline: DiTPipeline, steps: Sequence[int] = DEFAULT_STEPS) -> dict[str, Any]:
+    """Schedulers by name: those of diffusers that sample the model well, and what is published for its noise levels.
+
+    Diffusers' take the spacing of the pipeline's timesteps; "second-order" has even ones from the very first, as the
+    exact trajectory and the start of a fit.
+
+    Args:
+        pipeline: of the model.
+        steps: numbers of steps of "second-order".
+    """
     flow = is_flow_matching(pipeline.scheduler)
     solvers = {}
     for name in _FLOW_SOLVERS if flow else _SOLVERS:
@@ -117,7 +125,7 @@ def default_solvers(pipeline: DiTPipeline) -> dict[str, Any]:
         except ValueError:  # published for other noise levels
             continue
         solvers[name] = scheduler
-    return solvers
+    return {**solvers, "second-order": second_order_scheduler(pipeline.scheduler, steps)}
 
 
 def compare_solvers(
@@ -152,7 +160,7 @@ def compare_solvers(
     """
     count, batch_size = whole_number("count", count, 1), whole_number("batch_size", batch_size, 1)
     counts = sorted({whole_number("steps", each, 1) for each in steps})
-    solvers = default_solvers(pipeline) if solvers is None else solvers
+    solvers = default_solvers(pipeline, counts) if solvers is None else solvers
     config = pipeline.transformer.config
     for scheduler in solvers.values():
         check_scheduler(scheduler, config, pipeline.scheduler, latent=False)

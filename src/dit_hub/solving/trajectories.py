@@ -1,5 +1,6 @@
 """Trajectories of a model: the nearly exact one, and one that gradients go through."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..guidance import guide
 from ..schedulers import TableScheduler, is_flow_matching
 from ..table_scheduler import NOISE_SCHEDULE
-from ..tables import DiscreteLevels, Levels, advance, multistep_table, straight_levels
+from ..tables import COLUMNS, DiscreteLevels, Levels, advance, multistep_table, straight_levels
 
 # Steps of the trajectory that counts as exact. Of the second order, their distance to twice as many is below 1e-3.
 REFERENCE_STEPS = 250
@@ -79,10 +80,21 @@ def reference_scheduler(scheduler: Any, steps: int = REFERENCE_STEPS) -> TableSc
         scheduler: of the model.
         steps: how many.
     """
-    path = Path(scheduler)
-    timesteps = path.uniform_timesteps(steps)
-    table = path.table(timesteps, path.second_order(timesteps))
-    return path.scheduler([table[:, :9]], "exact")
+    return second_order_scheduler(scheduler, [steps])
+
+
+def second_order_scheduler(scheduler: Any, steps: Sequence[int]) -> TableScheduler:
+    """DPM-Solver++ 2M, or the method of Adams and Bashforth for velocities, at even timesteps.
+
+    Args:
+        scheduler: of the model.
+        steps: numbers of steps to have tables of.
+    """
+    path, tables = Path(scheduler), []
+    for count in steps:
+        timesteps = path.uniform_timesteps(count)
+        tables.append(path.table(timesteps, path.second_order(timesteps))[:, : len(COLUMNS)])
+    return path.scheduler(tables, "second-order")
 
 
 def draw(transformer: Any, table: Tensor, noise: Tensor, class_labels: Tensor | None, guidance_scale: float) -> Tensor:
