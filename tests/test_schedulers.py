@@ -21,6 +21,7 @@ from dit_hub.schedulers import (
     scheduler_from_dict,
     switch_scheduler,
 )
+from dit_hub.solving import restart_scheduler
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -215,6 +216,19 @@ def test_stochastic_schedulers_draw_what_ddpm_draws(name: str, drawn_by_ddpm: Te
 @pytest.mark.parametrize("name", sorted(FLOW_STOCHASTIC))
 def test_stochastic_flow_schedulers_draw_what_ddpm_draws(name: str, drawn_by_ddpm: Tensor) -> None:
     assert_alike(draw(pipeline(for_velocities(name), "flow"), STOCHASTIC_STEPS), drawn_by_ddpm)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_restarts_draw_what_ddpm_draws(kind: str, drawn_by_ddpm: Tensor) -> None:
+    own = own_scheduler() if kind == "diffusion" else diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler = restart_scheduler(own, 40, (0.1, 0.5), restarts=2, restart_steps=10)
+    samples = draw(pipeline(scheduler, kind), 60)
+    assert_alike(samples, drawn_by_ddpm)
+    exact = MEAN + DEVIATION * noise()
+    assert (samples - exact).norm() > 0.3 * exact.norm()  # the noise is fresh
+    for interval, words in (((0.01, 0.5), "leaves no step of 40"), ((0.5, 0.1), "interval"), ((0.2, 0.2), "no step")):
+        with pytest.raises(ValueError, match=words):
+            restart_scheduler(own, 40, interval)
 
 
 @pytest.mark.parametrize("name", sorted(NEED_TORCHSDE))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ import torch
 from dit_hub import DiTPipeline
 from dit_hub.export import export_web, verify_export
 from dit_hub.solvers import solver_table
+from dit_hub.solving import reference_scheduler
 
 from .command_line import dit_hub, python
 from .conftest import MakePipeline
@@ -125,7 +127,7 @@ def normal_numbers(seed: int) -> Iterator[float]:
         yield radius * math.cos(2 * math.pi * uniform())
 
 
-def expected_images(seed: int, steps: int) -> np.ndarray:
+def expected_images(seed: int, table: np.ndarray) -> np.ndarray:
     """(16, 16, 16, 3) bytes: what PyTorch makes of the same noise, with the solver written out."""
     pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
     numbers = normal_numbers(seed)
@@ -133,13 +135,35 @@ def expected_images(seed: int, steps: int) -> np.ndarray:
     def noise() -> torch.Tensor:
         return torch.tensor([next(numbers) for _ in range(3 * 16 * 16)]).view(1, 3, 16, 16).expand(16, -1, -1, -1)
 
-    sample = noise()
+    sample, history = noise(), []
     with torch.no_grad():
-        for timestep, p, q, clip, a, b, _, scale, _ in torch.from_numpy(solver_table(pipeline.scheduler, steps)):
+        for timestep, p, q, clip, a, b, c, scale, _, *further in torch.from_numpy(table):
             prediction = pipeline.transformer(sample, timestep.expand(16), torch.arange(16)).sample
             estimate = (p * sample + q * prediction).clamp(-clip, clip)
             sample = a * sample + b * estimate + scale * noise()
+            sample = sample + sum(weight * earlier for weight, earlier in zip([c, *further], history, strict=False))
+            history.insert(0, estimate)
     return ((sample / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def own_table(steps: int) -> np.ndarray:
+    return solver_table(DiTPipeline.from_pretrained("dit-toy-shapes").scheduler, steps)
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", ["unipc", "dpm++ 3", "sde", "second-order"])
+def test_solvers_that_remember_draw_as_in_python(page: Any, name: str) -> None:
+    own = DiTPipeline.from_pretrained("dit-toy-shapes").scheduler
+    dpm = diffusers.DPMSolverMultistepScheduler
+    table = {
+        "unipc": lambda: solver_table(diffusers.UniPCMultistepScheduler.from_config(own.config, solver_order=3), 8),
+        "dpm++ 3": lambda: solver_table(dpm.from_config(own.config, solver_order=3), 8),
+        "sde": lambda: solver_table(dpm.from_config(own.config, algorithm_type="sde-dpmsolver++"), 8),
+        "second-order": lambda: reference_scheduler(own, 8).table,
+    }[name]()
+    with altered(page, {"tables": {"8": table.tolist()}, "default_steps": 8}) as other:
+        image = draw(other, "blue-cross", 1)["blue-cross"]
+    assert np.abs(image.astype(int) - expected_images(0, table)[11]).max() <= 2
 
 
 @needs_chromium
@@ -147,7 +171,7 @@ def test_every_class_is_drawn_as_python_draws_it(page: Any) -> None:
     names = list(DiTPipeline.from_pretrained("dit-toy-shapes").id2label.values())
     images = draw(page, "all", 16)
     assert list(images) == names
-    expected = expected_images(seed=0, steps=50)
+    expected = expected_images(0, own_table(50))
     for image, wanted in zip(images.values(), expected, strict=True):
         assert np.abs(image.astype(int) - wanted).max() <= 2
     assert page.locator("#trajectory figure").count() == 11
@@ -158,7 +182,7 @@ def test_steps_and_seed_are_chosen_on_the_page(page: Any) -> None:
     page.select_option("#steps", "10")
     page.fill("#seed", "7")
     image = draw(page, "blue-cross", 1)["blue-cross"]
-    assert np.abs(image.astype(int) - expected_images(seed=7, steps=10)[11]).max() <= 2
+    assert np.abs(image.astype(int) - expected_images(7, own_table(10))[11]).max() <= 2
     page.fill("#seed", "8")
     assert np.abs(draw(page, "blue-cross", 1)["blue-cross"].astype(int) - image).max() > 10
 

@@ -47,7 +47,7 @@ def own_device(name: str, worker: Worker) -> str:
 
 
 # Between two lines about the progress of work that is not watched on a terminal.
-_SECONDS = 30.0
+SECONDS = 30.0
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def progress_bar(action: str, worker: Worker, resumes: bool = True) -> Iterator[
     def report(done: int, count: int) -> None:
         nonlocal said
         progress.update(task, completed=done, total=count, visible=True)
-        if not progress.console.is_terminal and not progress.disable and time.monotonic() - said >= _SECONDS:
+        if not progress.console.is_terminal and not progress.disable and time.monotonic() - said >= SECONDS:
             said = time.monotonic()
             progress.console.print(_line(action, progress.tasks[0]), highlight=False, soft_wrap=True)
 

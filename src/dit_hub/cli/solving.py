@@ -1,6 +1,7 @@
 """`dit-hub solver …`."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 from ..extras import quiet_libraries, require
 from ..sharing import Worker
-from .common import Model, Overwrite, check_device, make_table, own_device
+from .common import SECONDS, Model, Overwrite, check_device, make_table, own_device
 
 solver_app = typer.Typer(
     help="Fit solvers to a model, look at them, and compare them.", no_args_is_help=True, rich_markup_mode=None
@@ -168,7 +169,7 @@ class _Bar:
                    TextColumn("{task.fields[note]}"))  # fmt: skip
         self.progress = Progress(*columns, speed_estimate_period=600, disable=worker.index > 0)
         self.task = self.progress.add_task("", total=None, note="")
-        self.stopped = stopped
+        self.stopped, self.said = stopped, time.monotonic()
 
     def __enter__(self) -> Any:
         self.progress.start()
@@ -183,6 +184,10 @@ class _Bar:
     def _report(self, phase: str, done: int, total: int, distance: float | None = None) -> None:
         note = "" if distance is None or distance == float("inf") else f"distance {distance:.4f}"
         self.progress.update(self.task, description=phase, completed=done, total=total, note=note)
+        is_log = not self.progress.console.is_terminal and not self.progress.disable
+        if is_log and time.monotonic() - self.said >= SECONDS:
+            self.said = time.monotonic()
+            self.progress.console.print(f"{phase}: {done} of {total} {note}".rstrip(), highlight=False)
 
 
 def _fitting(worker: Worker) -> _Bar:

@@ -3,6 +3,7 @@
 from .compare import Comparison, Row, compare_solvers, default_solvers, plot_comparison
 from .fit import fit_solver
 from .plot import plot_lines, plot_tables
+from .restart import restart_scheduler
 from .trajectories import reference_scheduler
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "plot_lines",
     "plot_tables",
     "reference_scheduler",
+    "restart_scheduler",
 ]

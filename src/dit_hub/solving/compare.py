@@ -120,6 +120,8 @@ def default_solvers(pipeline: DiTPipeline, steps: Sequence[int] = DEFAULT_STEPS)
     solvers = {}
     for name in _FLOW_SOLVERS if flow else _SOLVERS:
         scheduler = switch_scheduler(pipeline.scheduler, name)
+        if scheduler.config.get("clip_sample"):  # the exact trajectory does not clip
+            scheduler = type(scheduler).from_config(scheduler.config, clip_sample=False)
         try:
             check_scheduler(scheduler, pipeline.transformer.config, pipeline.scheduler, latent=False)
         except ValueError:  # published for other noise levels

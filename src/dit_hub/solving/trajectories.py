@@ -45,23 +45,26 @@ class Path:
         """(S,) evenly from the first timestep towards zero, float64."""
         return self.first_timestep * (1 - torch.arange(steps, dtype=torch.float64) / steps)
 
-    def second_order(self, timesteps: Tensor) -> Tensor:
+    def second_order(self, timesteps: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """(S, S) weights that extrapolate from the estimate before, differentiable in the timesteps.
 
         DPM-Solver++ 2M (Lu et al. 2022, Algorithm 2) in the logarithm of alpha / sigma, and the method of Adams and
-        Bashforth for velocities. The first step has no estimate before; the last of DPM-Solver++ is of infinite length.
+        Bashforth for velocities. The first step has no estimate before; one of DPM-Solver++ to clean data is infinite.
+        `ends` are the levels of the timesteps and of the end, by default of clean data.
         """
-        alpha, sigma = self.ends(timesteps)
-        position = sigma if self.is_flow else (alpha[:-1] / sigma[:-1]).log()
+        alpha, sigma = self.ends(timesteps) if ends is None else ends
+        finite = self.is_flow or bool(sigma[-1])
+        position = sigma if self.is_flow else (alpha / sigma)[: None if finite else -1].log()
         length = position.diff()
         slope = torch.zeros(len(timesteps), dtype=length.dtype, device=length.device)
         inner = 0.5 * length[1:] / length[:-1]
         slope = torch.cat([slope[:1], inner, slope[: len(slope) - 1 - len(inner)]])
         return torch.diag(1 + slope) - torch.diag(slope[1:], -1)
 
-    def table(self, timesteps: Tensor, weights: Tensor) -> Tensor:
-        """See `dit_hub.tables.multistep_table`."""
-        return multistep_table(timesteps, weights, self.ends(timesteps), self.settings["prediction_type"])
+    def table(self, timesteps: Tensor, weights: Tensor, ends: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """See `dit_hub.tables.multistep_table`; `ends` as for `second_order`."""
+        ends = self.ends(timesteps) if ends is None else ends
+        return multistep_table(timesteps, weights, ends, self.settings["prediction_type"])
 
     def scheduler(self, tables: list[Tensor], name: str, source: str = "") -> TableScheduler:
         """A scheduler of tables.
