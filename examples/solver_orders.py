@@ -6,7 +6,7 @@ what its guidance does, is not in it: `dit-hub solver compare` measures that.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def uniform(steps: int, order: int) -> np.ndarray:
     return multistep_table(timesteps[:-1], weights, (alpha, sigma)).numpy()
 
 
-def print_table(lines: dict[str, list[tuple[float, float]]], evaluations: list[int]) -> None:
+def print_table(lines: Mapping[str, Sequence[tuple[float, float]]], evaluations: list[int]) -> None:
     print(f"| evaluations | {' | '.join(lines)} |")
     print("|---" * (len(lines) + 1) + "|")
     for count in evaluations:

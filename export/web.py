@@ -1,7 +1,7 @@
 """Export for browsers: a folder of static files with a page that samples, through onnxruntime-web."""
 
 import base64
-import copy
+import contextlib
 import hashlib
 import io
 import json
@@ -42,8 +42,10 @@ _ORT_WEB_FILES = (
 # Beside the model: what the page must know.
 FACTS_FILE = "facts.json"
 
-# The least weight of an estimate from which the page can find it, of float32 numbers about 1.
-_LEAST_PART = 1e-3
+# The page divides by an estimate's weight to find it: rounding errors of float32 grow by as much as a later step weighs
+# the estimate more than its own step does.
+_MOST_SCALED = 100
+_B, _C, _EXPONENT = (COLUMNS.index(name) for name in ("b", "c", "exponent"))
 
 # Numbers of steps to choose from, up to those of the training schedule.
 _STEPS = (10, 20, 50, 100, 200)
@@ -71,10 +73,9 @@ def export_web(
     """
     require_onnx()
     check_output(model, output_dir, overwrite)
-    pipeline = copy.copy(load_pytorch(model))
+    pipeline = load_pytorch(model)
     if pipeline.vae is None and not pipeline.transformer.config.draws_pixels:
         raise ValueError("This model draws latents and has no VAE to make images of them.")
-    pipeline.scheduler = _scheduler_for_browsers(pipeline.scheduler)
     target = _WebTarget(fetch_onnxruntime_web(), pipeline.origin)
     return export(pipeline, Plan(("sampler",), decode=True), target, output_dir, overwrite)["transformer"]
 
@@ -98,16 +99,15 @@ class _WebTarget(Target):
         for name in ("index.html", "app.js"):
             (folder / name).write_text((page / name).read_text(encoding="utf-8"), encoding="utf-8")
         shutil.copytree(self.runtime, folder / "ort", copy_function=shutil.copyfile)
-        config, scheduler = pipeline.transformer.config, pipeline.scheduler
-        steps = _step_counts(scheduler)
+        config, tables = pipeline.transformer.config, _tables(pipeline.scheduler)
         facts = {
             "title": self.origin.source if self.origin else "Diffusion Transformer",
             "license": self.origin.license if self.origin else None,
             "names": {index: pipeline.id2label.get(index, str(index)) for index in range(config.num_classes)},
             "null_class": config.null_class,
             "latents": [config.in_channels, *config.sample_height_width],
-            "tables": {count: solver_table(scheduler, count).tolist() for count in steps},
-            "default_steps": min(steps, key=lambda count: abs(count - default_steps(scheduler))),
+            "tables": {count: table.tolist() for count, table in tables.items()},
+            "default_steps": min(tables, key=lambda count: abs(count - default_steps(pipeline.scheduler))),
         }
         (folder / FACTS_FILE).write_text(json.dumps(facts) + "\n")
 
@@ -119,24 +119,25 @@ def _step_counts(scheduler: Any) -> list[int]:
     return [count for count in _STEPS if count <= trained] or [trained]
 
 
-def _scheduler_for_browsers(scheduler: Any) -> Any:
-    """The scheduler itself where the page can step with it, else DDIM.
-
-    The page finds the estimate of a step from its result, of which it must be a part.
-    """
-    try:
-        for count in _step_counts(scheduler):
+def _tables(scheduler: Any) -> dict[int, np.ndarray]:
+    """Tables by number of steps: those that the page can step with, and DDIM's where there are none."""
+    found = {}
+    for count in _step_counts(scheduler):
+        with contextlib.suppress(ValueError):  # no table expresses it
             table = solver_table(scheduler, count)
-            remembers = table[:, [COLUMNS.index("c"), *range(len(COLUMNS), table.shape[1])]].any()
-            if remembers and (np.abs(table[:-1, COLUMNS.index("b")]) < _LEAST_PART).any():
-                break
-            if abs(initial_scale(scheduler, count) - 1) > 1e-6:
-                break
-        else:
-            return scheduler
-    except ValueError:
-        pass
-    return diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+            if _runs_in_browsers(table) and abs(initial_scale(scheduler, count) - 1) < 1e-6:
+                found[count] = table
+    return found or _tables(diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False))
+
+
+def _runs_in_browsers(table: np.ndarray) -> bool:
+    """Whether the page can find each estimate that a step needs from the result of the step that made it."""
+    weights = np.concatenate([table[:, [_C]], table[:, len(COLUMNS) :]], axis=1)  # of one step before, two, …
+    for step, row in enumerate(table):
+        later = [weights[step + back, back - 1] for back in range(1, weights.shape[1] + 1) if step + back < len(table)]
+        if max(map(abs, later), default=0.0) > _MOST_SCALED * abs(row[_B]):
+            return False
+    return not (weights.any() and table[:, _EXPONENT].any())  # the sum takes the place of noise, which is unscaled
 
 
 def fetch_onnxruntime_web() -> Path:

@@ -35,6 +35,7 @@ DETERMINISTIC: dict[str, tuple[str, dict[str, Any]]] = {
     "LMS": ("LMSDiscreteScheduler", {}),
     "Euler": ("EulerDiscreteScheduler", {}),
     "Heun": ("HeunDiscreteScheduler", {}),
+    "Heun, clipped": ("HeunDiscreteScheduler", {"clip_sample": True}),
 }
 # What else draws noise, each in one place a step.
 DRAWING: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -93,8 +94,9 @@ def test_a_table_samples_as_its_scheduler(name: str, steps: int, make_model: Mak
     kind, fields = DETERMINISTIC[name]
     scheduler = getattr(diffusers, kind)(**OFFICIAL, **fields)
     # float32 on both sides; at 20 steps the latents of a random model have grown, and their rounding errors with them.
-    # Heun of two steps starts at 157 times the data, and rounds to as much itself.
-    assert compare(make_model(), scheduler, steps) < (1e-3 if kind == "HeunDiscreteScheduler" else 2e-5)
+    # Heun of two steps needs the first sample from the second, which holds 6e-5 of it: rounding errors grow as much.
+    coarse = kind == "HeunDiscreteScheduler" and steps == 2
+    assert compare(make_model(), scheduler, steps) < (2e-2 if coarse else 2e-4 if "Heun" in kind else 2e-5)
 
 
 @pytest.mark.parametrize("name", DRAWING)

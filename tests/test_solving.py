@@ -208,7 +208,7 @@ def test_more_steps_come_nearer_to_the_exact_trajectory(comparison: Comparison) 
         rows = [row for row in comparison.rows if row.solver == solver]
         assert [row.steps for row in rows] == [5, 20, 50]
         assert rows[0].distance > rows[1].distance > rows[2].distance
-        psnr = [row.psnr for row in rows]
+        psnr = [row.psnr or 0 for row in rows]
         assert psnr == sorted(psnr)
         assert all(row.score is not None for row in rows)
         assert [row.evaluations for row in rows] == ([9, 39, 99] if solver == "heun" else [5, 20, 50])

@@ -178,11 +178,23 @@ def test_diffusers_own_pipeline_steps_with_it() -> None:
     def images(scheduler: Any) -> np.ndarray:
         pipe = diffusers.DiTPipeline(transformer, vae, scheduler)
         pipe.set_progress_bar_config(disable=True)
-        return pipe([1], generator=torch.Generator().manual_seed(0), num_inference_steps=7, output_type="np").images
+        output: Any = pipe([1], generator=torch.Generator().manual_seed(0), num_inference_steps=7, output_type="np")
+        return output.images
 
     expected, drawn = images(unipc), images(table_scheduler(unipc, [7]))
     np.testing.assert_allclose(drawn, expected, atol=1e-4)
     assert np.abs(images(TableScheduler.from_name("searched", 7)) - expected).max() > 1e-3
+
+
+def test_the_searched_tables_and_others_of_the_same_levels_pass(make_pipeline: MakePipeline) -> None:
+    """Positive controls of the check, many steps and few."""
+    linspace = {**OFFICIAL, "timestep_spacing": "linspace"}
+    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler):
+        assert table_scheduler(kind(**linspace), [2, 5, 250]).steps == [2, 5, 250]
+    assert table_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), [3, 500]).steps == [3, 500]
+    assert table_scheduler(diffusers.DDPMScheduler(**linspace, clip_sample=False), [250]).steps == [250]
+    tables = TableScheduler.from_name("searched", 6).config.tables
+    assert TableScheduler(tables={6: tables["6"]}).steps == [6]  # numbers of steps as numbers
 
 
 def test_running_again_starts_anew(make_pipeline: MakePipeline) -> None:
@@ -204,7 +216,7 @@ def searched(**changes: Any) -> dict[str, Any]:
     return config
 
 
-def damaged(row: int, column: int, value: float) -> dict[str, Any]:
+def damaged(row: int, column: int, value: Any) -> dict[str, Any]:
     rows = [list(each) for each in searched()["tables"]["6"]]
     rows[row][column] = value
     return searched(tables={"6": rows})
@@ -219,6 +231,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another length": (searched(tables={"7": searched()["tables"]["6"]}), "of 7 steps has 6 rows"),
     "ragged": (searched(tables={"2": [[1.0] * 9, [1.0] * 8]}), "must be rows of as many numbers, 9 to 72"),
     "words": (searched(tables={"1": [["a"] * 9]}), "must be rows of as many numbers"),
+    "upside down": (damaged(5, 4, -0.9), "do not sum to what a consistent solver needs"),
+    "many lazy steps": (
+        {
+            "prediction_type": "flow_prediction",
+            "tables": {"100": [[1000 - 10 * i, 0, 1, 1e30, 1, 0, 0, 0, 0] for i in range(100)]},
+        },
+        "step 11 of 100 leaves 0.1 of the data",
+    ),
+    "clipped to nothing": (damaged(1, 3, 0.0), "clip must be from 1e-06 to inf in every row"),
+    "exploding noise": (damaged(1, 8, 1e6), "exponent must be from 0 to 100"),
+    "no prediction": (searched(prediction_type="velocity"), "prediction_type must be one of epsilon, v_prediction"),
+    "no schedule": (searched(beta_schedule="foo"), "These settings are no noise schedule"),
+    "a huge number": (damaged(1, 1, 10**400), "must be rows of as many numbers"),
     "none": (searched(tables={}), "tables must be rows by number of steps"),
     "a list": (searched(tables=[1]), "tables must be rows by number of steps"),
     "no steps": (searched(tables={"many": searched()["tables"]["6"]}), "of many steps has 6 rows"),

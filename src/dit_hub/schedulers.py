@@ -71,10 +71,15 @@ def switch_scheduler(scheduler: Any, name: str) -> Any:
         known = ", ".join([*SCHEDULERS, *published()])
         raise ValueError(f"There is no scheduler named {name!r}; known: {known}. A solver's file ends in .json.")
     # Without diffusers' record of which values were defaults: classes put their own in place of those.
-    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    left_out = ("_use_default_values", "tables", "name", "source", "init_noise_sigma")  # the last four of tables
+    config = {key: value for key, value in scheduler.config.items() if key not in left_out}
     kind: Any = getattr(diffusers, SCHEDULERS[name])
+    if "clip_sample" not in settings_of(kind):
+        return kind.from_config(config)
+    if name == "ddim":  # which, clipping, mixes clipped data with the noise of unclipped ones: digits are lost
+        config["clip_sample"] = False
     # Some classes clip to -1..1 by default, and the config of a class that cannot clip says nothing of it.
-    return kind.from_config({"clip_sample": False, **config} if "clip_sample" in settings_of(kind) else config)
+    return kind.from_config({"clip_sample": False, **config})
 
 
 def official_scheduler(config: DiTConfig) -> Any:
@@ -269,7 +274,7 @@ def set_timesteps(
         _set_sigmas(scheduler, sigmas, timesteps, device)
         return
     flow, trained = is_flow_matching(scheduler), scheduler.config.num_train_timesteps
-    between = flow or isinstance(scheduler, TableScheduler)  # can step to times between whole timesteps
+    between = flow or hasattr(scheduler, "table")  # can step to times between whole timesteps
     steps = whole_number("num_inference_steps", num_inference_steps, 1, None if between else trained)
     if timesteps is None:
         scheduler.set_timesteps(steps, device=device)

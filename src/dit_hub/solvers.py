@@ -83,11 +83,12 @@ def solver_table(
         visited,
         eta,
     )
-    if key not in _measured:
+    table = _measured.get(key)
+    if table is None:
         if len(_measured) >= _MOST_MEASURED:
             _measured.clear()
-        _measured[key] = _measure(scheduler, num_inference_steps, timesteps, eta)
-    return _measured[key].copy()
+        table = _measured[key] = _measure(scheduler, num_inference_steps, timesteps, eta)
+    return table.copy()
 
 
 def table_scheduler(scheduler: Any, steps: Sequence[int], name: str = "", eta: float = 0.0) -> TableScheduler:
@@ -127,8 +128,10 @@ def initial_scale(scheduler: Any, num_inference_steps: int, timesteps: Any = Non
 def _measure(scheduler: Any, num_inference_steps: int, timesteps: Any, eta: float) -> np.ndarray:
     """The table of estimates of the data, or of the noise where that is the more exact or the smaller."""
     found: list[tuple[bool, int, np.ndarray]] = []
-    for of_noise in (False,) if is_flow_matching(scheduler) else (False, True):
-        probe = copy.deepcopy(without_foreign_variance(scheduler))
+    scheduler = without_foreign_variance(scheduler)
+    clips = _clip_of(scheduler) < NO_CLIP  # the data, not the noise
+    for of_noise in (False,) if clips or is_flow_matching(scheduler) else (False, True):
+        probe = copy.deepcopy(scheduler)
         set_timesteps(probe, num_inference_steps, timesteps, "cpu")
         try:
             table, growth = _Probe(probe, of_noise, eta).table()
@@ -136,7 +139,7 @@ def _measure(scheduler: Any, num_inference_steps: int, timesteps: Any, eta: floa
             continue
         if not growth:  # no sample but the latest one is needed
             return table
-        if _follows(table, probe, num_inference_steps, timesteps):
+        if _follows(table, copy.deepcopy(scheduler), num_inference_steps, timesteps):
             found.append((growth > _MUCH_GROWTH, table.shape[1], table))
     if not found:
         raise ValueError(_OTHER_FORM.format(type(scheduler).__name__))
@@ -152,8 +155,8 @@ def _follows(table: np.ndarray, scheduler: Any, num_inference_steps: int, timest
     for row, timestep in zip(table.tolist(), scheduler.timesteps, strict=True):
         seen = scaled_input(scheduler, expected, timestep)
         actual = seen if actual is None else actual
-        expected = scheduler.step(seen.tanh(), timestep, expected, return_dict=False)[0]
-        actual = advance(row, actual, actual.tanh(), history)
+        expected = scheduler.step(2 * seen.tanh(), timestep, expected, return_dict=False)[0]
+        actual = advance(row, actual, 2 * actual.tanh(), history)
     assert actual is not None
     return bool((actual - expected).norm() <= _MAX_DRIFT * expected.norm())
 
@@ -182,7 +185,9 @@ class _Probe:
 
     def __init__(self, scheduler: Any, of_noise: bool, eta: float):
         self.scheduler, self.of_noise = scheduler, of_noise
-        self.clip = _take_clip(scheduler)
+        self.clip = _clip_of(scheduler)
+        if self.clip < NO_CLIP:
+            scheduler.register_to_config(clip_sample=False)
         accepted = inspect.signature(scheduler.step).parameters
         self.arguments = {"eta": eta} if eta and "eta" in accepted else {}
         self.draws = "generator" in accepted
@@ -301,7 +306,7 @@ class _Probe:
             a = samples[index]
             if earlier:
                 a = result[0] / closed[index][0]
-                growth = max(growth, abs(a))
+                growth = max(growth, abs(a)) if math.isfinite(a) else math.inf
                 direct = result - a * closed[index]
                 direct[0] = 0.0
             closed.append(result)
@@ -319,8 +324,12 @@ class _Probe:
         return table.astype(np.float32), growth
 
 
-def _take_clip(scheduler: Any) -> float:
-    """The bound of the estimate; clipping is then switched off in the scheduler."""
+def _clip_of(scheduler: Any) -> float:
+    """The bound of the estimate of the data.
+
+    Raises:
+        ValueError: clipping that no table can express.
+    """
     config = scheduler.config
     if config.get("thresholding"):
         raise ValueError(f"{type(scheduler).__name__} thresholds, which no table can express; set thresholding=False.")
@@ -329,7 +338,6 @@ def _take_clip(scheduler: Any) -> float:
         return NO_CLIP
     if isinstance(scheduler, diffusers.DDIMScheduler):  # mixes a clipped estimate with an unclipped prediction
         raise ValueError("DDIMScheduler clips, which no table can express; set clip_sample=False.")
-    scheduler.register_to_config(clip_sample=False)
     return float(config["clip_sample_range"])
 
 

@@ -13,10 +13,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .checks import shown, whole_number
+from .checks import real_number, shown, whole_number
 from .configuration_dit import FLOW_TIMESTEPS
 from .tables import (
     COLUMNS,
+    PREDICTION_TYPES,
     DiscreteLevels,
     Levels,
     advance,
@@ -28,7 +29,14 @@ from .tables import (
 )
 
 # Config fields of the noise levels, as diffusers' DDPMScheduler has them.
-NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 
 
 class TableScheduler(SchedulerMixin, ConfigMixin):
@@ -42,8 +50,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         name: of the solver, for people.
         source: where it comes from: a paper, a command.
         prediction_type: of the model: "epsilon", "v_prediction", "sample" or "flow_prediction".
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the noise levels of the model, as in
-            diffusers' `DDPMScheduler`; models of velocities have the straight path's.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the noise
+            levels of the model, as in diffusers' `DDPMScheduler`; models of velocities have the straight path's.
         init_noise_sigma: factor of the noise that a run starts from.
 
     Raises:
@@ -65,13 +73,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
         init_noise_sigma: float = 1.0,
     ):
-        self.init_noise_sigma = init_noise_sigma
+        self.init_noise_sigma = real_number("init_noise_sigma", init_noise_sigma, 0)
+        if prediction_type not in PREDICTION_TYPES:
+            known = ", ".join(PREDICTION_TYPES)
+            raise ValueError(f"prediction_type must be one of {known}, not {shown(prediction_type)}.")
         levels: Levels = straight_levels
         if prediction_type != "flow_prediction":
-            schedule = {key: self.config[key] for key in NOISE_SCHEDULE}
-            self.alphas_cumprod = diffusers.DDPMScheduler(**schedule).alphas_cumprod
+            self.alphas_cumprod = _alphas_cumprod({key: self.config[key] for key in NOISE_SCHEDULE})
             levels = DiscreteLevels(self.alphas_cumprod)
         elif num_train_timesteps != FLOW_TIMESTEPS:
             raise ValueError(f"num_train_timesteps is {FLOW_TIMESTEPS} for flow_prediction, not {num_train_timesteps}.")
@@ -80,12 +91,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 f"tables must be rows by number of steps, not {shown(tables)}; see TableScheduler.from_name."
             )
         title = name or "table"
-        for steps, table in tables.items():
+        self._tables = {str(steps): table for steps, table in tables.items()}
+        for steps, table in self._tables.items():
             check_table(f"{title!r} of {steps} steps", table, levels, prediction_type)
             if str(len(table)) != str(steps):
                 raise ValueError(f"{title!r} of {steps} steps has {len(table)} rows.")
         self._title = title
-        self.set_timesteps(max(map(int, tables)))
+        self.set_timesteps(max(map(int, self._tables)))
 
     @classmethod
     def from_name(cls, name: str, steps: int | None = None) -> "TableScheduler":
@@ -129,7 +141,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     @property
     def steps(self) -> list[int]:
         """The numbers of steps that there are tables for, rising."""
-        return sorted(map(int, self.config.tables))
+        return sorted(map(int, self._tables))
 
     @property
     def table(self) -> np.ndarray:
@@ -147,7 +159,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: there is none of this many steps.
         """
-        rows = _of_steps(self._title, self.config.tables, whole_number("num_inference_steps", num_inference_steps))
+        rows = _of_steps(self._title, self._tables, whole_number("num_inference_steps", num_inference_steps))
         self._table = torch.tensor(rows, dtype=torch.float32)
         self.num_inference_steps = num_inference_steps
         self.timesteps = self._table[:, 0].to(device or "cpu")
@@ -190,6 +202,14 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def _alphas_cumprod(schedule: dict[str, Any]) -> Tensor:
+    try:
+        return diffusers.DDPMScheduler(**schedule).alphas_cumprod
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"These settings are no noise schedule: {shown(schedule)} ({reason}).") from None
 
 
 def _of_steps(name: str, tables: dict[str, Any], steps: int) -> Any:

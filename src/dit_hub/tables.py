@@ -11,6 +11,7 @@ its corrector, DEIS, PNDM, Adams methods, Euler, Heun (whose two evaluations are
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
@@ -33,9 +34,9 @@ MAX_HISTORY = 64
 
 # How far a step of exact predictions may leave the noise levels. The published tables count them by a formula, which
 # differs from DDPM's products by 0.004.
-_MAX_DRIFT = 0.02
+_MAX_DRIFT, _MAX_WHOLE_DRIFT = 0.02, 0.1  # in a step, and of all together
 
-# How far the noise of a step that draws some may exceed the level: DDPM's larger variance does for exact predictions.
+# How far the noise of a step that draws some may exceed the level, and by no more than it draws.
 _MAX_EXCESS = 0.5
 
 Levels = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -185,35 +186,37 @@ def check_table(name: str, table: Any, levels: Levels, prediction_type: str) -> 
         prediction_type: of the model.
     """
     rows = _as_rows(name, table)
-    timesteps = torch.as_tensor(rows[:, 0].copy())
-    alpha, sigma = (values.numpy() for values in levels(timesteps))
+    alpha, sigma = (values.numpy() for values in levels(torch.as_tensor(rows[:, 0].copy())))
+    targets = [*zip(alpha[1:], sigma[1:], strict=True), (1.0, 0.0)]
     history: list[np.ndarray] = []
-    state = np.array([alpha[0], sigma[0]])
+    drift = np.zeros(2)  # of all steps: many small ones may sum up
     for step, row in enumerate(rows):
-        predicted = _exact_prediction(alpha[step], sigma[step], prediction_type)
-        estimate = row[_P] * state + row[_Q] * predicted
+        state = np.array([alpha[step], sigma[step]])
+        estimate = row[_P] * state + row[_Q] * _exact_prediction(alpha[step], sigma[step], prediction_type)
         state = row[_A] * state + row[_B] * estimate
         for weight, earlier in zip([row[_C], *row[len(COLUMNS) :]], history, strict=False):
             state = state + weight * earlier
         history.insert(0, estimate)
-        state[1] = np.hypot(state[1], row[_NOISE])
-        target = (1.0, 0.0) if step == len(rows) - 1 else (alpha[step + 1], sigma[step + 1])
-        excess = np.abs(state) - target
-        allowed = (_MAX_DRIFT, _MAX_EXCESS if row[_NOISE] else _MAX_DRIFT)  # of data and noise
-        if not ((excess >= -_MAX_DRIFT) & (excess <= allowed)).all():
+        if row[_NOISE]:
+            state[1] = np.hypot(state[1], row[_NOISE])
+        excess = state - targets[step]
+        if row[_NOISE]:  # DDPM's larger variance is more than the level of exact predictions
+            excess[1] -= np.clip(excess[1], 0, min(row[_NOISE], _MAX_EXCESS))
+        drift += excess
+        if not (np.abs(excess) <= _MAX_DRIFT).all() or not (np.abs(drift) <= _MAX_WHOLE_DRIFT).all():
+            due = targets[step]
             raise ValueError(
-                f"{name}: step {step + 1} of {len(rows)} leaves {state[0]:.3g} of the data and {abs(state[1]):.3g} of "
-                f"the noise where {target[0]:.3g} and {target[1]:.3g} are due. Its weights do not sum to what a "
-                "consistent solver needs, or it is for other noise levels or another kind of prediction."
+                f"{name}: step {step + 1} of {len(rows)} leaves {state[0]:.3g} of the data and {state[1]:.3g} of the "
+                f"noise where {due[0]:.3g} and {due[1]:.3g} are due. Its weights do not sum to what a consistent "
+                "solver needs, or it is for other noise levels, other timesteps or another kind of prediction."
             )
-        state = np.array(target)
 
 
 def _as_rows(name: str, table: Any) -> np.ndarray:
     """(S, columns) float64, checked but for consistency."""
     try:
         rows: np.ndarray = np.array(table, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rows = np.zeros(0)
     if rows.ndim != 2 or not len(rows) or not len(COLUMNS) <= rows.shape[1] < len(COLUMNS) + MAX_HISTORY:
         raise ValueError(
@@ -223,7 +226,13 @@ def _as_rows(name: str, table: Any) -> np.ndarray:
     if not np.isfinite(rows).all():
         row, column = np.argwhere(~np.isfinite(rows))[0]
         raise ValueError(f"{name} holds {rows[row, column]} in row {row + 1}, column {column + 1}.")
+    for column, least, most in ((_CLIP, 1e-6, math.inf), (_NOISE, 0, 100), (_EXPONENT, 0, 100)):
+        if not ((rows[:, column] >= least) & (rows[:, column] <= most)).all():
+            raise ValueError(f"{name}: {COLUMNS[column]} must be from {least:g} to {most:g} in every row.")
     return rows
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 def _exact_prediction(alpha: float, sigma: float, prediction_type: str) -> np.ndarray:
@@ -235,7 +244,8 @@ def _exact_prediction(alpha: float, sigma: float, prediction_type: str) -> np.nd
 def published() -> dict[str, Published]:
     """The published solvers that come with the package, by name."""
     folder = resources.files("dit_hub") / "assets" / "solvers"
-    entries = [json.loads(entry.read_text(encoding="utf-8")) for entry in folder.iterdir()]
+    files = [file for file in folder.iterdir() if file.name.endswith(".json")]
+    entries = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return {entry.pop("name"): Published(**entry) for entry in sorted(entries, key=lambda entry: entry["name"])}
 
 
@@ -254,12 +264,12 @@ def published_tables(name: str) -> dict[str, list[list[float]]]:
             times, kind = (0.999 - ends) * 1000, "epsilon"
             levels = vp_levels(times)
         table = multistep_table(times[:-1], weights, levels, kind)
-        tables[steps] = _without_idle(table.numpy()).tolist()
+        tables[steps] = without_idle(table.numpy()).tolist()
     return tables
 
 
-def _without_idle(table: np.ndarray) -> np.ndarray:
-    """The table without columns at its end that are zero."""
+def without_idle(table: np.ndarray) -> np.ndarray:
+    """The table without columns at its end that are zero, so that no runtime remembers more than it must."""
     used = np.flatnonzero(table.any(axis=0))
     return table[:, : max(used[-1] + 1, len(COLUMNS))]
 

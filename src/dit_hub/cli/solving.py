@@ -131,7 +131,9 @@ def compare_command(
 
     pipeline = load_pipeline(model, None, threads, device)
     chosen = default_solvers(pipeline, counts)
-    chosen |= {Path(name).stem: switch_scheduler(pipeline.scheduler, name) for name in solvers or []}
+    for name in solvers or []:
+        title = name if Path(name).stem in chosen else Path(name).stem
+        chosen[title] = switch_scheduler(pipeline.scheduler, name)
     with _comparing() as report:
         comparison = compare_solvers(pipeline, chosen, counts, guidance, num, seed, reference=reference,
                                      extractor=extractor, metric=metric, report=report)  # fmt: skip
@@ -140,7 +142,10 @@ def compare_command(
         out.mkdir(parents=True, exist_ok=True)
         comparison.save(out / "comparison.json", overwrite)
         plot_comparison(comparison, out / "frontier.png", overwrite)
-    _print_recommended(comparison, comparison.recommend(within, seconds), solvers or [])
+    if within is None and seconds is None and comparison.bound is None:
+        print("To recommend one, compare 50 steps too, or give --within or --seconds.")
+        return
+    _print_recommended(model, comparison, comparison.recommend(within, seconds), solvers or [])
 
 
 def _check_json(out: Path, overwrite: bool) -> None:
@@ -228,12 +233,16 @@ def _print_comparison(comparison: Any) -> None:
         print(f"{comparison.metric} of the exact trajectory: {comparison.exact_score:.3g}")
 
 
-def _print_recommended(comparison: Any, row: Any, files: list[str]) -> None:
+def _print_recommended(model: str, comparison: Any, row: Any, files: list[str]) -> None:
     if row is None:
         print("No solver is within these bounds; allow more.")
         return
-    file = next((name for name in files if Path(name).stem == row.solver), row.solver)
     print(f"{row.solver} with {row.steps} steps: distance {row.distance:.4f}, {row.seconds * 1e3:.1f} ms an image.")
-    print(f"dit-hub generate MODEL --scheduler {file} --steps {row.steps} --guidance {comparison.guidance_scale:g}")
-    print("In Python: pipe.scheduler = dit_hub.schedulers.switch_scheduler(pipe.scheduler, "
-          f"{str(file)!r}); pipe(labels, num_inference_steps={row.steps})")  # fmt: skip
+    if row.solver == "second-order":
+        choice = f"dit_hub.solving.second_order_scheduler(pipe.scheduler, [{row.steps}])"
+    else:
+        name = next((name for name in files if row.solver in (name, Path(name).stem)), row.solver)
+        print(f"dit-hub generate {model} --scheduler {name} --steps {row.steps} "
+              f"--guidance {comparison.guidance_scale:g}")  # fmt: skip
+        choice = f"dit_hub.schedulers.switch_scheduler(pipe.scheduler, {name!r})"
+    print(f"In Python: pipe.scheduler = {choice}; pipe(labels, num_inference_steps={row.steps})")

@@ -4,7 +4,7 @@ from .compare import Comparison, Row, compare_solvers, default_solvers, plot_com
 from .fit import fit_solver
 from .plot import plot_lines, plot_tables
 from .restart import restart_scheduler
-from .trajectories import reference_scheduler
+from .trajectories import reference_scheduler, second_order_scheduler
 
 __all__ = [
     "Comparison",
@@ -17,4 +17,5 @@ __all__ = [
     "plot_tables",
     "reference_scheduler",
     "restart_scheduler",
+    "second_order_scheduler",
 ]

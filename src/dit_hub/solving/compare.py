@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Row:
         steps: as asked for.
         evaluations: of the model, for an image; guidance doubles them for all alike.
         distance: of the latents to those of the exact trajectory, relative to these (L2).
-        psnr: of the images to the exact ones, in dB; None for latents without a decoder, infinite for equal ones.
+        psnr: of the images to the exact ones, in dB, at most 200; None for latents without a decoder.
         seconds: for an image, within a batch.
         score: of the metric, where a reference was given.
         low, high: its interval of 95 %.
@@ -65,7 +66,7 @@ class Comparison:
         guidance_scale, count, seed: how.
         metric: name of the rows' scores; empty without a reference.
         exact_score: the score of the exact trajectory.
-        bound: the distance that recommendations keep by default.
+        bound: the distance that recommendations keep by default; None where 50 steps of no solver were run.
     """
 
     rows: list[Row]
@@ -75,7 +76,7 @@ class Comparison:
     seed: int
     metric: str = ""
     exact_score: float | None = None
-    bound: float = math.inf
+    bound: float | None = None
 
     def recommend(self, distance: float | None = None, seconds: float | None = None) -> Row | None:
         """The fewest evaluations within a distance; or, within a time, the nearest; None where no solver is.
@@ -83,9 +84,14 @@ class Comparison:
         Args:
             distance: at most; None means that of 50 steps of the first solver, unless there is a bound on the time.
             seconds: at most, for an image.
+
+        Raises:
+            ValueError: no bound at all.
         """
         if distance is None:
-            distance = self.bound if seconds is None else math.inf
+            if self.bound is None and seconds is None:
+                raise ValueError(f"Compare {_BOUND_STEPS} steps too, or give the distance or the time to stay within.")
+            distance = self.bound if seconds is None and self.bound is not None else math.inf
         rows = [row for row in self.rows if row.distance <= distance * (1 + 1e-9)]
         if seconds is None:
             return min(rows, key=lambda row: (row.evaluations, row.distance), default=None)
@@ -122,6 +128,10 @@ def default_solvers(pipeline: DiTPipeline, steps: Sequence[int] = DEFAULT_STEPS)
         scheduler = switch_scheduler(pipeline.scheduler, name)
         if scheduler.config.get("clip_sample"):  # the exact trajectory does not clip
             scheduler = type(scheduler).from_config(scheduler.config, clip_sample=False)
+        if name == "ddim" and scheduler.config.timestep_spacing == "linspace":
+            # diffusers' DDIM then steps to other timesteps than it visits; this is DDIM at those that it visits.
+            first_order = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+            scheduler = diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config, **first_order)
         try:
             check_scheduler(scheduler, pipeline.transformer.config, pipeline.scheduler, latent=False)
         except ValueError:  # published for other noise levels
@@ -186,7 +196,7 @@ def compare_solvers(
         drawn = sampling.images(latents)
         rows.append(Row(name, number, evaluations, distance, _psnr(drawn, pictures), seconds / count, *scores(drawn)))
     report("done", len(runs) + 1, len(runs) + 1)
-    bound = next((row.distance for row in rows if row.steps == _BOUND_STEPS), math.inf)
+    bound = next((row.distance for row in rows if row.steps == _BOUND_STEPS), None)
     source = pipeline.origin.source if pipeline.origin else str(pipeline.config.get("_name_or_path", ""))
     return Comparison(rows, source, guidance_scale, count, seed, scores.label, exact_score, bound)
 
@@ -259,8 +269,7 @@ class _Scores:
 def _psnr(images: Tensor | None, exact: Tensor | None) -> float | None:
     if images is None or exact is None:
         return None
-    error = (images - exact).square().mean().item()
-    return math.inf if error == 0 else -10 * math.log10(error)
+    return -10 * math.log10(max((images - exact).square().mean().item(), 1e-20))
 
 
 def plot_comparison(comparison: Comparison, path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -270,7 +279,7 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike, overwrite: 
     lines = {}
     for row in comparison.rows:
         lines.setdefault(row.solver, []).append((row.evaluations, row.distance))
-    best = comparison.recommend()
+    best = None if comparison.bound is None else comparison.recommend()
     marked = None if best is None else (best.evaluations, best.distance)
     title = f"{Path(comparison.model).name or 'Solvers'}, guidance {comparison.guidance_scale:g}"
     plot_lines(lines, path, title, "evaluations of the model", "relative distance to the exact latents", marked,

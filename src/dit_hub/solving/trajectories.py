@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from ..guidance import guide
 from ..schedulers import TableScheduler, is_flow_matching
 from ..table_scheduler import NOISE_SCHEDULE
-from ..tables import COLUMNS, DiscreteLevels, Levels, advance, multistep_table, straight_levels
+from ..tables import COLUMNS, DiscreteLevels, Levels, advance, multistep_table, straight_levels, without_idle
 
 # Steps of the trajectory that counts as exact. Of the second order, their distance to twice as many is below 1e-3.
 REFERENCE_STEPS = 250
@@ -72,7 +72,7 @@ class Path:
         Raises:
             ValueError: one of them is not consistent.
         """
-        rows = {str(len(table)): table.detach().cpu().tolist() for table in tables}
+        rows = {str(len(table)): without_idle(table.detach().cpu().numpy()).tolist() for table in tables}
         return TableScheduler(tables=rows, name=name, source=source, **self.settings)
 
 
