@@ -82,7 +82,7 @@ def load(model: str) -> Any:
         for parameter in transformer.parameters():  # a fresh model predicts zero
             torch.nn.init.normal_(parameter, std=0.02)
         pipe = DiTPipeline(transformer, DDIMScheduler(clip_sample=False))
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -99,3 +99,17 @@ def test_students_are_trained_measured_and_drawn_beside_their_teacher(tmp_path: 
     for command in commands:
         generic = command.replace(str(tmp_path / "teacher"), "outputs/digits")
         assert generic.replace(str(tmp_path / "students"), "outputs/distilled") in document
+
+
+def test_solvers_fall_with_their_order(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    image = tmp_path / "solvers.png"
+    printed = run("solver_orders.py", tmp_path / "here", "--starts", "200", "--exact-steps", "400", "--out", str(image))
+    table = [line.split("|")[1:-1] for line in printed.split("\n\n")[0].splitlines()]
+    names, _, *rows = [[cell.strip() for cell in cells] for cells in table]
+    errors = {name: {row[0]: row[index] for row in rows} for index, name in enumerate(names)}
+    assert float(errors["DPM-Solver++ 2M"]["50"]) < 0.4 * float(errors["DDIM"]["50"])
+    assert float(errors["searched"]["5"]) < float(errors["DPM-Solver++ 2M"]["5"])
+    assert image.stat().st_size > 10_000
+    document = (ROOT / "docs" / "solvers.md").read_text()
+    assert printed.splitlines()[0] in document  # the same columns

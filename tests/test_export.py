@@ -31,6 +31,7 @@ from dit_hub.export import DEFAULT_PARTS, export_onnx, export_web, quantize, ver
 from dit_hub.export.flow import in_precision
 from dit_hub.export.reference import Parity
 from dit_hub.schedulers import TableScheduler
+from dit_hub.solvers import table_scheduler
 
 from .command_line import Command, dit_hub
 from .conftest import MakePipeline
@@ -65,7 +66,8 @@ def parts(make_pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory)
 def sample(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    return pipeline(labels, num_inference_steps=5, generator=generator, output_type="pt", **options).images
+    options = {"num_inference_steps": 5, **options}
+    return pipeline(labels, generator=generator, output_type="pt", **options).images
 
 
 def latents(pipeline: DiTPipeline, labels: Any, **options: Any) -> Tensor:
@@ -576,6 +578,20 @@ def test_a_sampler_takes_any_scheduler_that_is_a_table(make_pipeline: MakePipeli
                     {"guidance_channels": 4}, {"callback_on_step_end": lambda *_: {}}):  # fmt: skip
         with pytest.raises(ValueError, match="An exported sampler runs its loop as a whole"):
             latents(exported, [1], **options)
+
+
+def test_one_table_draws_the_same_on_every_runtime(tmp_path: Path) -> None:
+    """PyTorch, ONNX Runtime by steps and in one file, OpenVINO; test_web.py has the browser."""
+    pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
+    unipc = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, solver_order=3)
+    pipeline.scheduler = table_scheduler(unipc, [6])
+    export_onnx(pipeline, tmp_path / "steps", precompute=True)
+    export_onnx(pipeline, tmp_path / "whole", parts=["sampler"])
+    export_onnx(pipeline, tmp_path / "openvino", runtime="openvino")
+    expected = sample(pipeline, [3, 9], num_inference_steps=None)
+    for name in ("steps", "whole", "openvino"):
+        drawn = sample(DiTPipeline.from_pretrained(tmp_path / name), [3, 9], num_inference_steps=None)
+        torch.testing.assert_close(drawn, expected, rtol=0, atol=1 / 255)
 
 
 def test_an_older_sampler_refuses_what_it_cannot_remember(make_pipeline: MakePipeline, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from onnx import TensorProto, helper
 
 from dit_hub import DiTPipeline, DiTTransformer
@@ -17,6 +18,7 @@ from dit_hub.export import export_onnx, export_tensorrt
 from dit_hub.export.reference import Parity, measure_parity
 from dit_hub.export.tensorrt import check_shapes
 from dit_hub.export.tensorrt_build import Machine, Manifest, misfit
+from dit_hub.solvers import table_scheduler
 
 from .command_line import Command, dit_hub
 from .conftest import MakePipeline
@@ -92,10 +94,12 @@ def test_the_toy_builds_in_every_precision(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_whole_sampler_builds(tmp_path: Path, precision: str) -> None:
-    report = export_tensorrt(
-        "dit-toy-shapes", tmp_path / "trt", ["sampler"], precision, runtime="rtx", profile=(1, 2, 8)
-    )
+    pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
+    unipc = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, solver_order=3)
+    pipeline.scheduler = table_scheduler(unipc, [6])  # which remembers four estimates
+    report = export_tensorrt(pipeline, tmp_path / "trt", ["sampler"], precision, runtime="rtx", profile=(1, 2, 8))
     assert report["transformer"].relative_error < 2e-2
+    assert json.loads((tmp_path / "trt" / "model_index.json").read_text())["scheduler"] == ["dit_hub", "TableScheduler"]
     profiles = manifest_of(tmp_path / "trt")["engines"]["model.engine"]["profiles"]
     assert profiles["table"] == [[1, 9], [50, 9], [1000, 72]]
     assert profiles["class_labels"] == [[1], [2], [8]]
