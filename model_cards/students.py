@@ -4,13 +4,13 @@ from typing import Any
 
 
 def student_steps(training: dict[str, Any]) -> int | None:
-    """The steps in which a student of step distillation draws; None for any other model.
+    """The steps in which a progressive student draws; None for any other model, which takes several numbers.
 
     Args:
         training: the content of training.json.
     """
     recipe = training.get("recipe") or {}
-    return {"progressive": recipe.get("student_steps"), "consistency": 4}.get(recipe.get("distill", ""))
+    return recipe.get("student_steps") if recipe.get("distill") == "progressive" else None
 
 
 def student_caveat(training: dict[str, Any]) -> str:

@@ -5,12 +5,13 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,10 +27,16 @@ from dit_hub.distillation import (
     timestep_grid,
     two_steps,
 )
+from dit_hub.export import export_onnx
+from dit_hub.model_cards import render_card
+from dit_hub.table_scheduler import TableScheduler
 from dit_hub.training.checkpoints import checkpoints
+from dit_hub.training.data import Batch, InMemoryImages
 from dit_hub.training.distilling import Distillation
 from dit_hub.training.loop import Progress, train
+from dit_hub.training.loss import TrainingLoss
 from dit_hub.training.recipe import Recipe, get_recipe
+from dit_hub.training.shapes import ID2LABEL, shapes
 
 from .command_line import Command, dit_hub
 from .conftest import SMALL_MODEL, TOYS_NOISE, TOYS_NOISE_SETTINGS, MakePipeline
@@ -238,6 +245,49 @@ def test_students_learn_at_the_timesteps_where_steps_start(
         assert seen[-1] == [199] * 5
 
 
+@pytest.mark.parametrize("distill", ["", "guidance", "progressive", "consistency"])
+def test_a_process_without_a_sample_calls_the_model_as_often_as_the_others(make_model: MakeModel, distill: str) -> None:
+    dataset, model = InMemoryImages(*shapes(2), ID2LABEL, "", ""), make_model(**SMALL_MODEL)
+    recipe = replace(LADDER, distill=distill, guidance_scale=2.0 if distill else 1.0)
+    accelerator = Accelerator(cpu=True)
+    distillation = None
+    if distill:
+        distillation = Distillation(recipe, make_model(**SMALL_MODEL), DDPMScheduler(200, **TOYS_NOISE),
+                                    accelerator.device)  # fmt: skip
+    loss, calls = TrainingLoss(recipe, dataset, model.config, accelerator, distillation), []
+
+    def counted(*arguments: Any, **conditions: Any) -> Any:
+        calls[-1].append(torch.is_grad_enabled())  # sharded weights are gathered in either case
+        return model(*arguments, **conditions)
+
+    data, labels = shapes(1)
+    (draws,) = loss.draw(0, 1)
+    for count in (4, 0):
+        calls.append([])
+        loss(counted, Batch(data[:count], labels[:count], list(range(count)), []), draws).backward()
+    assert calls[0] == calls[1]
+    assert calls[0][-1]
+
+
+def test_the_timesteps_of_a_stage_are_made_once(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(scheduler: Any, steps: int, *arguments: Any) -> Tensor:
+        made.append(steps)
+        return timestep_grid(scheduler, steps, *arguments)
+
+    monkeypatch.setattr("dit_hub.training.distilling.timestep_grid", counted)
+    scheduler = DDPMScheduler(200, **TOYS_NOISE)
+    distillation = Distillation(LADDER, make_model(**SMALL_MODEL), scheduler, torch.device("cpu"))
+    for stage in range(3):
+        if stage:
+            distillation.begin(stage, make_model(**SMALL_MODEL))
+        for _ in range(2):
+            clean, noise = torch.randn(2, 5, 3, 16, 16)
+            distillation(wavy, scheduler, clean, noise, torch.arange(5), class_labels=torch.arange(5))
+    assert made == [8, 4, 2]
+
+
 # --- Runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -393,10 +443,12 @@ def test_a_flow_model_goes_down_the_ladder(tmp_path: Path, make_pipeline: MakePi
     recipe = replace(LADDER, init_from=str(tmp_path / "flow"), objective="flow", num_train_timesteps=1000,
                      guidance_scale=1.5, student_steps=2)  # fmt: skip
     pipeline: Any = train(recipe).pipeline
-    pipeline([1], num_inference_steps=2)
+    pipeline([1])
     assert pipeline.scheduler.timesteps.tolist() == [1000, 500]
+    with pytest.raises(ValueError, match="'student' has tables of 2 steps, not of 50"):
+        pipeline([1], num_inference_steps=50)
     pipeline = train(replace(recipe, student_steps=1)).pipeline
-    pipeline([1], num_inference_steps=1)
+    pipeline([1])
     assert pipeline.scheduler.timesteps.tolist() == [1000]
 
 
@@ -407,11 +459,19 @@ def test_a_student_samples_unguided_at_its_own_timesteps(tmp_path: Path, guided_
     recipe = replace(LADDER, init_from=guided_base, guidance_scale=2.0, student_steps=4)
     train(recipe).pipeline.save_pretrained(tmp_path / "student")
     pipeline: Any = DiTPipeline.from_pretrained(tmp_path / "student")
-    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert isinstance(pipeline.scheduler, TableScheduler)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline([1, 2], num_inference_steps=4)
+    noise = torch.randn(2, 3, 16, 16)
+    images = pipeline([1, 2], latents=noise, output_type="latent").images
     assert pipeline.guidance_scale == 1
     assert pipeline.scheduler.timesteps.tolist() == [199, 149, 99, 49]
+    stock: Any = DDIMScheduler(200, **TOYS_NOISE, prediction_type="v_prediction", clip_sample=False,
+                               timestep_spacing="trailing")  # fmt: skip
+    other: Any = DiTPipeline(pipeline.transformer, stock)
+    expected = other([1, 2], latents=noise, num_inference_steps=4, output_type="latent").images
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="'student' has tables of 4 steps, not of 50"):
+        pipeline([1], num_inference_steps=50)
     with pytest.raises(ValueError, match=r"guidance_scale 2\.0 needs a null class"):
         pipeline([1], guidance_scale=2.0)
     for target in ("official", "dit-hub"):
@@ -423,6 +483,62 @@ def test_a_student_samples_unguided_at_its_own_timesteps(tmp_path: Path, guided_
     table = "y_embedder.embedding_table.weight"
     assert weights[table].shape[0] == 16
     assert weights[table].equal(pipeline.transformer.state_dict()[table])
+
+
+def test_a_students_folder_is_sampled_and_exported_in_its_own_steps(tmp_path: Path, guided_base: str) -> None:
+    recipe = replace(LADDER, init_from=guided_base, student_steps=2)
+    train(recipe).pipeline.save_pretrained(tmp_path / "student")
+    run = dit_hub("sample", "student", "--num", 2, "--out", "samples", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "samples" / "sampling.json").read_text())["timesteps"] == [199, 99]
+    run = dit_hub("sample", "student", "--num", 2, "--steps", 50, "--out", "others", cwd=tmp_path)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    assert "tables of 2 steps, not of 50" in run.stderr
+    assert not (tmp_path / "others").exists()
+    export_onnx(tmp_path / "student", tmp_path / "onnx", ["sampler"])
+    noise = torch.randn(2, 3, 16, 16)
+    images = []
+    for folder in ("student", "onnx"):
+        pipeline: Any = DiTPipeline.from_pretrained(tmp_path / folder)
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(pipeline([1, 2], latents=noise, output_type="latent").images)
+    torch.testing.assert_close(images[1], images[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_is_a_teacher_of_fewer_steps(tmp_path: Path, guided_base: str) -> None:
+    recipe = replace(LADDER, init_from=guided_base, student_steps=4)
+    train(recipe).pipeline.save_pretrained(tmp_path / "student")
+    recipe = replace(LADDER, init_from=str(tmp_path / "student"), teacher_steps=4, student_steps=2)
+    pipeline: Any = train(recipe).pipeline
+    pipeline([1])
+    assert pipeline.scheduler.timesteps.tolist() == [199, 99]
+
+
+@pytest.mark.parametrize("settings", [{"distill": "guidance", "objective": "noise"}, {"student_steps": 4}])
+def test_students_have_no_learned_variance(
+    tmp_path: Path, make_pipeline: MakePipeline, settings: dict[str, Any]
+) -> None:
+    scheduler: Any = DDPMScheduler(200, **TOYS_NOISE, variance_type="learned_range")
+    base = make_pipeline(scheduler=scheduler, **{**SMALL_MODEL, "learn_sigma": True})
+    base.save_pretrained(tmp_path / "base")
+    recipe = replace(LADDER, init_from=str(tmp_path / "base"), guidance_scale=2.0, **settings)
+    train(recipe).pipeline.save_pretrained(tmp_path / "student")
+    pipeline: Any = DiTPipeline.from_pretrained(tmp_path / "student")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline([1])
+    kind = pipeline.scheduler.config.prediction_type
+    pipeline.scheduler = DDPMScheduler(200, **TOYS_NOISE, variance_type="learned_range", prediction_type=kind)
+    with pytest.raises(ValueError, match="wants a learned variance, which this model does not predict"):
+        pipeline([1])
+
+
+def test_a_model_predicts_the_same_without_its_variance(make_model: MakeModel) -> None:
+    model, noisy, labels = make_model(learn_sigma=True), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    before = model(noisy, torch.tensor([3, 4]), labels).sample
+    after = model.remove_learned_variance()(noisy, torch.tensor([3, 4]), labels).sample
+    torch.testing.assert_close(after, before[:, :4])
+    assert not model.config.learn_sigma
+    assert model.remove_learned_variance() is model
 
 
 def test_the_rows_of_the_classes_stay_when_the_null_class_goes(make_model: MakeModel) -> None:
@@ -446,6 +562,14 @@ def test_a_consistency_model_comes_with_its_scheduler_and_no_other_model_takes_i
         assert pipeline.scheduler.timesteps.tolist() == visited
     other: Any = DiTPipeline.from_pretrained(guided_base)
     other.scheduler = pipeline.scheduler
+    (tmp_path / "student" / "training.json").write_text(json.dumps({"recipe": asdict(recipe)}))
+    card = str(render_card(tmp_path / "student"))
+    assert 'pipe(["red-circle", "red-square"]).images' in card
+    assert "draw in a few steps, from 1 to 8" in card
+    for teacher_steps, steps in ((50, 4), (2, 2)):  # no more than the teacher takes
+        pipeline = train(replace(recipe, teacher_steps=teacher_steps)).pipeline
+        pipeline([1])
+        assert len(pipeline.scheduler.timesteps) == steps
     with pytest.raises(ValueError, match="LCMScheduler samples consistency models"):
         other([1])
 
@@ -483,7 +607,8 @@ def test_what_distilling_takes_is_known_before(tmp_path: Path, guided_base: str)
         ({"guidance_scale": 2.0}, "dit-toy-shapes has no null class, so it cannot be guided at guidance_scale 2; set"),
         ({"data": "digits"}, "The data have other classes than dit-toy-shapes"),
         ({"steps": 2}, "2 steps are too few for the 3 stages from 8 steps to 1"),
-        ({"objective": "flow"}, "cannot be trained with the objective 'flow'"),
+        ({"objective": "flow", "num_train_timesteps": 500}, "set num_train_timesteps=1000"),
+        ({"objective": "flow", "num_train_timesteps": 1000}, "cannot be trained with the objective 'flow'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_distilled_is_refused_in_a_sentence(settings: dict[str, Any], words: str) -> None:

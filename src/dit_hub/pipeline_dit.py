@@ -194,7 +194,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
             class_labels: class ids or names; one, a list, or an integer tensor. None for unconditional models.
             guidance_scale: strength of classifier-free guidance; None means 4.0 where the model has a null class, else
                 1.0, which is no guidance.
-            num_inference_steps: denoising steps; None means 50, or the most that a `TableScheduler` has a table of.
+            num_inference_steps: denoising steps; None means 50, or as `default_steps` says of the scheduler.
             num_images_per_label: images of each label, one after the other.
             num_images_per_prompt: diffusers' name of the same.
             guidance_channels: how many leading channels guidance touches; None means the model's own (officially 3).

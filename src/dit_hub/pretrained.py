@@ -155,6 +155,18 @@ class DiTPreTrainedModel(PreTrainedModel, DiffusersModelMixin):
                 self.y_embedder.embedding_table.weight.copy_(table[:null])
         return self
 
+    def remove_learned_variance(self) -> Any:
+        """Remove the output's channels of the variance; see `DiTConfig.learn_sigma`."""
+        if self.config.learn_sigma:
+            layer, channels = cast(Any, self).final_layer, self.config.in_channels
+            wide, self.config.learn_sigma = layer.linear, False
+            narrow = nn.Linear(wide.in_features, wide.out_features // 2).to(wide.weight).train(self.training)
+            with torch.no_grad():  # rows are ordered by pixel of the patch, then by channel
+                for ours, theirs in ((narrow.weight, wide.weight), (narrow.bias, wide.bias)):
+                    ours.copy_(theirs.unflatten(0, (-1, 2 * channels))[:, :channels].flatten(0, 1))
+            layer.linear = narrow
+        return self
+
     def resize_class_labels(
         self,
         num_classes: int,

@@ -30,6 +30,9 @@ SCHEDULERS = {
     "flow-heun": "FlowMatchHeunDiscreteScheduler",
 }
 
+# Steps of consistency models, which take any few.
+_CONSISTENCY_STEPS = 4
+
 # Parts of the names of schedulers that step with a velocity, and of those for other kinds of models.
 _VELOCITY = ("FlowMatch", "FlowMap", "EulerAncestralRF")
 _OTHER_MODELS = {
@@ -250,11 +253,14 @@ def default_steps(scheduler: Any, usual: int = 50) -> int:
     """The number of steps of a run that names none.
 
     Args:
-        scheduler: of the run; a `TableScheduler` takes the most that it has a table of.
+        scheduler: of the run; a `TableScheduler` takes the most that it has a table of, and an `LCMScheduler` 4, or its
+            `original_inference_steps` if fewer.
         usual: of other schedulers, at most as many as the noise schedule has timesteps.
     """
     if isinstance(scheduler, TableScheduler):
         return max(scheduler.steps)
+    if isinstance(scheduler, diffusers.LCMScheduler):
+        return min(_CONSISTENCY_STEPS, scheduler.config["original_inference_steps"])
     return min(usual, scheduler.config.num_train_timesteps)
 
 

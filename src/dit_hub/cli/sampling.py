@@ -20,7 +20,7 @@ def generate(
         list[str] | None, typer.Argument(help="Class names, or ids that are not names; default: all classes.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; default: 50, or the most that a table of the solver has.")
+        int | None, typer.Option(help="Denoising steps; default: 50, or what a student or solver was made for.")
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: 4 where possible, else 1.")] = None,
     cache: Annotated[
@@ -83,7 +83,8 @@ def sample(
         str, typer.Option(help="balanced, random, or a file with a class name or id on each line, one for each image.")
     ] = "balanced",
     steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; default: 250, or the model's timesteps if fewer.")
+        int | None,
+        typer.Option(help="Denoising steps; default: 250, or what a student or solver was made for."),
     ] = None,
     timesteps: Annotated[
         str | None, typer.Option(help="official: the official respacing; default: the scheduler's.")

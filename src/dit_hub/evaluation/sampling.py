@@ -66,7 +66,7 @@ def sample_images(
             with an id or a name on each line, or a list, with one for each image. Models without classes take none.
         seed: of the noise and the random labels, 0 to 2**63 - 1.
         batch_size: images per forward pass.
-        num_inference_steps: None means 250, or all timesteps that the model was trained with if they are fewer.
+        num_inference_steps: None means 250, or the scheduler's own number; see `dit_hub.schedulers.default_steps`.
         guidance_scale: unlike in `DiTPipeline.__call__`, no guidance by default.
         guidance_interval, guidance_channels, timesteps: as for `DiTPipeline.__call__`.
         progress: called before the first batch and after each, with the number of this process's images that are

@@ -16,6 +16,8 @@ from ..distillation import (
 )
 from ..modeling_dit import DiTTransformer
 from ..objectives import Denoiser
+from ..solvers import table_scheduler
+from ..table_scheduler import TableScheduler
 from .recipe import Recipe
 
 # The objectives by diffusers' name of the prediction.
@@ -48,6 +50,7 @@ class Distillation:
 
     def __init__(self, recipe: Recipe, teacher: DiTTransformer, scheduler: Any, device: torch.device):
         self.recipe, self.device, self.stage = recipe, device, 0
+        self._grid: Tensor | None = None  # of the stage, on the device
         self.model = self._frozen(teacher)
         prediction = recipe.objective if recipe.objective == "flow" else (
             PREDICTIONS[scheduler.config.get("prediction_type", "epsilon")]
@@ -74,7 +77,9 @@ class Distillation:
         student = Predictor(denoiser, self.recipe.objective)
         if self.recipe.distill == "guidance":
             return guidance_distillation(student, self.teacher, scheduler, clean, noise, timestep, **conditions)
-        grid = timestep_grid(scheduler, self.teacher_steps, self.device)
+        if self._grid is None:
+            self._grid = timestep_grid(scheduler, self.teacher_steps, self.device)
+        grid = self._grid
         apart = 1 if self.recipe.distill == "consistency" else 2
         steps = self.teacher_steps // apart
         index = (timestep * steps / scheduler.config["num_train_timesteps"]).long().clamp(0, steps - 1)
@@ -89,11 +94,16 @@ class Distillation:
         """The teacher's steps in this stage; a progressive student has half of them."""
         return self.recipe.teacher_steps >> self.stage
 
+    @property
+    def student_passes(self) -> int:
+        """How often a loss calls the student; the last time with gradients."""
+        return 2 if self.recipe.distill == "consistency" else 1
+
     # --- Stages ------------------------------------------------------------------------------------------------------
 
     def begin(self, stage: int, student: DiTTransformer) -> None:
         """Begin a later stage, whose teacher is this former student."""
-        self.stage, self.model = stage, self._frozen(student)
+        self.stage, self.model, self._grid = stage, self._frozen(student), None
         self.teacher = Predictor(self._denoise, self.recipe.objective)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -103,13 +113,21 @@ class Distillation:
 
 def student_scheduler(recipe: Recipe, scheduler: Any) -> Any:
     """The scheduler that samples a student in the steps it was trained for, by the noise schedule of the run."""
+    progressive = recipe.distill == "progressive"
     if recipe.objective == "flow":
         # From 1 down to 1 / steps and then 0; a single step starts at 1 in any case.
-        many = recipe.distill == "progressive" and recipe.student_steps > 1
+        many = progressive and recipe.student_steps > 1
         terminal: dict[str, Any] = {"shift_terminal": 1 / recipe.student_steps} if many else {}
-        return FlowMatchEulerDiscreteScheduler(recipe.num_train_timesteps, **terminal)
+        euler = FlowMatchEulerDiscreteScheduler(recipe.num_train_timesteps, **terminal)
+        return _of_steps(euler, recipe.student_steps) if progressive else euler
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     settings: dict[str, Any] = {name: scheduler.config[name] for name in kept}
     if recipe.distill == "consistency":
         return LCMScheduler(**settings, original_inference_steps=recipe.teacher_steps)
-    return DDIMScheduler(**settings, clip_sample=False, timestep_spacing="trailing")
+    ddim = DDIMScheduler(**settings, clip_sample=False, timestep_spacing="trailing")
+    return _of_steps(ddim, recipe.student_steps) if progressive else ddim
+
+
+def _of_steps(scheduler: Any, steps: int) -> TableScheduler:
+    """The scheduler in so many steps, and in no other number of them."""
+    return table_scheduler(scheduler, steps=[steps], name="student")

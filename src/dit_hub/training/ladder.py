@@ -3,13 +3,12 @@
 import math
 from typing import TYPE_CHECKING
 
+from ..configuration_dit import FLOW_TIMESTEPS
+
 if TYPE_CHECKING:
     from .recipe import Recipe
 
 DISTILLATIONS = ("guidance", "progressive", "consistency")
-
-# Steps with which a consistency model is drawn; it takes any few.
-CONSISTENCY_STEPS = 4
 
 
 def check_distillation(recipe: "Recipe") -> None:
@@ -46,6 +45,9 @@ def _check_halvings(recipe: "Recipe") -> None:
     if not halvings(recipe) or student << halvings(recipe) != teacher:
         raise ValueError(f"teacher_steps {teacher} cannot be halved until they are student_steps {student}; set "
                          f"teacher_steps={student * 8}.")  # fmt: skip
+    if recipe.objective == "flow" and trained != FLOW_TIMESTEPS:
+        raise ValueError(f"Flow models count the time in {FLOW_TIMESTEPS} steps, not {trained}; set "
+                         f"num_train_timesteps={FLOW_TIMESTEPS}.")  # fmt: skip
     if teacher > trained and recipe.objective != "flow":
         raise ValueError(f"teacher_steps {teacher} are more than num_train_timesteps {trained}.")
 
@@ -71,8 +73,3 @@ def stage_of(recipe: "Recipe", step: int, last: int) -> tuple[int, int, int]:
     stages = max(halvings(recipe), 1)
     stage = min(step * stages // last, stages - 1)
     return stage, -(-stage * last // stages), -(-(stage + 1) * last // stages)
-
-
-def sampling_steps(recipe: "Recipe") -> int:
-    """The steps with which the result is drawn: 50, or those of a student."""
-    return {"progressive": recipe.student_steps, "consistency": CONSISTENCY_STEPS}.get(recipe.distill, 50)

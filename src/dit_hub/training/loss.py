@@ -53,6 +53,7 @@ class TrainingLoss:
         self.recipe, self.dataset, self.config, self.accelerator = recipe, dataset, config, accelerator
         self.scheduler = make_scheduler(recipe, config)
         self.objective = distillation or _objective(recipe, config)
+        self.passes = distillation.student_passes if distillation else 1
 
     def draw(self, step: int, micro_batches: int) -> list[Draws]:
         """The draws of a whole step, of all processes, by micro-batch.
@@ -108,11 +109,18 @@ class TrainingLoss:
         return clean, labels
 
     def _zero(self, model: Callable[..., Any]) -> Tensor:
-        """A zero loss with zero gradients, for which the other processes wait."""
+        """A zero loss with zero gradients, for which the other processes wait.
+
+        It calls the model as often as they do: wherever weights are sharded, all processes gather them in each call.
+        """
         device = self.accelerator.device
         labels = {"class_labels": torch.zeros(1, dtype=torch.long, device=device)} if self.config.num_classes else {}
         noisy = torch.zeros(1, *self.dataset.sample_shape, device=device)
-        return 0 * model(noisy, torch.zeros(1, device=device), **labels).sample.sum()
+        timestep = torch.zeros(1, device=device)
+        for _ in range(self.passes - 1):
+            with torch.no_grad():
+                model(noisy, timestep, **labels)
+        return 0 * model(noisy, timestep, **labels).sample.sum()
 
 
 def _objective(recipe: Recipe, config: DiTConfig) -> Callable[..., Tensor]:

@@ -18,7 +18,6 @@ from ..flops import matmul_peak, measure
 from ..pipeline_dit import DiTPipeline
 from ..visualize import sample_grid
 from .checkpoints import LOGS_FOLDER
-from .ladder import sampling_steps
 from .recipe import Recipe
 from .run import Run
 
@@ -129,7 +128,7 @@ class Monitor:
             return
         pipeline.set_progress_bar_config(disable=True)
         cast(Any, pipeline).to(self.accelerator.device)
-        grid = sample_grid(pipeline, steps=sampling_steps(self.run.recipe))
+        grid = sample_grid(pipeline)
         cast(Any, pipeline).to("cpu")  # a decoder that is kept leaves its memory to training
         self._try(lambda: self._write(grid, step))
 

@@ -19,7 +19,6 @@ from ..files import new_folder
 from ..sources import CARD_FILE, EMBEDDED_MODELS
 from ..visualize import SAMPLES_FILE, Trajectory, draws_quickly, loss_curve, sample_grid
 from .checkpoints import LOGS_FOLDER
-from .ladder import sampling_steps
 from .recipe import get_recipe
 from .result import TrainingResult
 
@@ -84,7 +83,7 @@ def _draw(result: TrainingResult, folder: Path) -> None:
     with _warn_on_error("No samples were drawn"):
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         if draws_quickly(pipeline):
-            sample_grid(pipeline, steps=sampling_steps(result.recipe), callback=trajectory).save(folder / SAMPLES_FILE)
+            sample_grid(pipeline, callback=trajectory).save(folder / SAMPLES_FILE)
             trajectory.image(pipeline).save(folder / "trajectory.png")
     with _warn_on_error("No losses were drawn"):
         loss_curve(result.epoch_losses, folder / "loss.png", published_losses(result), _title(result))

@@ -51,6 +51,7 @@ def make_model(recipe: Recipe, dataset: Dataset, base: DiTPipeline | None) -> Di
         if recipe.distill:
             check_teacher(recipe, start)
             start.remove_null_class()
+            start.remove_learned_variance()  # the loss of a student trains no variance
         model = add_adapters(start, recipe.lora_rank) if recipe.lora_rank else start
     else:
         config = recipe.config
