@@ -17,8 +17,8 @@ _MODEL_MODULES = (
     "modeling_dit",
 )
 _PIPELINE_MODULES = (
-    *("checks", "extras", "configuration_dit", "ecosystem", "guidance", "labels", "schedulers", "solvers", "vaes"),
-    "pipeline_dit",
+    *("checks", "extras", "configuration_dit", "ecosystem", "guidance", "labels", "tables", "table_scheduler"),
+    *("schedulers", "solvers", "vaes", "pipeline_dit"),
 )
 
 _MODEL_FILE = "modeling_dit.py"
@@ -42,7 +42,15 @@ _LEFT_OUT = re.compile(r"^(from (\.|dit_hub)\S* import (\([^)]*\)|.*)|Auto\w+\.r
 
 
 def add_code(folder: Path) -> None:
-    """Put the code beside the weights of a pipeline folder that dit_hub wrote, and name it in its JSON files."""
+    """Put the code beside the weights of a pipeline folder that dit_hub wrote, and name it in its JSON files.
+
+    Raises:
+        ValueError: the folder's scheduler is dit_hub's own.
+    """
+    scheduler = json.loads((folder / "model_index.json").read_text())["scheduler"]
+    if scheduler[0] == "dit_hub":
+        raise ValueError(f"The scheduler of this pipeline is a {scheduler[1]}, which needs dit_hub; a self-contained "
+                         "folder takes diffusers' own.")  # fmt: skip
     model = _joined(_MODEL_MODULES)
     (folder / _MODEL_FILE).write_text(model)  # AutoModel looks here, diffusers in the component's folder
     (folder / "transformer" / _MODEL_FILE).write_text(model)

@@ -35,7 +35,7 @@ _MAX_RESIDUE = 1e-6
 _NOTHING = 1e-6
 
 # And the largest error of a whole run. Heun's own, of two steps in float32, is 1e-4.
-_MAX_DRIFT = 3e-4
+_MAX_RUN_ERROR = 3e-4
 
 # Where a step needs a sample before, that is computed from the latest one, whose rounding errors grow by as much.
 _MUCH_GROWTH, _MOST_GROWTH = 4, 100
@@ -158,7 +158,7 @@ def _follows(table: np.ndarray, scheduler: Any, num_inference_steps: int, timest
         expected = scheduler.step(2 * seen.tanh(), timestep, expected, return_dict=False)[0]
         actual = advance(row, actual, 2 * actual.tanh(), history)
     assert actual is not None
-    return bool((actual - expected).norm() <= _MAX_DRIFT * expected.norm())
+    return bool((actual - expected).norm() <= _MAX_RUN_ERROR * expected.norm())
 
 
 class _OtherFormError(Exception):
