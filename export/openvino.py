@@ -16,6 +16,10 @@ from .component import MODEL_FILE, Denoiser, Session
 # smaller one. Further ones share a compilation for all shapes, 8 % slower.
 _MOST_SHAPES = 4
 
+# Bytes of the largest file that is compiled by shape, B/2 in float32: each compilation packs the weights for itself;
+# five of XL/2 would take 13 GB. Larger files have the compilation for all shapes alone.
+_LARGEST = 512 * 2**20
+
 
 class OpenVINOSession(Session):
     """A file that OpenVINO has read, compiled for the processor when it first runs.
@@ -45,7 +49,8 @@ class OpenVINOSession(Session):
             raise ValueError(f"OpenVINO cannot load {path}: {str(error).splitlines()[0]}") from error
         if float_type == "bf16":
             _use_exact_gelu(model)
-        return cls(model, hints, by_shape=path.name == MODEL_FILE)
+        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))  # with weights in `.data`
+        return cls(model, hints, by_shape=path.name == MODEL_FILE and size <= _LARGEST)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         arrays = {name: value.numpy() for name, value in inputs.items()}

@@ -206,7 +206,9 @@ def test_caches_skip_work_and_leave_no_trace(make_model: MakeModel, name: str, c
                 draw(pipe, **options)
     else:
         assert torch.isfinite(draw(pipe, guidance_interval=(0.3, 0.8))).all()
-        assert torch.isfinite(draw(pipe, guidance_every=2)).all()
+        assert torch.isfinite(draw(pipe, guidance_every=2, guidance_scale=1.0)).all()
+        with pytest.raises(ValueError, match="guidance_every starts a cache anew whenever"):
+            draw(pipe, guidance_every=2)
     model.disable_cache()
     hook.remove()
     torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_hub import DiTPipeline, ORTDiTTransformer, ORTVAEDecoder
-from dit_hub.export import export_onnx, verify_export
+from dit_hub.export import export_onnx, openvino, verify_export
 from dit_hub.export.ort import ORTSession, device_of, providers_with_options
 from dit_hub.runtime import RuntimeOptions
 from dit_hub.training.loop import train
@@ -277,6 +277,25 @@ def test_openvino_takes_every_batch_and_refuses_other_sizes(exported: dict[str, 
     with pytest.raises(ValueError, match="OpenVINO cannot run this: ") as error:
         denoiser(torch.zeros(2, 3, 8, 8), 1, torch.tensor([1, 2]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_openvino_packs_the_weights_of_a_large_file_once(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    pipeline = DiTPipeline.from_pretrained(exported["openvino"])
+    transformer = exported["openvino"] / "transformer"
+    weights = sum(file.stat().st_size for file in transformer.glob("model.onnx*"))
+    monkeypatch.setattr("dit_hub.export.openvino._LARGEST", weights if size == "small" else weights - 1)
+    pipeline = DiTPipeline.from_pretrained(exported["openvino"])
+    compiled = []
+    core = openvino._core()
+    compile_model = core.compile_model
+    monkeypatch.setattr(core, "compile_model", lambda *given: compiled.append(given) or compile_model(*given))
+    for count in (1, 2, 3, 1):
+        inputs = (torch.zeros(count, 4, 8, 8), torch.full((count,), 321.0), torch.arange(count))
+        assert torch.isfinite(pipeline.transformer(*inputs).sample).all()
+    assert len(compiled) == (3 if size == "small" else 1)
 
 
 # --- Copies ----------------------------------------------------------------------------------------------------------

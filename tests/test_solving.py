@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -14,16 +15,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dit_hub import DiTPipeline, TableScheduler
 from dit_hub.export import export_onnx
 from dit_hub.schedulers import switch_scheduler
 from dit_hub.solvers import solver_table
 from dit_hub.solving import Comparison, Row, compare_solvers, fit_solver, plot_tables, reference_scheduler
+from dit_hub.solving.fit import remove_state
 from dit_hub.solving.plot import relative_weights
 
 from .command_line import Command, dit_hub
 from .conftest import MakePipeline
+from .together import PROCESSES, Together
 
 # diffusers' schedulers pass tensors to numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
@@ -56,11 +60,10 @@ def distance(actual: torch.Tensor, exact: torch.Tensor) -> float:
 # --- Fitting ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_fit_comes_nearer_on_noise_that_it_has_not_seen(toy: DiTPipeline, tmp_path: Path) -> None:
+def test_a_fit_comes_nearer_on_noise_that_it_has_not_seen(toy: DiTPipeline) -> None:
     exact = draw(toy, reference_scheduler(toy.scheduler))
     seen = []
-    solver = fit_solver(toy, 4, **QUICK, work=tmp_path / "work", report=lambda *what: seen.append(what))
-    assert not (tmp_path / "work").exists()
+    solver = fit_solver(toy, 4, **QUICK, report=lambda *what: seen.append(what))
     start = reference_scheduler(toy.scheduler, 4)
     fitted, plain = (distance(draw(toy, each), exact) for each in (solver, start))
     assert fitted < 0.8 * plain
@@ -110,16 +113,51 @@ def test_a_fit_resumes_where_it_was(toy: DiTPipeline, tmp_path: Path) -> None:
     np.testing.assert_array_equal(resumed.table, whole.table)
 
 
+@pytest.mark.parametrize("damaged", ["state", "trajectories"])
+def test_a_file_that_was_cut_off_is_made_anew(toy: DiTPipeline, tmp_path: Path, damaged: str) -> None:
+    whole = fit_solver(toy, 3, **QUICK, work=tmp_path)
+    [file] = tmp_path.glob(f"{damaged}-*")
+    file.write_bytes(file.read_bytes()[:-100])
+    phases = []
+    again = fit_solver(toy, 3, **QUICK, work=tmp_path, report=lambda *what: phases.append(what[:2]))
+    assert phases[0] == {"state": ("fit", 0), "trajectories": ("trajectories", 0)}[damaged]
+    np.testing.assert_array_equal(again.table, whole.table)
+
+
+def test_the_state_stays_until_it_is_removed(toy: DiTPipeline, tmp_path: Path) -> None:
+    first = fit_solver(toy, 3, **QUICK, work=tmp_path)
+    fit_solver(toy, 4, **QUICK, work=tmp_path)
+    phases = []
+    again = fit_solver(toy, 3, **QUICK, work=tmp_path, report=lambda *what: phases.append(what[:2]))
+    assert phases == [("fit", 20)]
+    np.testing.assert_array_equal(again.table, first.table)
+    (tmp_path / "notes.txt").touch()
+    remove_state(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_fit_says_where_it_comes_no_nearer(toy: DiTPipeline, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**QUICK, "learning_rate": 1e6}
+    solver = fit_solver(toy, 3, **options)
+    assert ", but no better than where it started: relative distance" in solver.config.source
+    np.testing.assert_array_equal(solver.table[:, 0], reference_scheduler(toy.scheduler, 3).table[:, 0])
+    with pytest.raises(ValueError, match="The fit diverged after"):
+        fit_solver(toy, 3, **{**QUICK, "learning_rate": 1e40}, work=tmp_path)
+    assert [file.name.split("-")[0] for file in tmp_path.iterdir()] == ["trajectories"]
+
+
 def test_another_model_or_plan_does_not_resume(toy: DiTPipeline, make_pipeline: MakePipeline, tmp_path: Path) -> None:
     def stop(phase: str, done: int, total: int, best: float | None) -> None:
         if phase == "fit" and done == 5:
             raise StoppedError
 
-    for pipeline, steps in ((toy, 3), (toy, 4), (make_pipeline(num_classes=4), 3)):
+    other = make_pipeline(num_classes=4)
+    for pipeline, steps, guided in ((toy, 3, None), (toy, 4, None), (other, 3, None), (other, 3, 1)):
+        pipeline.transformer.config.guidance_channels = guided
         with pytest.raises(StoppedError):  # and so begins at 0
             fit_solver(pipeline, steps, **QUICK, work=tmp_path, report=stop)
-    assert len(list(tmp_path.glob("state-*"))) == 3
-    assert len(list(tmp_path.glob("trajectories-*"))) == 2  # which do not depend on the steps
+    assert len(list(tmp_path.glob("state-*"))) == 4
+    assert len(list(tmp_path.glob("trajectories-*"))) == 3  # which do not depend on the steps
 
 
 @pytest.mark.parametrize(
@@ -145,6 +183,44 @@ def test_a_model_that_draws_no_numbers_is_not_fitted(make_pipeline: MakePipeline
     with pytest.raises(ValueError, match="The model's own trajectories of 250 steps hold numbers that are not finite"):
         fit_solver(pipeline, 3, **QUICK, work=tmp_path / "work")
     assert not (tmp_path / "work").exists()
+
+
+def fit_in_one_of_two(folder: Path, options: dict[str, Any]) -> None:
+    """Fit the toy, with trajectories that one process cannot use where `broken`."""
+    torch.set_num_threads(1)
+    rank, broken = os.environ["RANK"], options.pop("broken", False)
+    pipeline = DiTPipeline.from_pretrained("dit-toy-shapes")
+    seen = []
+    if broken and rank == "1":
+        [file] = folder.glob("trajectories-*-1-of-2.safetensors")
+        save_file({"ends": torch.full_like(load_file(file)["ends"], math.nan)}, file)
+    solver = fit_solver(pipeline, 3, **{**QUICK, **options}, work=folder, report=lambda *what: seen.append(what))
+    torch.save((torch.tensor(solver.table), seen), folder / f"result-{rank}.pt")
+
+
+def fit_together(folder: Path, **options: Any) -> list[tuple[int, str]]:
+    running = Together(fit_in_one_of_two, folder, options)
+    return [running.wait(rank, timeout=250) for rank in range(PROCESSES)]
+
+
+def test_two_processes_fit_one_solver(toy: DiTPipeline, tmp_path: Path) -> None:
+    """They resume from the state of the first, and raise together."""
+    results = []
+    for _ in range(2):
+        assert [status for status, _ in fit_together(tmp_path)] == [0, 0]
+        results += [torch.load(tmp_path / f"result-{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+        for state in tmp_path.glob("state-*"):
+            state.write_bytes(state.read_bytes()[:-100])
+    tables, seen = [table for table, _ in results], [reports for _, reports in results]
+    assert all(torch.equal(table, tables[0]) for table in tables)
+    assert all(reports[-1] == seen[0][-1] for reports in seen)
+    assert seen[0][-1][3] < 0.8 * next(best for phase, *_, best in seen[0] if phase == "fit")
+    assert len(list(tmp_path.glob("trajectories-*-of-2.safetensors"))) == PROCESSES
+    refused = [({"trajectories": 8}, "trajectories must be at least 16, 8 for each of 2 processes, not 8"),
+               ({"broken": True}, "trajectories of 250 steps hold numbers that are not finite")]  # fmt: skip
+    for options, words in refused:
+        for status, said in fit_together(tmp_path, **options):
+            assert (status, words in said.splitlines()[-1]) == (2, True), said
 
 
 def test_other_runtimes_have_no_gradients(toy: DiTPipeline, tmp_path: Path) -> None:
@@ -190,6 +266,19 @@ def test_a_fit_that_is_killed_goes_on_to_the_same_file(tmp_path: Path) -> None:
     assert dit_hub(*FIT, "--iterations", 40, cwd=folders[1]).returncode == 0
     first, second = ((folder / "solver.json").read_bytes() for folder in folders)
     assert first == second
+
+
+def test_a_result_that_cannot_be_written_is_not_lost(tmp_path: Path) -> None:
+    command = Command(*FIT, "--iterations", 20, cwd=tmp_path)
+    while command.running() and not list(tmp_path.rglob("state-*")):
+        time.sleep(0.01)
+    (tmp_path / "solver.json").touch()  # a name that is taken meanwhile
+    run = command.wait()
+    assert (run.returncode, "solver.json exists" in run.stderr) == (2, True), run.stderr
+    assert list(tmp_path.glob("solver.json.part/state-*"))
+    (tmp_path / "solver.json").unlink()
+    run = dit_hub(*FIT, "--iterations", 20, cwd=tmp_path)
+    assert (run.returncode, [each.name for each in tmp_path.iterdir()]) == (0, ["solver.json"]), run.stderr
 
 
 # --- Comparing -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ class GuidedDenoiser:
         device: where the transformer computes.
         every: of the guided steps, every such one computes both predictions; those between take over the difference
             of the last one that did, and cost one pass.
+
+    Raises:
+        ValueError: the transformer has a cache, and `every` is above 1, or it cannot do without guidance.
     """
 
     def __init__(
@@ -72,6 +75,9 @@ class GuidedDenoiser:
         self._is_hooked = any(hasattr(module, "_diffusers_hook") for module in modules)
         if not all(self._computes_both):
             check_cache_of_unguided_steps(transformer)
+        if every > 1 and any(guided) and getattr(transformer, "_cache_config", None) is not None:
+            raise ValueError("guidance_every starts a cache anew whenever the number of rows changes, so that it saves "
+                             "nothing; leave out guidance_every or the cache.")  # fmt: skip
 
     def __call__(self, step: int, model_input: Tensor) -> Tensor:
         """(N, C, H, W) model input of a step -> (N, C or 2C, H, W) prediction."""

@@ -47,17 +47,20 @@ def fit_command(
     from ..files import new_file
     from ..pipeline_dit import DiTPipeline
     from ..solving import fit_solver
+    from ..solving.fit import remove_state
 
     worker = Worker.from_environment()
     device = own_device(device, worker)
     check_device(device)
     pipeline = DiTPipeline.from_pretrained(model).to(device)
+    work = out.with_name(f"{out.name}.part")
     with _fitting(worker) as report:
         solver = fit_solver(pipeline, steps, guidance, timesteps_only, trajectories, batch_size, iterations,
-                            learning_rate, seed, work=out.with_name(f"{out.name}.part"), report=report)  # fmt: skip
+                            learning_rate, seed, work, report)  # fmt: skip
     if worker.index == 0:
         with new_file(out, overwrite) as path:
             solver.to_json_file(path)
+        remove_state(work)
         print(f"{out}: {solver.config.source}")
         print(f"dit-hub generate {model} --scheduler {out} --steps {steps}")
 

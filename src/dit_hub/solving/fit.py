@@ -7,19 +7,23 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path as FilePath
-from typing import Any
+from typing import cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checks import real_number, whole_number
+from ..configuration_dit import DiTConfig
 from ..files import new_file
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from ..schedulers import TableScheduler
 from ..tables import MAX_HISTORY
+from ..training.together import failing_together
 from .trajectories import Path, draw, reference_scheduler
 
 # Called with the name of a phase, what is done, all of it, and the best distance so far, where there is one.
@@ -78,7 +82,7 @@ def fit_solver(
         iterations: steps of Adam.
         learning_rate: of Adam; it falls to a tenth.
         seed: of noises, classes and order.
-        work: folder for the state, from which the same call resumes; it is removed at the end.
+        work: folder for trajectories and state, from which the same call resumes; they stay until `remove_state`.
         report: called with the phase, what is done, all of it and the best relative distance on the held-out ones.
 
     Returns:
@@ -86,6 +90,7 @@ def fit_solver(
 
     Raises:
         ValueError: settings out of range, a pipeline of another runtime, or a fit that diverges.
+        ConnectionError: another process failed.
     """
     model = pipeline.transformer
     if not isinstance(model, DiTTransformer):
@@ -112,35 +117,34 @@ class _Fit:
 
     def __init__(self, pipeline: DiTPipeline, plan: Plan, work: FilePath | None, report: Report):
         self.accelerator = Accelerator()
-        if plan.batch_size % self.accelerator.num_processes:
-            raise ValueError(
-                f"batch_size {plan.batch_size} does not divide among {self.accelerator.num_processes} processes."
-            )
+        _check_shares(plan, self.accelerator.num_processes)
         self.pipeline, self.plan, self.work, self.report = pipeline, plan, work, report
         self.path = Path(pipeline.scheduler)
         self.device = pipeline.transformer.device
-        deltas = torch.zeros(plan.steps, dtype=torch.float64)  # logarithms of the shares of time, but for a constant
-        weights = self.path.second_order(self._timesteps(deltas)).tril(-1)
-        self.deltas, self.weights = (values.to(self.device).requires_grad_() for values in (deltas, weights))
+        # On the processor, in float64, which not every device has. Deltas are logarithms of the shares of time, but for
+        # a constant.
+        self.deltas = torch.zeros(plan.steps, dtype=torch.float64)
+        self.weights = self.path.second_order(self._timesteps(self.deltas)).tril(-1).requires_grad_()
+        self.deltas.requires_grad_()
         learned = [self.deltas] if plan.timesteps_only else [self.deltas, self.weights]
         self.optimizer = torch.optim.Adam(learned, plan.learning_rate)
-        self.iteration, self.best, self.distance = 0, self.table().detach(), float("inf")
+        self.iteration = self.best_iteration = 0
+        self.best, self.distance = self.table().detach(), float("inf")
 
     def run(self) -> TableScheduler:
         model, was_training = self.pipeline.transformer, self.pipeline.transformer.training
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.eval().requires_grad_(False)
         try:
-            noise, labels, ends = self._trajectories()
-            self._resume()
-            self._descend(noise, labels, ends)
+            with failing_together(self.accelerator):
+                noise, labels, ends = self._trajectories()
+                self._resume()
+                self._descend(noise, labels, ends)
+                self.accelerator.wait_for_everyone()
         finally:
             model.train(was_training)
             for parameter in trainable:
                 parameter.requires_grad_(True)
-        self.accelerator.wait_for_everyone()
-        if self.work is not None and self.accelerator.is_main_process and self.work.is_dir():
-            _remove(self.work)
         return self.path.scheduler([self.best], self._name(), self._source())
 
     def _timesteps(self, deltas: Tensor) -> Tensor:
@@ -171,15 +175,13 @@ class _Fit:
             share = f"{accelerator.process_index}-of-{accelerator.num_processes}"
             made_by = self._fingerprint("guidance_scale", "trajectories", "seed")
             file = self.work / f"trajectories-{made_by}-{share}.safetensors"
-        if file is not None and file.is_file():
-            ends = load_file(file)["ends"]
-        else:
-            ends = self._ends(noise, labels)
-            if not ends.isfinite().all():
-                raise ValueError("The model's own trajectories of 250 steps hold numbers that are not finite.")
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                _save({"ends": ends}, file)
+        saved = _load(file)
+        ends = self._ends(noise, labels) if saved is None else saved["ends"]
+        if self._reduce(ends.isfinite().all(), "mean") < 1:  # so that all processes raise
+            raise ValueError("The model's own trajectories of 250 steps hold numbers that are not finite.")
+        if file is not None and saved is None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _save({"ends": ends}, file)
         classes = labels.to(self.device) if config.num_classes else None
         return noise.to(self.device), classes, ends.to(self.device)
 
@@ -201,7 +203,7 @@ class _Fit:
     def _descend(self, noise: Tensor, labels: Tensor | None, ends: Tensor) -> None:
         held = max(len(noise) // _HELD_OUT, 1)
         batch = self.plan.batch_size // self.accelerator.num_processes
-        scale = self._reduce(ends.square().mean(), "mean")
+        scale = self._reduce(ends.square().mean(), "mean").item()
         while True:
             if self.iteration % _EVERY == 0 or self.iteration == self.plan.iterations:
                 self._keep_best(noise[:held], None if labels is None else labels[:held], ends[:held])
@@ -217,9 +219,11 @@ class _Fit:
     def _draw(self, table: Tensor, noise: Tensor, labels: Tensor | None) -> Tensor:
         return draw(self.pipeline.transformer, table, noise, labels, self.plan.guidance_scale)
 
-    def _reduce(self, values: Tensor, how: str) -> Any:
-        """The sum or mean of all processes' values."""
-        return self.accelerator.reduce(values, how)
+    def _reduce(self, values: Tensor, how: str) -> Tensor:
+        """The sum or mean of all processes' values, float64 on the processor."""
+        if self.accelerator.num_processes > 1:  # on the device that they exchange on, which may lack float64
+            values = cast(Tensor, self.accelerator.reduce(values.float().to(self.accelerator.device), how))
+        return values.cpu().double()
 
     def _step(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -230,10 +234,7 @@ class _Fit:
             for values in group["params"]:
                 values.grad = self._reduce(values.grad, "mean")
                 if not values.grad.isfinite().all():
-                    raise ValueError(
-                        f"The fit diverged after {self.iteration} iterations; take a learning rate below "
-                        f"{self.plan.learning_rate}, or more steps."
-                    )
+                    raise self._diverged("a gradient is not finite")
         self.optimizer.step()
         self.iteration += 1
 
@@ -246,10 +247,17 @@ class _Fit:
         error, total = self._reduce(sums, "sum").tolist()
         distance = (error / total) ** 0.5
         if distance < self.distance:
-            self.best, self.distance = table, distance
+            self.best, self.distance, self.best_iteration = table, distance, self.iteration
         if not distance < float("inf"):
-            raise ValueError(f"The fit diverged after {self.iteration} iterations: a solver draws numbers that are not "
-                             f"finite. Take a learning rate below {self.plan.learning_rate}.")  # fmt: skip
+            raise self._diverged("a solver draws numbers that are not finite")
+
+    def _diverged(self, how: str) -> ValueError:
+        """The error of a fit that cannot go on; its state is removed, from which it would diverge again."""
+        file = self._state_file()
+        if file is not None and self.accelerator.is_main_process:
+            file.unlink(missing_ok=True)
+        return ValueError(f"The fit diverged after {self.iteration} iterations: {how}. Take a learning rate below "
+                          f"{self.plan.learning_rate}, or more steps.")  # fmt: skip
 
     # --- The state, to resume from -----------------------------------------------------------------------------------
 
@@ -262,17 +270,17 @@ class _Fit:
             return
         moments = {f"{index}.{key}": value for index, state in self.optimizer.state_dict()["state"].items()
                    for key, value in state.items()}  # fmt: skip
-        numbers = torch.tensor([self.iteration, self.distance], dtype=torch.float64)
+        numbers = torch.tensor([self.iteration, self.best_iteration, self.distance], dtype=torch.float64)
         _save({"deltas": self.deltas.detach(), "weights": self.weights.detach(), "best": self.best,
                "numbers": numbers, **moments}, file)  # fmt: skip
 
     def _resume(self) -> None:
-        file = self._state_file()
-        if file is None or not file.is_file():
+        read = [_load(self._state_file()) if self.accelerator.is_main_process else None]
+        [state] = broadcast_object_list(read)  # so that all processes resume from one state, or none does
+        if state is None:
             return
-        state = load_file(file, device=str(self.device))
-        iteration, self.distance = state.pop("numbers").tolist()
-        self.iteration, self.best = int(iteration), state.pop("best")
+        iteration, best_iteration, self.distance = state.pop("numbers").tolist()
+        self.iteration, self.best_iteration, self.best = int(iteration), int(best_iteration), state.pop("best")
         with torch.no_grad():
             self.deltas.copy_(state.pop("deltas"))
             self.weights.copy_(state.pop("weights"))
@@ -291,8 +299,11 @@ class _Fit:
 
     @functools.cached_property
     def _model_digest(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.path.settings, sort_keys=True, default=str).encode())
-        for name, tensor in self.pipeline.transformer.state_dict().items():
+        model = self.pipeline.transformer
+        config = {name: getattr(model.config, name) for name in DiTConfig.__annotations__}
+        settings = [self.path.settings, config]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, tensor in model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
@@ -303,16 +314,41 @@ class _Fit:
     def _source(self) -> str:
         origin = self.pipeline.origin
         model = origin.source if origin else "a model"
-        return (f"fitted to {model} at guidance {self.plan.guidance_scale:g}: relative distance {self.distance:.3g} to "
-                f"250 steps of the second order, on {self.plan.trajectories // _HELD_OUT} noises held out")  # fmt: skip
+        failed = "" if self.best_iteration else ", but no better than where it started"
+        held = self.plan.trajectories // _HELD_OUT
+        return (f"fitted to {model} at guidance {self.plan.guidance_scale:g}{failed}: relative distance "
+                f"{self.distance:.3g} to 250 steps of the second order, on {held} noises held out")  # fmt: skip
 
 
-def _remove(work: FilePath) -> None:
-    """Remove the files of the state, and the folder where it holds nothing else."""
+def remove_state(work: str | os.PathLike) -> None:
+    """Remove all trajectories and states that fits left in a folder, and the folder where it holds nothing else."""
+    work = FilePath(work)
+    if not work.is_dir():
+        return
     for file in [*work.glob("state-*.safetensors"), *work.glob("trajectories-*.safetensors")]:
         file.unlink()
     if not any(work.iterdir()):
         work.rmdir()
+
+
+def _check_shares(plan: Plan, processes: int) -> None:
+    """Raise ValueError unless a batch divides among the processes, and each has trajectories to hold out and to use."""
+    if plan.batch_size % processes:
+        raise ValueError(f"batch_size {plan.batch_size} does not divide among {processes} processes.")
+    least = 2 * _HELD_OUT * processes
+    if plan.trajectories < least:
+        raise ValueError(f"trajectories must be at least {least}, {2 * _HELD_OUT} for each of {processes} processes, "
+                         f"not {plan.trajectories}.")  # fmt: skip
+
+
+def _load(file: FilePath | None) -> dict[str, Tensor] | None:
+    """The content of a file of the state; None where there is none, or one that is damaged and will be replaced."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        return load_file(file)
+    except SafetensorError:
+        return None
 
 
 def _save(tensors: dict[str, Tensor], file: FilePath) -> None:

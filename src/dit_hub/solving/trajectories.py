@@ -105,7 +105,7 @@ def draw(transformer: Any, table: Tensor, noise: Tensor, class_labels: Tensor | 
 
     Args:
         transformer: a `DiTTransformer` whose parameters need no gradients.
-        table: of `Path.table`.
+        table: of `Path.table`, on the processor.
         noise: (N, C, H, W).
         class_labels: (N,); None for unconditional models.
         guidance_scale: 1 for none.
@@ -122,7 +122,14 @@ def draw(transformer: Any, table: Tensor, noise: Tensor, class_labels: Tensor | 
         return guide(cond, uncond, guidance_scale, config.guided_channels)
 
     sample, history = noise, []
-    for row in table:
-        prediction: Any = checkpoint(predict, sample, row[0], use_reentrant=False)
-        sample = advance(row, sample, prediction, history)
+    # Nothing here waits for the device: the bounds, which decide what is computed, are read on the processor.
+    bounds = table[:, COLUMNS.index("clip")].tolist()
+    for row, bound in zip(table.float().to(noise.device), bounds, strict=True):
+        numbers: list[Any] = [*row]
+        numbers[COLUMNS.index("clip")] = bound
+        if torch.is_grad_enabled():
+            prediction: Any = checkpoint(predict, sample, row[0], use_reentrant=False, preserve_rng_state=False)
+        else:
+            prediction = predict(sample, row[0])
+        sample = advance(numbers, sample, prediction, history)
     return sample
