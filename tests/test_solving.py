@@ -66,7 +66,7 @@ def test_a_fit_comes_nearer_on_noise_that_it_has_not_seen(toy: DiTPipeline) -> N
     solver = fit_solver(toy, 4, **QUICK, report=lambda *what: seen.append(what))
     start = reference_scheduler(toy.scheduler, 4)
     fitted, plain = (distance(draw(toy, each), exact) for each in (solver, start))
-    assert fitted < 0.8 * plain
+    assert fitted < 0.9 * plain
     assert ({what[0] for what in seen}, seen[-1][1:3]) == ({"trajectories", "fit"}, (20, 20))
     assert (solver.steps, solver.config.source.startswith("fitted to dit-toy-shapes at guidance 1:")) == ([4], True)
     assert all(parameter.requires_grad for parameter in toy.transformer.parameters())
