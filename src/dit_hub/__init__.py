@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from dit_hub.modeling_dit import DiTTransformer, DiTTransformerOutput
     from dit_hub.pipeline_dit import DiTPipeline
+    from dit_hub.table_scheduler import TableScheduler
 
 __version__ = "0.1.0"
 
