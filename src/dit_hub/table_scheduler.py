@@ -64,7 +64,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        tables: dict[str, list[list[float]]] | None = None,
+        tables: dict[Any, list[list[float]]] | None = None,
         name: str = "",
         source: str = "",
         prediction_type: str = "epsilon",
