@@ -593,10 +593,10 @@ def test_what_distilling_takes_is_known_before(tmp_path: Path, guided_base: str)
         ({"distill": "progresive"}, "distill must be guidance, progressive or consistency, not 'progresive'"),
         ({"distill": "", "guidance_scale": 2.0}, "guidance_scale 2.0 is of a teacher; set distill too"),
         ({"distill": "guidance"}, "1 is no guidance; set another"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be 1 \\(none\\) or above, not nan"),
         ({"objective": "noise"}, "distill=progressive needs a student .* set objective=v"),
         ({"min_snr_gamma": 5.0}, "min_snr_gamma weights"),
-        ({"student_steps": 3}, "teacher_steps 8 cannot be halved until they are student_steps 3; set teacher_steps=24"),
+        ({"student_steps": 5}, "teacher_steps 8 cannot be halved until they are student_steps 5; set teacher_steps=40"),
         ({"student_steps": 8}, "cannot be halved until they are student_steps 8"),
         ({"student_steps": 16, "teacher_steps": 64}, "student_steps 16 do not divide num_train_timesteps 200 evenly, "
          "as samplers do; set student_steps=10"),

@@ -301,16 +301,16 @@ def test_more_steps_come_nearer_to_the_exact_trajectory(comparison: Comparison) 
         assert psnr == sorted(psnr)
         assert all(row.score is not None for row in rows)
         assert [row.evaluations for row in rows] == ([9, 39, 99] if solver == "heun" else [5, 20, 50])
-    nearest = {row.solver: row.distance for row in comparison.rows if row.steps == 50}
-    assert nearest["dpm++"] < 0.5 * nearest["ddim"]  # the second order against the first
-    assert comparison.metric.startswith("FID")
+    few = {row.solver: row.distance for row in comparison.rows if row.steps == 5}
+    assert few["dpm++"] < 0.5 * few["ddim"]  # the second order against the first
+    assert comparison.metric == "FD-shapes"
 
 
 def test_a_comparison_recommends(comparison: Comparison) -> None:
     best = comparison.recommend()
     ddim = next(row for row in comparison.rows if (row.solver, row.steps) == ("ddim", 50))
     assert best is not None
-    assert (best.evaluations < 50, best.distance <= ddim.distance) == (True, True)
+    assert (best.evaluations <= 50, best.distance <= ddim.distance) == (True, True)
     assert comparison.recommend(distance=0.0) is None
     within = comparison.recommend(seconds=math.inf)
     assert within is not None
@@ -337,7 +337,7 @@ def test_the_command_compares_draws_and_recommends(tmp_path: Path) -> None:
     command = ("solver", "compare", "dit-toy-shapes", "--steps", "5,50", "--num", 4, "--out", "report")
     run = dit_hub(*command, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "dit-hub generate MODEL --scheduler " in run.stdout
+    assert "In Python: pipe.scheduler = dit_hub." in run.stdout
     noted = json.loads((tmp_path / "report" / "comparison.json").read_text())
     assert {row["solver"] for row in noted["rows"]} == {"ddim", "dpm++", "unipc", "deis", "heun", "second-order"}
     assert Image.open(tmp_path / "report" / "frontier.png").size[0] > 500
@@ -345,6 +345,8 @@ def test_the_command_compares_draws_and_recommends(tmp_path: Path) -> None:
     assert (run.returncode, "comparison.json exists" in run.stderr) == (2, True)
     for arguments, words in ((("--steps", "5,x"), "--steps must be whole numbers from 1 on"),
                              (("--num", 0), "count must"),
+                             (("--seconds", 0), "--seconds must be above 0"),
+                             (("--seconds", 1, "--within", 1), "not both"),
                              (("searched",), "has other noise levels than this model")):  # fmt: skip
         run = dit_hub("solver", "compare", "dit-toy-shapes", *arguments, cwd=tmp_path)
         assert (run.returncode, run.stderr.count("\n"), words in run.stderr) == (2, 1, True), run.stderr

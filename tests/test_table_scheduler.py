@@ -241,6 +241,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "clipped to nothing": (damaged(1, 3, 0.0), "clip must be from 1e-06 to inf in every row"),
     "exploding noise": (damaged(1, 8, 1e6), "exponent must be from 0 to 100"),
+    "noise at the end": (damaged(5, 7, 0.5), "step 6 of 6 leaves .* of the noise"),
+    "a loud start": (searched(init_noise_sigma=14.0), "init_noise_sigma must be at most 1.01"),
     "no prediction": (searched(prediction_type="velocity"), "prediction_type must be one of epsilon, v_prediction"),
     "no schedule": (searched(beta_schedule="foo"), "These settings are no noise schedule"),
     "a huge number": (damaged(1, 1, 10**400), "must be rows of as many numbers"),
@@ -286,6 +288,7 @@ def test_a_solver_of_other_noise_levels_than_the_models_is_refused(tmp_path: Pat
     run = dit_hub("generate", "dit-toy-shapes", "--scheduler", "searched", cwd=tmp_path)
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "This TableScheduler has other noise levels than this model was trained for" in run.stderr
+    assert "`dit-hub solver fit`" in run.stderr
     run = dit_hub("generate", "dit-toy-shapes", "--scheduler", "searched-flow", cwd=tmp_path)
     assert "TableScheduler steps with a velocity, but this model was trained as a diffusion model" in run.stderr
     assert not list(tmp_path.iterdir())

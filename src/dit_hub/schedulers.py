@@ -193,10 +193,14 @@ def _check_noise_levels(scheduler: Any, config: DiTConfig, own: Any) -> None:
         raise ValueError(f'{name} with timestep_type="continuous" gives the model logarithms of noise levels '
                          'instead of timesteps; set timestep_type="discrete".')  # fmt: skip
     levels, trained = _noise_levels(scheduler), _noise_levels(own)
-    if levels is not None and trained is not None and not _equal(levels, trained):
+    unequal = levels is not None and trained is not None and not _equal(levels, trained)
+    kinds = [one.config.get("prediction_type", "epsilon") for one in (scheduler, own)]
+    if isinstance(scheduler, TableScheduler) and (unequal or kinds[0] != kinds[1]):
+        raise ValueError(f"This {name} has other noise levels than this model was trained for, or is for another kind "
+                         "of prediction; fit one to the model with `dit-hub solver fit`.")  # fmt: skip
+    if unequal:
         raise ValueError(f"This {name} has other noise levels than this model was trained for; make it with "
                          f"{name}.from_config(pipe.scheduler.config{_differing(fields, own.config)}).")  # fmt: skip
-    kinds = [one.config.get("prediction_type", "epsilon") for one in (scheduler, own)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"This {name} takes the prediction for {kinds[0]!r}, but this model predicts {kinds[1]!r}; "
                          f"set prediction_type={kinds[1]!r}.")  # fmt: skip

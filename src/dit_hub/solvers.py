@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import shown
 from .schedulers import (
     TableScheduler,
     is_flow_matching,
@@ -103,6 +104,8 @@ def table_scheduler(scheduler: Any, steps: Sequence[int], name: str = "", eta: f
     Raises:
         ValueError: the scheduler is of another form, or has no such number of steps.
     """
+    if isinstance(steps, int) or not steps:
+        raise ValueError(f"steps must be a list of numbers of steps, not {shown(steps)}.")
     tables = [solver_table(scheduler, count, eta=eta) for count in steps]
     noise_levels: dict[str, Any] = {key: scheduler.config[key] for key in NOISE_SCHEDULE if key in scheduler.config}
     if is_flow_matching(scheduler):

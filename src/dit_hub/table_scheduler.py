@@ -39,6 +39,10 @@ NOISE_SCHEDULE = (
 )
 
 
+# Between which the noise of a run starts. Heun's starts at its largest noise level, a little below one.
+_STARTS = (0.5, 1.01)
+
+
 class TableScheduler(SchedulerMixin, ConfigMixin):
     """Samples with a table of `dit_hub.tables`: any linear multistep solver, at any timesteps, as data.
 
@@ -76,7 +80,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         init_noise_sigma: float = 1.0,
     ):
-        self.init_noise_sigma = real_number("init_noise_sigma", init_noise_sigma, 0)
+        self.init_noise_sigma = real_number("init_noise_sigma", init_noise_sigma, *_STARTS)
         if prediction_type not in PREDICTION_TYPES:
             known = ", ".join(PREDICTION_TYPES)
             raise ValueError(f"prediction_type must be one of {known}, not {shown(prediction_type)}.")

@@ -37,7 +37,7 @@ def generate(
 ) -> None:
     """Sample images of classes into one grid."""
     for path in filter(None, (out, trajectory)):
-        _check_image_path(path, overwrite)
+        check_image_path(path, overwrite)
     if trajectory and trajectory.resolve() == out.resolve():
         raise ValueError(f"--out and --trajectory are both {out}; give each a name of its own.")
     quiet_libraries()
@@ -54,7 +54,8 @@ def generate(
         from ..ecosystem import cache_preset
 
         every = whole_number("--cache", cache, 2)
-        pipeline.transformer.enable_cache(cache_preset(pipeline.transformer, every))
+        preset = cache_preset(pipeline.transformer, every)  # refuses other runtimes
+        pipeline.transformer.enable_cache(preset)
     ids, frames = _label_ids(pipeline, labels or []), Trajectory()
     images = pipeline(
         ids,
@@ -187,7 +188,7 @@ def _label_ids(pipeline: Any, labels: list[str]) -> list[int] | None:
     return pipeline.get_label_ids(wanted or range(num_classes)) if num_classes or wanted else None
 
 
-def _check_image_path(path: Path, overwrite: bool) -> None:
+def check_image_path(path: Path, overwrite: bool) -> None:
     from PIL import Image
 
     image_format = Image.registered_extensions().get(path.suffix.lower())

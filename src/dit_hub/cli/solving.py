@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +55,7 @@ def fit_command(
     check_device(device)
     pipeline = DiTPipeline.from_pretrained(model).to(device)
     work = out.with_name(f"{out.name}.part")
-    with _fitting(worker) as report:
+    with _fitting(worker, work) as report:
         solver = fit_solver(pipeline, steps, guidance, timesteps_only, trajectories, batch_size, iterations,
                             learning_rate, seed, work, report)  # fmt: skip
     if worker.index == 0:
@@ -75,6 +76,10 @@ def show_command(
     overwrite: Overwrite = False,
 ) -> None:
     """Print the tables of solvers, and draw them."""
+    from .sampling import check_image_path
+
+    if out is not None:
+        check_image_path(out, overwrite)
     quiet_libraries()
     import diffusers
 
@@ -86,7 +91,7 @@ def show_command(
     for name in solvers:
         scheduler = switch_scheduler(own, name)
         is_table = isinstance(scheduler, TableScheduler)
-        count = steps or (max(scheduler.steps) if is_table else 10)
+        count = steps if steps is not None else max(scheduler.steps) if is_table else 10
         title = f"{Path(name).stem}, {count} steps"
         tables[title] = solver_table(scheduler, count)
         _print_solver(title, tables[title], scheduler.config.source if is_table else "")
@@ -123,6 +128,11 @@ def compare_command(
 ) -> None:
     """Compare solvers on a model: distance to 250 steps of the same noise, images, time; recommend one."""
     counts = _numbers(steps)
+    if within is not None and seconds is not None:
+        raise ValueError("Give --within or --seconds, not both.")
+    for option, bound in (("--within", within), ("--seconds", seconds)):
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{option} must be above 0, not {bound}.")
     if out is not None:
         for name in ("comparison.json", "frontier.png"):
             if (out / name).exists() and not overwrite:
@@ -170,7 +180,7 @@ def _numbers(text: str) -> list[int]:
 class _Bar:
     """A bar whose Ctrl-C is a sentence and status 130."""
 
-    def __init__(self, worker: Worker, stopped: str):
+    def __init__(self, worker: Worker, stopped: Callable[[], str]):
         from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(),
@@ -186,7 +196,7 @@ class _Bar:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.progress.stop()
         if kind is KeyboardInterrupt:
-            print(self.stopped)
+            print(self.stopped())
             sys.exit(130)
 
     def _report(self, phase: str, done: int, total: int, distance: float | None = None) -> None:
@@ -198,12 +208,12 @@ class _Bar:
             self.progress.console.print(f"{phase}: {done} of {total} {note}".rstrip(), highlight=False)
 
 
-def _fitting(worker: Worker) -> _Bar:
-    return _Bar(worker, "Stopped; the same command resumes.")
+def _fitting(worker: Worker, work: Path) -> _Bar:
+    return _Bar(worker, lambda: "Stopped; the same command resumes." if work.is_dir() else "Stopped.")
 
 
 def _comparing() -> _Bar:
-    return _Bar(Worker.from_environment(), "Stopped; nothing was written.")
+    return _Bar(Worker.from_environment(), lambda: "Stopped; nothing was written.")
 
 
 def _print_solver(title: str, table: Any, source: str) -> None:

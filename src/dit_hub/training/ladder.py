@@ -20,8 +20,8 @@ def check_distillation(recipe: "Recipe") -> None:
         raise ValueError(f"distill must be {known}, not {recipe.distill!r}.")
     if not recipe.init_from:
         raise ValueError("distill needs a teacher; set init_from to a folder, a Hub id or a checkpoint.")
-    if not math.isfinite(recipe.guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number, not {recipe.guidance_scale}.")
+    if not 1 <= recipe.guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale must be 1 (none) or above, not {recipe.guidance_scale}.")
     if recipe.min_snr_gamma:
         raise ValueError("min_snr_gamma weights the loss of training on data, and distill has a loss of its own.")
     if recipe.distill == "guidance":
@@ -32,11 +32,13 @@ def check_distillation(recipe: "Recipe") -> None:
         raise ValueError(f"distill={recipe.distill} needs a student that predicts more than noise, which says nothing "
                          "of the image where there is nothing but noise; set objective=v.")  # fmt: skip
     if recipe.distill == "progressive":
-        _check_halvings(recipe)
         _check_divides(recipe, "student_steps", recipe.student_steps)
+        _check_halvings(recipe)
     elif recipe.objective == "flow":
         raise ValueError("distill=consistency is for diffusion models; a flow model takes progressive.")
     else:
+        if recipe.teacher_steps < 2:
+            raise ValueError(f"distill=consistency needs teacher_steps of 2 or more, not {recipe.teacher_steps}.")
         _check_divides(recipe, "teacher_steps", recipe.teacher_steps)
 
 
