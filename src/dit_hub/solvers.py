@@ -274,7 +274,8 @@ class _Probe:
         (a, b, least), (_, _, most) = run(-1.0), run(1.0)
         if int(timestep) == 0:  # the last step draws no noise
             return _Step(np.array([a]), np.array([b]), 0.0, 0.0)
-        return _Step(np.array([a]), np.array([b]), math.sqrt(least * most), math.log(most / least) / 2)
+        exponent = math.log(most / least) / 2 if uses_learned_variance(self.scheduler) else 0.0
+        return _Step(np.array([a]), np.array([b]), math.sqrt(least * most), exponent)
 
     def _estimate_weights(self, timestep: Tensor, index: int) -> tuple[float, float]:
         """p and q: of the data or the noise; the velocity itself along the straight path."""

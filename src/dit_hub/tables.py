@@ -226,7 +226,7 @@ def _as_rows(name: str, table: Any) -> np.ndarray:
     if not np.isfinite(rows).all():
         row, column = np.argwhere(~np.isfinite(rows))[0]
         raise ValueError(f"{name} holds {rows[row, column]} in row {row + 1}, column {column + 1}.")
-    for column, least, most in ((_CLIP, 1e-6, math.inf), (_NOISE, 0, 100), (_EXPONENT, 0, 100)):
+    for column, least, most in ((_CLIP, 1e-6, math.inf), (_NOISE, 0, 100), (_EXPONENT, -100, 100)):
         if not ((rows[:, column] >= least) & (rows[:, column] <= most)).all():
             raise ValueError(f"{name}: {COLUMNS[column]} must be from {least:g} to {most:g} in every row.")
     return rows
