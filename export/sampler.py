@@ -14,7 +14,7 @@ from dit_hub.guidance import guide
 from dit_hub.modeling_dit import DiTTransformer
 from dit_hub.pipeline_dit import DiTPipeline
 from dit_hub.schedulers import TableScheduler, default_steps
-from dit_hub.solvers import initial_scale, solver_table
+from dit_hub.solvers import solver_table, starts_from_unit_noise
 from dit_hub.tables import COLUMNS, MAX_HISTORY
 from dit_hub.vaes import decode_latents
 
@@ -189,7 +189,7 @@ def _table_scheduler(scheduler: Any) -> Any:
     try:
         steps = default_steps(scheduler)
         solver_table(scheduler, steps)
-        if abs(initial_scale(scheduler, steps) - 1) < 1e-6:
+        if starts_from_unit_noise(scheduler, steps):
             return scheduler
     except ValueError:
         pass

@@ -20,7 +20,7 @@ from huggingface_hub import cached_assets_path
 
 from dit_hub.pipeline_dit import DiTPipeline
 from dit_hub.schedulers import TableScheduler, default_steps
-from dit_hub.solvers import initial_scale, solver_table
+from dit_hub.solvers import solver_table, starts_from_unit_noise
 from dit_hub.tables import COLUMNS
 
 from .component import MODEL_FILE
@@ -125,7 +125,7 @@ def _tables(scheduler: Any) -> dict[int, np.ndarray]:
     for count in _step_counts(scheduler):
         with contextlib.suppress(ValueError):  # no table expresses it
             table = solver_table(scheduler, count)
-            if _runs_in_browsers(table) and abs(initial_scale(scheduler, count) - 1) < 1e-6:
+            if _runs_in_browsers(table) and starts_from_unit_noise(scheduler, count):
                 found[count] = table
     return found or _tables(diffusers.DDIMScheduler.from_config(scheduler.config, clip_sample=False))
 

@@ -30,6 +30,11 @@ def guide(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor, channels
     return torch.cat([guided, cond[:, channels:]], dim=1)
 
 
+def default_guidance(config: DiTConfig) -> float:
+    """The guidance scale of a run that names none: 4 where the model has a null class, else 1, which is none."""
+    return 1.0 if config.null_class is None else 4.0
+
+
 class GuidedDenoiser:
     """The predictions of one sampling run: `denoiser(step, model_input)`, guided in the steps that should be.
 

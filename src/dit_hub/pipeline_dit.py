@@ -23,7 +23,7 @@ from .checks import (
     whole_number,
 )
 from .configuration_dit import DiTConfig
-from .guidance import GuidedDenoiser
+from .guidance import GuidedDenoiser, default_guidance
 from .hub import HubPipeline
 from .labels import Labels, label_ids
 from .lora import LoraMixin
@@ -313,11 +313,11 @@ class DiTPipeline(HubPipeline, LoraMixin):
         return [None] * (per_label if latents is None or per_label > 1 else len(latents))
 
     def _resolve_guidance(self, guidance_scale: float | None) -> float:
-        has_null_class = self.transformer.config.null_class is not None
+        config: DiTConfig = self.transformer.config
         if guidance_scale is None:
-            return 4.0 if has_null_class else 1.0
+            return default_guidance(config)
         guidance_scale = real_number("guidance_scale", guidance_scale)
-        if guidance_scale != 1 and not has_null_class:
+        if guidance_scale != 1 and config.null_class is None:
             raise ValueError(
                 f"guidance_scale {guidance_scale} needs a null class, which this model was trained without."
             )

@@ -128,6 +128,11 @@ def initial_scale(scheduler: Any, num_inference_steps: int, timesteps: Any = Non
     return scaled_input(probe, first, probe.timesteps[0]).item()
 
 
+def starts_from_unit_noise(scheduler: Any, num_inference_steps: int) -> bool:
+    """Whether noise of unit variance is where a run starts, so that a table alone says all of it."""
+    return abs(initial_scale(scheduler, num_inference_steps) - 1) < 1e-6
+
+
 def _measure(scheduler: Any, num_inference_steps: int, timesteps: Any, eta: float) -> np.ndarray:
     """The table of estimates of the data, or of the noise where that is the more exact or the smaller."""
     found: list[tuple[bool, int, np.ndarray]] = []

@@ -10,6 +10,7 @@ where D_k is the estimate of k steps before, z has unit variance, and `variance`
 its corrector, DEIS, PNDM, Adams methods, Euler, Heun (whose two evaluations are two rows), searched and fitted ones.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -38,6 +39,9 @@ _MAX_DRIFT, _MAX_WHOLE_DRIFT = 0.02, 0.1  # in a step, and of all together
 
 # How far the noise of a step that draws some may exceed the level, and by no more than it draws.
 _MAX_EXCESS = 0.5
+
+# Kinds of predictions that a table may be for, by diffusers' names.
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 Levels = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -232,15 +236,13 @@ def _as_rows(name: str, table: Any) -> np.ndarray:
     return rows
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
-
-
 def _exact_prediction(alpha: float, sigma: float, prediction_type: str) -> np.ndarray:
     """Its shares of the data and of the noise."""
     shares = {"epsilon": (0, 1), "sample": (1, 0), "v_prediction": (-sigma, alpha), "flow_prediction": (-1, 1)}
     return np.array(shares[prediction_type], dtype=np.float64)
 
 
+@functools.cache
 def published() -> dict[str, Published]:
     """The published solvers that come with the package, by name."""
     folder = resources.files("dit_hub") / "assets" / "solvers"

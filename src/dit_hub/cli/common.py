@@ -1,9 +1,11 @@
 """Options, checks and tables that several commands share."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,30 +48,62 @@ def own_device(name: str, worker: Worker) -> str:
     return f"{name}:{worker.local_index}" if worker.count > 1 and name in ("cuda", "xpu") else name
 
 
+def check_new_file(path: Path, overwrite: bool, kind: str) -> None:
+    """Raise ValueError where a file, "an image" or of another kind, cannot be written, ahead of the work for it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not {kind}.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path.parent} cannot be written to.")
+
+
 # Between two lines about the progress of work that is not watched on a terminal.
-SECONDS = 30.0
+_SECONDS = 30.0
 
 
 @contextmanager
 def progress_bar(action: str, worker: Worker, resumes: bool = True) -> Iterator[tuple[Any, Callable[[int, int], None]]]:
     """rich's console, and a function to report to how many images are done of how many.
 
-    Only the first process shows it: on a terminal a bar with the time left, in a log a line now and then. Ctrl-C in the
-    block ends the program with status 130 and a sentence, which says so where the same command resumes.
+    As `phase_bar`, of one phase, for work on images that the same command resumes or does not.
     """
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    def stopped(done: int, total: int | None) -> str:
+        reached = "" if total is None else f" after {done} of {total} images"
+        return f"Stopped{reached}{'; the same command resumes' if resumes else ''}."
+
+    with phase_bar(worker, stopped) as (console, report):
+        yield console, partial(report, action)
+
+
+@contextmanager
+def phase_bar(worker: Worker, stopped: Callable[[int, int | None], str]) -> Iterator[tuple[Any, Callable[..., None]]]:
+    """rich's console, and a function to report to the phase of the work, how much of it is done and all of it.
+
+    Only the first process shows it: on a terminal a bar with the time left, in a log a line now and then; and a note
+    behind it, if the report has a fourth argument. Ctrl-C in the block ends the program with status 130 and a sentence.
+
+    Args:
+        worker: this process.
+        stopped: the sentence, from what is done and all of it, None before the first report.
+    """
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     # By default the speed is that of the last 30 seconds, which may be less than a batch.
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.fields[note]}"))  # fmt: skip
     progress = Progress(*columns, speed_estimate_period=600, disable=worker.index > 0)
-    task, said = progress.add_task(action, total=None, visible=False), time.monotonic()
+    task, said = progress.add_task("", total=None, visible=False, note=""), time.monotonic()
 
-    def report(done: int, count: int) -> None:
+    def report(phase: str, done: int, count: int, note: str = "") -> None:
         nonlocal said
-        progress.update(task, completed=done, total=count, visible=True)
-        if not progress.console.is_terminal and not progress.disable and time.monotonic() - said >= SECONDS:
+        progress.update(task, description=phase, completed=done, total=count, visible=True, note=note)
+        if not progress.console.is_terminal and not progress.disable and time.monotonic() - said >= _SECONDS:
             said = time.monotonic()
-            progress.console.print(_line(action, progress.tasks[0]), highlight=False, soft_wrap=True)
+            progress.console.print(_line(progress.tasks[0]), highlight=False, soft_wrap=True)
 
     try:
         with progress:
@@ -77,15 +111,15 @@ def progress_bar(action: str, worker: Worker, resumes: bool = True) -> Iterator[
     except KeyboardInterrupt:
         if not worker.index:
             total, done = progress.tasks[0].total, progress.tasks[0].completed
-            reached = "" if total is None else f" after {done} of {total} images"
-            print(f"Stopped{reached}{'; the same command resumes' if resumes else ''}.")
+            print(stopped(int(done), None if total is None else int(total)))
         sys.exit(130)  # the status of Ctrl-C in shells, so that a script stops too
 
 
-def _line(action: str, task: Any) -> str:
+def _line(task: Any) -> str:
     left = task.time_remaining
     time_left = "" if left is None else f", {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02} left"
-    return f"{action}: {task.completed} of {task.total}{time_left}"
+    note = f", {task.fields['note']}" if task.fields["note"] else ""
+    return f"{task.description}: {task.completed} of {task.total}{time_left}{note}"
 
 
 def make_table(title: str, *columns: str) -> Any:

@@ -1,7 +1,6 @@
 """`dit-hub generate` and `dit-hub sample`."""
 
 import io
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +8,7 @@ import typer
 
 from ..extras import quiet_libraries
 from ..sharing import Worker
-from .common import Model, Overwrite, check_device, own_device, progress_bar
+from .common import Model, Overwrite, check_device, check_new_file, own_device, progress_bar
 
 _SCHEDULERS = "ddpm, ddim, dpm++, unipc, searched, a solver's file (.json), …; default: the model's."
 
@@ -200,14 +199,7 @@ def check_image_path(path: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{path} cannot be written: {image_format} does not take colour images; choose .png."
         ) from None
-    if not path.parent.is_dir():
-        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not an image.")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; choose another name or pass --overwrite.")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path.parent} cannot be written to.")
+    check_new_file(path, overwrite, "an image")
 
 
 def _columns(count: int) -> int:

@@ -1,8 +1,6 @@
 """`dit-hub solver …`."""
 
-import sys
-import time
-from collections.abc import Callable
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +8,7 @@ import typer
 
 from ..extras import quiet_libraries, require
 from ..sharing import Worker
-from .common import SECONDS, Model, Overwrite, check_device, make_table, own_device
+from .common import Model, Overwrite, check_device, check_new_file, make_table, own_device, phase_bar
 
 solver_app = typer.Typer(
     help="Fit solvers to a model, look at them, and compare them.", no_args_is_help=True, rich_markup_mode=None
@@ -55,7 +53,15 @@ def fit_command(
     check_device(device)
     pipeline = DiTPipeline.from_pretrained(model).to(device)
     work = out.with_name(f"{out.name}.part")
-    with _fitting(worker, work) as report:
+
+    def stopped(done: int, total: int | None) -> str:
+        return "Stopped; the same command resumes." if work.is_dir() else "Stopped."
+
+    with phase_bar(worker, stopped) as (_, show):
+
+        def report(phase: str, done: int, total: int, distance: float | None) -> None:
+            show(phase, done, total, "" if distance is None or distance == math.inf else f"distance {distance:.4f}")
+
         solver = fit_solver(pipeline, steps, guidance, timesteps_only, trajectories, batch_size, iterations,
                             learning_rate, seed, work, report)  # fmt: skip
     if worker.index == 0:
@@ -147,7 +153,7 @@ def compare_command(
     for name in solvers or []:
         title = name if Path(name).stem in chosen else Path(name).stem
         chosen[title] = switch_scheduler(pipeline.scheduler, name)
-    with _comparing() as report:
+    with phase_bar(Worker.from_environment(), lambda *_: "Stopped; nothing was written.") as (_, report):
         comparison = compare_solvers(pipeline, chosen, counts, guidance, num, seed, reference=reference,
                                      extractor=extractor, metric=metric, report=report)  # fmt: skip
     _print_comparison(comparison)
@@ -164,10 +170,7 @@ def compare_command(
 def _check_json(out: Path, overwrite: bool) -> None:
     if out.suffix != ".json":
         raise ValueError(f"--out must end in .json, not {out}.")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"There is no folder {out.parent}.")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists; choose another name or pass --overwrite.")
+    check_new_file(out, overwrite, "a JSON file")
 
 
 def _numbers(text: str) -> list[int]:
@@ -175,45 +178,6 @@ def _numbers(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--steps must be whole numbers from 1 on, with commas, not {text!r}.")
     return [int(part) for part in parts]
-
-
-class _Bar:
-    """A bar whose Ctrl-C is a sentence and status 130."""
-
-    def __init__(self, worker: Worker, stopped: Callable[[], str]):
-        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(),
-                   TextColumn("{task.fields[note]}"))  # fmt: skip
-        self.progress = Progress(*columns, speed_estimate_period=600, disable=worker.index > 0)
-        self.task = self.progress.add_task("", total=None, note="")
-        self.stopped, self.said = stopped, time.monotonic()
-
-    def __enter__(self) -> Any:
-        self.progress.start()
-        return self._report
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.progress.stop()
-        if kind is KeyboardInterrupt:
-            print(self.stopped())
-            sys.exit(130)
-
-    def _report(self, phase: str, done: int, total: int, distance: float | None = None) -> None:
-        note = "" if distance is None or distance == float("inf") else f"distance {distance:.4f}"
-        self.progress.update(self.task, description=phase, completed=done, total=total, note=note)
-        is_log = not self.progress.console.is_terminal and not self.progress.disable
-        if is_log and time.monotonic() - self.said >= SECONDS:
-            self.said = time.monotonic()
-            self.progress.console.print(f"{phase}: {done} of {total} {note}".rstrip(), highlight=False)
-
-
-def _fitting(worker: Worker, work: Path) -> _Bar:
-    return _Bar(worker, lambda: "Stopped; the same command resumes." if work.is_dir() else "Stopped.")
-
-
-def _comparing() -> _Bar:
-    return _Bar(Worker.from_environment(), lambda: "Stopped; nothing was written.")
 
 
 def _print_solver(title: str, table: Any, source: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import real_number, whole_number
 from ..files import new_file
+from ..guidance import default_guidance
 from ..pipeline_dit import DiTPipeline
 from ..schedulers import TableScheduler, check_scheduler, is_flow_matching, switch_scheduler
 from .trajectories import reference_scheduler, second_order_scheduler
@@ -177,7 +178,7 @@ def compare_solvers(
     for scheduler in solvers.values():
         check_scheduler(scheduler, config, pipeline.scheduler, latent=False)
     if guidance_scale is None:
-        guidance_scale = 1.0 if config.null_class is None else 4.0
+        guidance_scale = default_guidance(config)
     sampling = _Sampling(pipeline, real_number("guidance_scale", guidance_scale), count, seed, batch_size)
     runs = [(name, scheduler, number) for name, scheduler in solvers.items() for number in _steps(scheduler, counts)]
     if not runs:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..checks import real_number, whole_number
 from ..configuration_dit import DiTConfig
 from ..files import new_file
+from ..guidance import default_guidance
 from ..modeling_dit import DiTTransformer
 from ..pipeline_dit import DiTPipeline
 from ..schedulers import TableScheduler
@@ -96,7 +98,7 @@ def fit_solver(
     if not isinstance(model, DiTTransformer):
         raise ValueError(f"Fitting needs gradients, and {type(model).__name__} has none; give the model in PyTorch.")
     if guidance_scale is None:
-        guidance_scale = 1.0 if model.config.null_class is None else 4.0
+        guidance_scale = default_guidance(model.config)
     plan = Plan(
         whole_number("steps", steps, 2, MAX_HISTORY),
         real_number("guidance_scale", guidance_scale),
@@ -189,7 +191,7 @@ class _Fit:
         """(N, C, H, W) where the exact trajectories end."""
         sampling = DiTPipeline(self.pipeline.transformer, reference_scheduler(self.pipeline.scheduler))
         sampling.set_progress_bar_config(disable=True)
-        size, ends = max(self.plan.batch_size, 1), []
+        size, ends = self.plan.batch_size, []
         for start in range(0, len(noise), size):
             part = slice(start, start + size)
             self.report("trajectories", start, len(noise), None)
@@ -201,7 +203,7 @@ class _Fit:
     # --- The descent -------------------------------------------------------------------------------------------------
 
     def _descend(self, noise: Tensor, labels: Tensor | None, ends: Tensor) -> None:
-        held = max(len(noise) // _HELD_OUT, 1)
+        held = len(noise) // _HELD_OUT
         batch = self.plan.batch_size // self.accelerator.num_processes
         scale = self._reduce(ends.square().mean(), "mean").item()
         while True:
@@ -229,7 +231,7 @@ class _Fit:
         self.optimizer.zero_grad()
         loss.backward()
         for group in self.optimizer.param_groups:
-            share = 0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * self.iteration / self.plan.iterations)).item()
+            share = 0.5 + 0.5 * math.cos(math.pi * self.iteration / self.plan.iterations)
             group["lr"] = self.plan.learning_rate * (_LAST_RATE + (1 - _LAST_RATE) * share)
             for values in group["params"]:
                 values.grad = self._reduce(values.grad, "mean")
@@ -240,7 +242,7 @@ class _Fit:
 
     @torch.no_grad()
     def _keep_best(self, noise: Tensor, labels: Tensor | None, ends: Tensor) -> None:
-        table, size = self.table(), max(self.plan.batch_size, 1)
+        table, size = self.table(), self.plan.batch_size
         errors = [self._draw(table, noise[i : i + size], None if labels is None else labels[i : i + size])
                   - ends[i : i + size] for i in range(0, len(noise), size)]  # fmt: skip
         sums = torch.stack([torch.cat(errors).square().sum(), ends.square().sum()])
