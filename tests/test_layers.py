@@ -37,6 +37,7 @@ LAYERS = (
     {"conversion.pipelines", "export", "training"},
     {"evaluation"},
     {"solving"},
+    {"serving"},
     {"cli"},
 )
 

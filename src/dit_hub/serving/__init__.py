@@ -1,0 +1,1 @@
+"""Serving: many requests share the passes of one denoiser, over HTTP and on clusters."""
