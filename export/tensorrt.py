@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_hub.extras import require
 from dit_hub.files import file_sha256, workplace
 from dit_hub.manifest import MANIFEST_FILE, note_written
-from dit_hub.runtime import RuntimeOptions
+from dit_hub.runtime import RuntimeOptions, few_batch_sizes
 
 from .component import Decoder, Denoiser, Sampler, Session
 from .cuda_graph import CudaGraph, record
@@ -110,6 +110,11 @@ class TensorRTSession(Session):
         if self._calls[shapes] <= 2:  # kernels for a shape may be compiled after its first call
             self._save_cache()
         return output
+
+    def batch_sizes(self, most: int) -> list[int]:
+        """Few within the profile: kernels are chosen, and graphs recorded, for each."""
+        smallest, _, largest = (shape[0] for shape in self._profiles["hidden_states"])
+        return [smallest, *(size for size in few_batch_sizes(min(most, largest)) if size > smallest)]
 
     def _run_recorded(self, recording: _Recording, inputs: dict[str, Tensor], caller: torch.cuda.Stream) -> Tensor:
         with self._after(caller):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import real_number
 from .configuration_dit import DiTConfig
 from .ecosystem import check_cache_of_unguided_steps, takes_precomputed
 
@@ -33,6 +34,20 @@ def guide(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor, channels
 def default_guidance(config: DiTConfig) -> float:
     """The guidance scale of a run that names none: 4 where the model has a null class, else 1, which is none."""
     return 1.0 if config.null_class is None else 4.0
+
+
+def resolved_guidance(config: DiTConfig, guidance_scale: float | None) -> float:
+    """The guidance scale of a run.
+
+    Raises:
+        ValueError: no finite number, or guidance of a model without a null class.
+    """
+    if guidance_scale is None:
+        return default_guidance(config)
+    guidance_scale = real_number("guidance_scale", guidance_scale)
+    if guidance_scale != 1 and config.null_class is None:
+        raise ValueError(f"guidance_scale {guidance_scale} needs a null class, which this model was trained without.")
+    return guidance_scale
 
 
 class GuidedDenoiser:

@@ -16,19 +16,19 @@ from dit_hub.conversion.origin import DEFAULT_VAE
 from .checks import (
     initial_noise,
     random_source,
-    real_number,
     replaced_latents,
     rising_pair,
     shown,
     whole_number,
 )
 from .configuration_dit import DiTConfig
-from .guidance import GuidedDenoiser, default_guidance
+from .guidance import GuidedDenoiser, resolved_guidance
 from .hub import HubPipeline
 from .labels import Labels, label_ids
 from .lora import LoraMixin
 from .schedulers import (
     check_scheduler,
+    checked_eta,
     default_steps,
     prediction_for,
     scaled_input,
@@ -165,6 +165,27 @@ class DiTPipeline(HubPipeline, LoraMixin):
         """
         return label_ids(labels, self.id2label, self.transformer.config.num_classes)
 
+    def latent_height_width(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of the latents of an image; see `__call__` for the arguments.
+
+        Raises:
+            ValueError: a size that the model does not draw.
+        """
+        config: DiTConfig = self.transformer.config
+        factor, (default_height, default_width) = self.vae_scale_factor, config.sample_height_width
+        height = default_height * factor if height is None else whole_number("height", height)
+        width = default_width * factor if width is None else whole_number("width", width)
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % (factor * config.patch_size):
+                raise ValueError(
+                    f"{name} {side} is not divisible by {factor * config.patch_size}, as this model needs."
+                )
+        size = height // factor, width // factor
+        if config.pos_embed == "learned" and size != config.sample_height_width:
+            raise ValueError(f"This model has learned positions and draws {default_width * factor}x"
+                             f"{default_height * factor} images only, not {width}x{height}.")  # fmt: skip
+        return size
+
     @torch.no_grad()
     def __call__(
         self,
@@ -230,7 +251,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
         labels = self._expand_labels(class_labels, num_images_per_label, latents)
         self._class_labels = labels
         generator = random_source(generator, len(labels))
-        guidance_scale = self._guidance_scale = self._resolve_guidance(guidance_scale)
+        guidance_scale = self._guidance_scale = resolved_guidance(self.transformer.config, guidance_scale)
         interval = rising_pair("guidance_interval", guidance_interval)
         config: DiTConfig = self.transformer.config
         every = whole_number("guidance_every", guidance_every, 1)
@@ -312,17 +333,6 @@ class DiTPipeline(HubPipeline, LoraMixin):
             raise ValueError(f"This model is unconditional and takes no class_labels, but got {shown(class_labels)}.")
         return [None] * (per_label if latents is None or per_label > 1 else len(latents))
 
-    def _resolve_guidance(self, guidance_scale: float | None) -> float:
-        config: DiTConfig = self.transformer.config
-        if guidance_scale is None:
-            return default_guidance(config)
-        guidance_scale = real_number("guidance_scale", guidance_scale)
-        if guidance_scale != 1 and config.null_class is None:
-            raise ValueError(
-                f"guidance_scale {guidance_scale} needs a null class, which this model was trained without."
-            )
-        return guidance_scale
-
     def _initial_latents(
         self,
         latents: Tensor | None,
@@ -331,19 +341,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
         width: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
-        config: DiTConfig = self.transformer.config
-        factor, (default_height, default_width) = self.vae_scale_factor, config.sample_height_width
-        height = default_height * factor if height is None else whole_number("height", height)
-        width = default_width * factor if width is None else whole_number("width", width)
-        for name, side in (("height", height), ("width", width)):
-            if side <= 0 or side % (factor * config.patch_size):
-                raise ValueError(
-                    f"{name} {side} is not divisible by {factor * config.patch_size}, as this model needs."
-                )
-        shape = (count, config.in_channels, height // factor, width // factor)
-        if config.pos_embed == "learned" and shape[2:] != config.sample_height_width:
-            raise ValueError(f"This model has learned positions and draws {default_width * factor}x"
-                             f"{default_height * factor} images only, not {width}x{height}.")  # fmt: skip
+        shape = (count, self.transformer.config.in_channels, *self.latent_height_width(height, width))
         if latents is None:
             # float32 whatever the weights are: the solver's sums stay exact.
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
@@ -352,9 +350,7 @@ class DiTPipeline(HubPipeline, LoraMixin):
         return latents.to(self._execution_device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def _step_kwargs(self, generator: Any, eta: float) -> dict[str, Any]:
-        eta, accepted = real_number("eta", eta, 0, 1), inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in accepted:
-            raise ValueError(f"eta {eta} is for DDIMScheduler; {type(self.scheduler).__name__} takes none.")
+        eta, accepted = checked_eta(self.scheduler, eta), inspect.signature(self.scheduler.step).parameters
         return {key: value for key, value in {"generator": generator, "eta": eta}.items() if key in accepted}
 
     def _within(self, timestep: Tensor, interval: tuple[float, float]) -> bool:

@@ -35,3 +35,9 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         if self.num_threads is not None:
             whole_number("num_threads", self.num_threads, 1, _MOST_THREADS)
+
+
+def few_batch_sizes(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, … up to `most`, which is the last: where each number of rows costs a compilation."""
+    sizes = [size for power in range(most.bit_length()) for size in (2**power, 3 * 2**power) if size < most]
+    return [*sorted(sizes), most]

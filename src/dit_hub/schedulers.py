@@ -334,6 +334,18 @@ def _falling(timesteps: Any, trained: int, flow: bool) -> list[Any]:
     return checked
 
 
+def checked_eta(scheduler: Any, eta: Any) -> float:
+    """The DDIM paper's eta.
+
+    Raises:
+        ValueError: it is not within 0 and 1, or the scheduler takes none.
+    """
+    eta = real_number("eta", eta, 0, 1)
+    if eta and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(f"eta {eta} is for DDIMScheduler; {type(scheduler).__name__} takes none.")
+    return eta
+
+
 def uses_learned_variance(scheduler: Any) -> bool:
     """Whether the scheduler takes the variance from the prediction, as only a DDPM or its table does, when set to.
 

@@ -153,23 +153,23 @@ def advance(
     """A step: x' of a row, (N, C, H, W); the estimate goes to the front of `history`.
 
     Args:
-        row: of a table: numbers, or a tensor on the device of the sample, where gradients are wanted.
+        row: of a table: numbers; a tensor on the device of the sample, where gradients are wanted; or a list of both,
+            where tensors (N, 1, 1, 1) hold a number for each sample.
         sample: (N, C, H, W).
         prediction: (N, C, H, W), or (N, 2C, H, W) with a learned variance.
         history: earlier estimates, the latest first; changed in place.
         noise: () -> (N, C, H, W) of unit variance, called if the row needs it.
     """
     channels = sample.shape[1]
-    clip = row[_CLIP].item() if isinstance(row, Tensor) else row[_CLIP]
+    clip, scale = row[_CLIP], row[_NOISE]
     weights = [row[_C], *row[len(COLUMNS) :]]
     estimate = row[_P] * sample + row[_Q] * prediction[:, :channels]
-    if clip < NO_CLIP:
+    if isinstance(clip, Tensor) or clip < NO_CLIP:
         estimate = estimate.clamp(-clip, clip)
     result = row[_A] * sample + row[_B] * estimate
     for weight, earlier in zip(weights, history, strict=False):
         result = result + weight * earlier
-    if noise is not None and row[_NOISE]:
-        scale = row[_NOISE]
+    if noise is not None and (isinstance(scale, Tensor) or scale):
         if prediction.shape[1] > channels:
             scale = scale * (row[_EXPONENT] * prediction[:, channels:]).exp()
         result = result + scale * noise()

@@ -1,22 +1,61 @@
-"""The engine: requests of any steps, scales and solvers share the passes of one denoiser, and join and leave between steps."""
+"""The engine: requests of any steps, scales and solvers share passes of one denoiser, from step to step."""
 
+import bisect
+import heapq
+import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .requests import ImageRequest, Job, Listener, Observer
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import whole_number
+from .passes import Passes, Row, batch_sizes_of
+from .plans import Plan, Planner
+from .requests import Event, ImageRequest, Job, Listener, Observer, Pass, QueueFullError
+
+# Memory of all images in flight, decoded or not. One of 256x256 takes 33 kB in the latents of Stable Diffusion.
+STATE_BYTES = 512 * 2**20
+
+# Images that the decoder sees at a time: its activations for one of 256x256 take 240 MB.
+_DECODED = 8
+
+# Previews that may wait for the decoder; the oldest go, since newer ones say more.
+_MOST_PREVIEWS = 64
+
+# How long a request waits for smaller ones, in multiples of its own time alone.
+_PATIENCE = 4.0
+
+# After so many passes in a row in which every row fails, the runtime is taken for broken.
+_MOST_FAILURES = 8
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
-    """In-flight batching of one pipeline, driven by `step` and `decode`; of one thread alone.
+    """In-flight batching of one pipeline, driven by `step` and `decode`.
+
+    Each image is a row with its own timestep, class, guidance, solver and noise, so that each equals its solo run, up
+    to the rounding of another batch size. Images are served in the order in which they are due: when they came, plus a
+    time in proportion to the work asked for. So small requests overtake large ones, but none that has waited for long.
+
+    `step` is for one thread, and `decode` for the same or one other; the other methods are for any.
 
     Args:
         pipeline: a `DiTPipeline` of any runtime, whose component is a denoiser and not a whole sampler.
         max_batch: rows of a pass; a guided image takes two.
         max_waiting: images that may wait; a request above that is refused with `QueueFullError`.
-        batch_sizes: numbers of rows that the runtime takes, where it should see few; a pass is filled up to the next.
+        batch_sizes: numbers of rows that the runtime should see, where it should see few; a pass is filled up to the
+            next. None leaves it to the runtime.
         observer: called after each pass.
         clock: seconds, for deadlines.
+
+    Raises:
+        ValueError: a pipeline that cannot be driven step by step.
     """
 
     def __init__(
@@ -28,39 +67,311 @@ class Engine:
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        raise NotImplementedError
+        transformer = pipeline.transformer
+        _check_steps(transformer)
+        self.max_batch = whole_number("max_batch", max_batch, 1)
+        if batch_sizes is None:
+            batch_sizes = batch_sizes_of(transformer, max_batch)
+        sizes = sorted(whole_number("batch_sizes", size, 1) for size in batch_sizes)
+        if sizes:
+            self.max_batch = min(self.max_batch, sizes[-1])
+        self.max_waiting = whole_number("max_waiting", max_waiting, 1)
+        self.pipeline, self._observer, self._clock = pipeline, observer, clock
+        self._device = pipeline._execution_device
+        for component in (transformer, pipeline.vae):
+            if isinstance(component, torch.nn.Module):
+                component.eval()
+        self._plan = Planner(pipeline)
+        self._passes = Passes(transformer, self._device, sizes)
+        self._lock = threading.RLock()
+        self._waiting: list[tuple[tuple[float, int, int], Row]] = []  # a heap
+        self._running: list[Row] = []  # by their order
+        self._undecoded: deque[tuple[Row, Tensor]] = deque()
+        self._previews: deque[tuple[Row, int, Tensor]] = deque(maxlen=_MOST_PREVIEWS)
+        self._deadlines: list[tuple[float, int, Job]] = []  # a heap
+        self._left: dict[Job, int] = {}  # images that are not decoded
+        self._state_bytes = self._decoding = self._failures = 0
+        self._row_seconds = 0.0  # of a row of a pass, on average
 
     @property
     def waiting(self) -> int:
         """Images that have not begun."""
-        raise NotImplementedError
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
         """Images that have begun and are not decoded yet."""
-        raise NotImplementedError
+        return len(self._running) + len(self._undecoded) + self._decoding
+
+    # --- Requests ----------------------------------------------------------------------------------------------------
 
     def submit(self, request: ImageRequest, listener: Listener | None = None) -> Job:
         """Accept a request.
+
+        Args:
+            request: of images.
+            listener: called with each `Event`, on the threads that call `step`, `decode` and `cancel`.
 
         Raises:
             ValueError: what the model or the solver cannot serve.
             QueueFullError: too many images wait.
         """
-        raise NotImplementedError
+        plan = self._plan(request)
+        self._check_fits(plan)
+        with self._lock:
+            count = plan.request.n
+            if len(self._waiting) + count > self.max_waiting:
+                raise QueueFullError(
+                    f"{len(self._waiting)} images wait, and {count} more are too many; try again later.",
+                    retry_after=self._seconds_of_queue(),
+                )
+            job = Job(plan.request, listener, images=[None] * count)
+            now = self._clock()
+            due = now + _PATIENCE * plan.evaluations * self._row_seconds / 2.0**plan.request.priority
+            if plan.request.deadline is not None:
+                ends = now + plan.request.deadline
+                due = min(due, ends)
+                heapq.heappush(self._deadlines, (ends, job.number, job))
+            self._left[job] = count
+            for index in range(count):
+                row = Row(job, index, plan, due)
+                heapq.heappush(self._waiting, (row.order, row))
+        return job
 
     def cancel(self, job: Job) -> None:
-        """Drop what is left of a job, at once."""
-        raise NotImplementedError
+        """Drop what is left of a job, at once; nothing where it is over."""
+        self._end(job, "cancelled")
+
+    def fail_all(self, error: Exception) -> None:
+        """End every job with an error, as where nobody will step any more."""
+        with self._lock:
+            jobs = list(self._left)
+        for job in jobs:
+            self._end(job, "failed", error)
+
+    def _check_fits(self, plan: Plan) -> None:
+        if any(plan.guided) and self.max_batch < 2:
+            raise ValueError("Guidance takes two rows of a pass, and this engine has passes of one; "
+                             "ask for guidance_scale 1.")  # fmt: skip
+        if plan.state_bytes > STATE_BYTES:
+            raise ValueError(f"An image of {plan.shape[2]}x{plan.shape[1]} with a solver of {plan.solver.depth + 1} "
+                             "estimates takes more memory than the engine has; ask for a smaller one.")  # fmt: skip
+
+    def _seconds_of_queue(self) -> float:
+        rows = [row for _, row in self._waiting]
+        return max(1.0, self._row_seconds * sum(row.plan.evaluations for row in rows))
+
+    def _end(self, job: Job, state: Any, error: Exception | None = None) -> None:
+        """Take a job out, and tell its listener."""
+        with self._lock:
+            if job.is_over:
+                return
+            job.state, job.error = state, error
+            del self._left[job]
+            if any(row.job is job for _, row in self._waiting):
+                self._waiting = [entry for entry in self._waiting if entry[1].job is not job]
+                heapq.heapify(self._waiting)
+            gone = [row for row in self._running if row.job is job]
+            self._running = [row for row in self._running if row.job is not job]
+            gone += [row for row, _ in self._undecoded if row.job is job]
+            self._undecoded = deque(entry for entry in self._undecoded if entry[0].job is not job)
+            self._state_bytes -= sum(row.plan.state_bytes for row in gone)
+        self._tell(job, Event(state, error=error))
+
+    def _tell(self, job: Job, event: Event) -> None:
+        if job.listener is not None:
+            try:
+                job.listener(event)
+            except Exception:
+                _log.exception("A listener failed; its request goes on.")
+
+    # --- Passes ------------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One pass of the denoiser; False where no image waits for one."""
-        raise NotImplementedError
+        """One pass of the denoiser; False where no image waits for one.
 
-    def decode(self) -> bool:
-        """Decode the images (and previews) that are ready, a batch at a time; False where there are none."""
-        raise NotImplementedError
+        Raises:
+            RuntimeError: pass after pass failed for every image.
+        """
+        with self._lock:
+            self._expire()
+            rows = self._pick()
+        if not rows:
+            return False
+        began, count = time.perf_counter(), sum(1 + row.is_guided for row in rows)
+        previews = self._take(rows)
+        seconds = time.perf_counter() - began
+        self._row_seconds += (seconds / count - self._row_seconds) * (0.1 if self._row_seconds else 1.0)
+        with self._lock:
+            self._leave(rows, previews)
+        if self._observer is not None:
+            self._observer(Pass(count, len(rows), seconds))
+        return True
 
     def run(self) -> None:
         """Step and decode until nothing is left."""
-        raise NotImplementedError
+        while self.step() | self.decode():
+            pass
+
+    def _expire(self) -> None:
+        while self._deadlines and (self._deadlines[0][2].is_over or self._deadlines[0][0] <= self._clock()):
+            _, _, job = heapq.heappop(self._deadlines)
+            self._end(job, "failed", TimeoutError(f"The images were not ready within {job.request.deadline:g} s."))
+
+    def _pick(self) -> list[Row]:
+        """The rows of the next pass, of one shape, the guided ones first."""
+        picked: list[Row] = []
+        cost, position = 0, 0
+        while True:
+            running = self._running[position] if position < len(self._running) else None
+            row = self._next_waiting(picked, running) or running
+            if row is None:
+                break
+            position += 1
+            if picked and row.plan.shape != picked[0].plan.shape:
+                continue
+            cost += 1 + row.is_guided
+            if picked and cost > self.max_batch:
+                break
+            picked.append(row)
+            if cost == self.max_batch:
+                break
+        return sorted(picked, key=lambda row: not row.is_guided)
+
+    def _next_waiting(self, picked: list[Row], running: Row | None) -> Row | None:
+        """The first row that waits, begun, where it comes before the running one and may begin."""
+        if not self._waiting:
+            return None
+        order, row = self._waiting[0]
+        if running is not None and running.order < order:
+            return None
+        if picked and row.plan.shape != picked[0].plan.shape:
+            return None
+        if self._state_bytes + row.plan.state_bytes > STATE_BYTES:
+            return None
+        heapq.heappop(self._waiting)
+        row.begin(self._device)
+        row.job.state = "running"
+        self._state_bytes += row.plan.state_bytes
+        bisect.insort(self._running, row, key=lambda row: row.order)
+        return row
+
+    def _take(self, rows: list[Row]) -> list[Tensor | None]:
+        """The next step of rows. Where that fails, of each half of them, so that only those fail that cause it."""
+        try:
+            previews = self._passes(rows)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
+                self.max_batch = max(2, self.max_batch // 2)
+                _log.warning(
+                    "A pass of %d images does not fit in memory; from now on %d rows.", len(rows), self.max_batch
+                )
+            if len(rows) > 1:
+                half = len(rows) // 2
+                return self._take(rows[:half]) + self._take(rows[half:])
+            _log.exception("A pass failed.")
+            self._failures += 1
+            self._end(rows[0].job, "failed", RuntimeError(f"The model failed: {_first_line(error)}"))
+            if self._failures >= _MOST_FAILURES:
+                raise RuntimeError(
+                    f"{self._failures} passes in a row failed, the last with: {_first_line(error)}"
+                ) from error
+            return [None]
+        self._failures = 0
+        return previews
+
+    def _leave(self, rows: list[Row], previews: list[Tensor | None]) -> None:
+        """Hand finished rows, and previews, to the decoder."""
+        for row, preview in zip(rows, previews, strict=True):
+            if preview is not None and not row.job.is_over:
+                self._previews.append((row, row.step, preview))
+        finished = [row for row in rows if row.is_finished and not row.job.is_over]
+        if finished:
+            self._running = [row for row in self._running if not row.is_finished]
+            self._undecoded.extend((row, row.sample) for row in finished)
+
+    # --- Decoding ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(self) -> bool:
+        """Decode the images that are ready, a batch at a time, or else a preview; False where there are neither."""
+        with self._lock:
+            ready = [self._undecoded.popleft() for _ in range(min(_DECODED, len(self._undecoded)))]
+            batch = [entry for entry in ready if entry[1].shape == ready[0][1].shape]
+            self._undecoded.extendleft(reversed([entry for entry in ready if entry[1].shape != ready[0][1].shape]))
+            self._decoding = len(batch)
+            preview = self._previews.popleft() if self._previews and not batch else None
+        if preview is not None:
+            self._show(*preview)
+        try:
+            self._finish(batch)
+        finally:
+            with self._lock:
+                self._decoding = 0
+                self._state_bytes -= sum(row.plan.state_bytes for row, _ in batch)
+        return bool(batch or preview)
+
+    def _finish(self, batch: list[tuple[Row, Tensor]]) -> None:
+        """Decode rows. Where that fails, each half of them, so that only those fail that cause it."""
+        if not batch:
+            return
+        try:
+            finite = torch.stack([sample for _, sample in batch]).isfinite().flatten(1).all(1).tolist()
+            sound = [entry for entry, is_finite in zip(batch, finite, strict=True) if is_finite]
+            images = self._images([sample for _, sample in sound]) if sound else []
+        except Exception as error:
+            if len(batch) > 1:
+                self._finish(batch[: len(batch) // 2])
+                self._finish(batch[len(batch) // 2 :])
+                return
+            _log.exception("Decoding failed.")
+            self._end(batch[0][0].job, "failed", RuntimeError(f"The decoder failed: {_first_line(error)}"))
+            return
+        for (row, _), is_finite in zip(batch, finite, strict=True):
+            if not is_finite:
+                error = RuntimeError(
+                    "The image came out as numbers that are not finite; are the model's weights sound?"
+                )
+                self._end(row.job, "failed", error)
+        for (row, _), image in zip(sound, images, strict=True):
+            self._hand_over(row, image)
+
+    def _hand_over(self, row: Row, image: np.ndarray) -> None:
+        job = row.job
+        with self._lock:
+            if job.is_over:
+                return
+            job.images[row.index] = image
+            self._left[job] -= 1
+            is_last = not self._left[job]
+        self._tell(job, Event("image", row.index, row.step, image))
+        if is_last:
+            self._end(job, "done")
+
+    def _show(self, row: Row, step: int, estimate: Tensor) -> None:
+        if row.job.is_over:
+            return
+        try:
+            image = self._images([estimate])[0]
+        except Exception:
+            _log.exception("A preview could not be decoded.")
+            return
+        self._tell(row.job, Event("preview", row.index, step, image))
+
+    def _images(self, samples: list[Tensor]) -> np.ndarray:
+        """(C, H, W) each -> (N, height, width, 1 or 3) uint8, rounded as a pipeline's PIL images are."""
+        return (self.pipeline.decode(torch.stack(samples), "np") * 255).round().astype(np.uint8)
+
+
+def _check_steps(transformer: Any) -> None:
+    """Raise ValueError for what cannot be driven step by step."""
+    if hasattr(transformer, "sample"):
+        raise ValueError("This export is a whole sampler, whose requests cannot share passes; serve one of the "
+                         "denoiser, which `dit-hub export` makes by default.")  # fmt: skip
+    if getattr(transformer, "_cache_config", None) is not None or getattr(transformer, "_is_cached", False):
+        raise ValueError("A cache takes all rows of a pass to be at the same step, which those of several requests are "
+                         "not; serve the model without it.")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

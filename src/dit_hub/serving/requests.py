@@ -1,6 +1,6 @@
 """What users ask of the engine, and what they hear back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, NamedTuple

@@ -1,0 +1,220 @@
+"""A pass: the next step of many images, each at its own timestep, with its own class, scale and solver."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..ecosystem import takes_precomputed
+from ..guidance import MODULATION_BYTES, guide
+from ..runtime import few_batch_sizes
+from ..tables import COLUMNS, NO_CLIP, advance
+from .plans import Plan
+from .requests import Job
+
+_CLIP, _NOISE = COLUMNS.index("clip"), COLUMNS.index("noise")
+
+
+class Row:
+    """An image in flight.
+
+    Args:
+        job, index: of which request it is which image.
+        plan: of its request.
+        due: the earlier, the sooner it is served.
+    """
+
+    __slots__ = ("due", "generator", "history", "index", "job", "plan", "sample", "step")
+
+    def __init__(self, job: Job, index: int, plan: Plan, due: float):
+        self.job, self.index, self.plan, self.due = job, index, plan, due
+        self.step = 0
+        self.sample: Any = None  # (C, H, W)
+        self.history: list[Tensor] = []
+        self.generator: Any = None
+
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """By which rows are served."""
+        return self.due, self.job.number, self.index
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether its next step is."""
+        return self.plan.guided[self.step]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are taken."""
+        return self.step == len(self.plan.guided)
+
+    @property
+    def timestep(self) -> float:
+        """Of its next step."""
+        return float(self.plan.solver.table[self.step, 0])
+
+    def begin(self, device: torch.device) -> None:
+        """Draw the first noise as a pipeline does for one image."""
+        self.generator = torch.Generator().manual_seed(self.plan.request.seed + self.index)
+        self.sample = self.noise(device) * self.plan.solver.scale
+
+    def noise(self, device: torch.device) -> Tensor:
+        """(C, H, W) of unit variance, the next of its generator."""
+        return randn_tensor((1, *self.plan.shape), self.generator, device, torch.float32)[0]
+
+
+class Modulations:
+    """What `precompute` makes of pairs of timestep and class, kept for the rows that ask next.
+
+    Args:
+        transformer: the denoiser.
+        device: of the inputs.
+        most_bytes: of what is kept; the pairs used longest ago go first.
+    """
+
+    def __init__(self, transformer: Any, device: torch.device, most_bytes: int = MODULATION_BYTES):
+        self.transformer, self.device = transformer, device
+        config = transformer.config
+        self._most = max(1, most_bytes // (config.precomputed_length * config.hidden_size * 4))
+        self._kept: OrderedDict[tuple[float, int | None], Tensor] = OrderedDict()
+
+    def __call__(self, pairs: Sequence[tuple[float, int | None]]) -> Tensor:
+        """(N, K, D) of N pairs, computed in one call where they are not kept."""
+        missing = [pair for pair in dict.fromkeys(pairs) if pair not in self._kept]
+        if missing:
+            timesteps, labels = as_inputs(missing, self.device)
+            computed = self.transformer.precompute(timesteps, labels)
+            # Copies, since a part of a tensor would keep all of it in memory.
+            self._kept.update(zip(missing, [row.clone() for row in computed], strict=True))
+        for pair in pairs:
+            self._kept.move_to_end(pair)
+        stacked = torch.stack([self._kept[pair] for pair in pairs])
+        while len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+        return stacked
+
+
+def as_inputs(pairs: Sequence[tuple[float, int | None]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(N,) timesteps and (N,) class labels, None for unconditional models."""
+    timesteps, labels = zip(*pairs, strict=True)
+    return (
+        torch.tensor(timesteps, device=device),
+        None if labels[0] is None else torch.tensor(labels, device=device),
+    )
+
+
+def batch_sizes_of(transformer: Any, most: int) -> Sequence[int]:
+    """The numbers of rows that a denoiser's runtime should see, up to about `most`; none where it takes any as well.
+
+    Exports say so themselves. `torch.compile` compiles for each number, until it gives up.
+    """
+    if hasattr(transformer, "batch_sizes"):
+        return transformer.batch_sizes(most)
+    return few_batch_sizes(most) if getattr(transformer, "_compiled_call_impl", None) is not None else ()
+
+
+class Passes:
+    """The computing of passes for one denoiser.
+
+    Args:
+        transformer: of any runtime.
+        device: where it computes.
+        batch_sizes: rising numbers of rows that the denoiser sees; none for any.
+    """
+
+    def __init__(self, transformer: Any, device: torch.device, batch_sizes: Sequence[int]):
+        self.transformer, self.device, self.batch_sizes = transformer, device, batch_sizes
+        self.config = transformer.config
+        self._modulations = Modulations(transformer, device) if takes_precomputed(transformer) else None
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Row]) -> list[Tensor | None]:
+        """Take the next step of rows of one shape, the guided ones first.
+
+        Returns:
+            For each row that is due for a preview, the (C, H, W) estimate of its data; None for the others. Nothing has
+            changed where an error is raised.
+        """
+        sample = torch.stack([row.sample for row in rows])
+        prediction = self._predict(rows, sample)
+        previews = self._previews(rows, sample, prediction)
+        self._advance(rows, sample, prediction)
+        return previews
+
+    def _predict(self, rows: Sequence[Row], sample: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C or 2C, H, W), guided where rows are."""
+        guided = sum(row.is_guided for row in rows)
+        pairs: list[tuple[float, int | None]] = [(row.timestep, self.config.null_class) for row in rows[:guided]]
+        pairs += [(row.timestep, row.plan.label) for row in rows]
+        inputs = torch.cat([sample[:guided], sample])
+        if filled := self._filled(len(pairs)):
+            pairs += pairs[-1:] * filled
+            inputs = torch.cat([inputs, inputs[-1:].expand(filled, -1, -1, -1)])
+        if self._modulations is not None:
+            output = self.transformer(inputs, precomputed=self._modulations(pairs)).sample
+        else:
+            output = self.transformer(inputs, *as_inputs(pairs, self.device)).sample
+        uncond, cond = output[:guided], output[guided : guided + len(rows)]
+        if not guided:
+            return cond
+        scales = self._column([row.plan.scale for row in rows[:guided]])
+        with_guidance = guide(cond[:guided], uncond, scales, self.config.guided_channels)
+        return torch.cat([with_guidance, cond[guided:]])
+
+    def _filled(self, count: int) -> int:
+        """How many rows a pass is filled up with."""
+        return next((size - count for size in self.batch_sizes if size >= count), 0)
+
+    def _advance(self, rows: Sequence[Row], sample: Tensor, prediction: Tensor) -> None:
+        """Apply each row's coefficients."""
+        table = np.stack([row.plan.solver.table[row.step, : len(COLUMNS)] for row in rows])
+        depth = max(row.plan.solver.depth for row in rows)
+        columns: list[Any] = list(self._column(table).unbind(1))
+        if table[:, _CLIP].min() >= NO_CLIP:
+            columns[_CLIP] = NO_CLIP
+        if depth > 1:
+            more = np.zeros((len(rows), depth - 1), np.float32)
+            for index, row in enumerate(rows):
+                weights = row.plan.solver.table[row.step, len(COLUMNS) :][: depth - 1]
+                more[index, : len(weights)] = weights
+            columns += self._column(more).unbind(1)
+        zeros = torch.zeros_like(sample[0])
+        history = [
+            torch.stack([row.history[k] if k < len(row.history) else zeros for row in rows]) for k in range(depth)
+        ]
+        draws = table[:, _NOISE] != 0
+        result = advance(
+            columns,
+            sample,
+            prediction,
+            history,
+            (lambda: torch.stack([row.noise(self.device) if drawn else zeros
+                                  for row, drawn in zip(rows, draws, strict=True)])) if draws.any() else None,
+        )  # fmt: skip
+        for index, (row, advanced) in enumerate(zip(rows, result.unbind(), strict=True)):
+            row.sample = advanced
+            if row.plan.solver.depth:
+                # A copy, since a part of a tensor would keep those of all rows in memory, for as long as the solver
+                # remembers.
+                row.history = [history[0][index].clone(), *row.history[: row.plan.solver.depth - 1]]
+            row.step += 1
+
+    def _previews(self, rows: Sequence[Row], sample: Tensor, prediction: Tensor) -> list[Tensor | None]:
+        previews: list[Tensor | None] = []
+        for index, row in enumerate(rows):
+            every, done = row.plan.request.preview_every, row.step + 1
+            estimate = None
+            if every and done % every == 0 and done < len(row.plan.guided):
+                of_sample, of_prediction = row.plan.solver.data[row.step].tolist()
+                estimate = of_sample * sample[index] + of_prediction * prediction[index, : len(sample[index])]
+            previews.append(estimate)
+        return previews
+
+    def _column(self, values: Any) -> Tensor:
+        """(N,) or (N, K) numbers -> (N, 1, 1, 1) or (N, K, 1, 1, 1), on the device."""
+        numbers = torch.as_tensor(values, dtype=torch.float32).to(self.device)
+        return numbers[..., None, None, None]
