@@ -189,6 +189,10 @@ class Python:
                 raise TimeoutError from error
         return self._status
 
+    def printed(self) -> str:
+        """Its output until now."""
+        return self._outputs[0].read_text()
+
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 

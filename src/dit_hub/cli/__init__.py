@@ -11,6 +11,7 @@ from .counting import flops
 from .evaluating import evaluate
 from .exporting import export_app
 from .sampling import generate, sample
+from .serving import serve
 from .solving import solver_app
 from .studying import study
 from .training import SETTINGS, latents, train
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(sample)
+app.command()(serve)
 app.command()(info)
 app.command()(flops)
 app.command(epilog=SETTINGS)(train)

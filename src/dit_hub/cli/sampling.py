@@ -10,7 +10,7 @@ from ..extras import quiet_libraries
 from ..sharing import Worker
 from .common import Model, Overwrite, check_device, check_new_file, own_device, progress_bar
 
-_SCHEDULERS = "ddpm, ddim, dpm++, unipc, searched, a solver's file (.json), …; default: the model's."
+SCHEDULERS_HELP = "ddpm, ddim, dpm++, unipc, searched, a solver's file (.json), …; default: the model's."
 
 
 def generate(
@@ -27,7 +27,7 @@ def generate(
     ] = None,
     per_label: Annotated[int, typer.Option(help="Images of each label; of an unconditional model, in all.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the noise; the same seed gives the same images.")] = 0,
-    scheduler: Annotated[str | None, typer.Option(help=_SCHEDULERS)] = None,
+    scheduler: Annotated[str | None, typer.Option(help=SCHEDULERS_HELP)] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: one per core.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps, for models in PyTorch.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Image to write, a grid of all samples.")] = Path("grid.png"),
@@ -89,7 +89,7 @@ def sample(
     timesteps: Annotated[
         str | None, typer.Option(help="official: the official respacing; default: the scheduler's.")
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help=_SCHEDULERS)] = None,
+    scheduler: Annotated[str | None, typer.Option(help=SCHEDULERS_HELP)] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
     guidance_interval: Annotated[
         tuple[float, float], typer.Option(help="Guide only between these shares of the timesteps.")
@@ -107,8 +107,7 @@ def sample(
     Several processes or GPUs share the work: accelerate launch --multi_gpu -m dit_hub.cli sample … --device cuda
     """
     quiet_libraries()
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype must be {', '.join(_DTYPES)}, not {dtype!r}.")
+    check_dtype(dtype)
     if timesteps not in (None, "official"):
         raise ValueError(f"--timesteps is official or left out, not {timesteps!r}.")
     from ..evaluation.provenance import read_facts
@@ -126,6 +125,12 @@ def sample(
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(name: str) -> None:
+    """Raise ValueError for a precision that models are not sampled in."""
+    if name not in _DTYPES:
+        raise ValueError(f"--dtype must be {', '.join(_DTYPES)}, not {name!r}.")
 
 
 def load_pipeline(

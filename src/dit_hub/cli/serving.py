@@ -1,0 +1,94 @@
+"""`dit-hub serve`."""
+
+import ipaddress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..extras import quiet_libraries, require
+from .common import check_device
+from .sampling import SCHEDULERS_HELP, check_dtype, load_pipeline
+
+
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(help="Hub ids, folders, or dit-toy-shapes; the first is loaded at the start.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any free one.")] = 8000,
+    max_batch: Annotated[int, typer.Option(help="Rows of a pass of the denoiser; a guided image takes two.")] = 32,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of weights at once; the model unused longest goes for another.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"{SCHEDULERS_HELP} Requests may name others.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the decoder stays in float32.")] = "float32",
+    threads: Annotated[int | None, typer.Option(help="Processor threads; default: one per core.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps, for models in PyTorch.")] = "cpu",
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="DIT_HUB_API_KEY", show_envvar=False,
+                     help="Key that requests must carry; better in the environment, as DIT_HUB_API_KEY."),
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen on other addresses without a key.")] = False,
+    batch_dir: Annotated[Path | None, typer.Option(help="Folder of /v1/batches, which are off without it.")] = None,
+    max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 10,
+    max_steps: Annotated[int, typer.Option(help="Most denoising steps of an image.")] = 250,
+    max_side: Annotated[int, typer.Option(help="Longest side of an image, in pixels.")] = 2048,
+    max_waiting: Annotated[int, typer.Option(help="Most images that wait; further requests get status 429.")] = 1024,
+    request_seconds: Annotated[float, typer.Option(help="Time until a request must be answered.")] = 300.0,
+    shutdown_seconds: Annotated[float, typer.Option(help="Time for accepted requests after SIGTERM or Ctrl-C.")] = 30.0,
+) -> None:  # fmt: skip
+    """Serve models over HTTP, in the shape of OpenAI's images API."""
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, "serve")
+    if not _is_loopback(host) and not api_key and not no_auth:
+        raise ValueError(f"On {host} anyone could use this server: give it a key with DIT_HUB_API_KEY or --api-key, or "
+                         "pass --no-auth.")  # fmt: skip
+    quiet_libraries()
+    check_dtype(dtype)
+    check_device(device)
+    from ..checks import real_number, whole_number
+    from ..serving.app import create_app
+    from ..serving.limits import Limits
+    from ..serving.logs import log_as_json
+    from ..serving.models import Models, named_sources
+    from ..serving.server import listen, make_server
+
+    limits = Limits(
+        images=whole_number("--max-images", max_images, 1),
+        steps=whole_number("--max-steps", max_steps, 1),
+        side=whole_number("--max-side", max_side, 1),
+        waiting=whole_number("--max-waiting", max_waiting, 1),
+        seconds=real_number("--request-seconds", request_seconds, 0),
+    )
+    real_number("--shutdown-seconds", shutdown_seconds, 0)
+    memory_limit = None if memory is None else int(real_number("--memory", memory, 0) * 2**30)
+    load: Any = partial(load_pipeline, scheduler=scheduler, threads=threads, device=device, dtype=dtype)
+    options: dict[str, Any] = {"max_batch": whole_number("--max-batch", max_batch, 2), "max_waiting": limits.waiting}
+    served = Models(named_sources(models), load, memory_limit, **options)
+    app = create_app(served, limits, api_key or None, batch_dir)
+    with listen(host, port) as socket:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
+        log_as_json()
+        server = make_server(app, shutdown_seconds)
+        served.start()
+        print(f"Serving {', '.join(served.names)} at {url}; Ctrl-C ends it. To try it:")
+        print(_curl(url, served.names[0], bool(api_key)), flush=True)
+        server.run([socket])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _curl(url: str, model: str, keyed: bool) -> str:
+    key = ' -H "Authorization: Bearer $DIT_HUB_API_KEY"' if keyed else ""
+    return (f"curl {url}/v1/images/generations -H 'Content-Type: application/json'{key} -o image.png "
+            f"""-d '{{"model": "{model}", "prompt": "0", "response_format": "png"}}'""")  # fmt: skip
