@@ -1,16 +1,19 @@
 """A local cluster of Ray: two replicas of the engine behind the HTTP interface, and one of them is killed."""
 
+import asyncio
 import base64
 import io
 import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from PIL import Image
 
 from dit_hub import DiTPipeline
 from dit_hub.schedulers import switch_scheduler
+from dit_hub.serving.requests import Event, ImageRequest, Job, QueueFullError
 from dit_hub.sources import EMBEDDED_MODELS
 
 from .together import free_port
@@ -142,6 +146,124 @@ def test_the_interface_is_that_of_one_machine(cluster: tuple[str, Path]) -> None
     kinds = [event["type"].partition(".")[2] for event in events]
     assert (status, kinds) == (200, ["partial_image"] * 2 + ["completed"])
     assert np.abs(decoded(events[-1]["b64_json"]).astype(int) - drawn(body, 0)).max() <= 1
+
+
+# --- What an ingress does with replicas' answers, without Ray's processes --------------------------------------------
+
+
+class Replicas:
+    """In place of Serve's handle: the replies of one replica after the other; an exception ends a replica's."""
+
+    def __init__(self, *scripts: list[Any]):
+        self.scripts, self.asked, self.draw = list(scripts), [], self
+
+    def remote(self, request: ImageRequest) -> Any:
+        self.asked.append(request)
+        return Stream(self.scripts[min(len(self.asked), len(self.scripts)) - 1])
+
+
+class Stream:
+    def __init__(self, script: list[Any]):
+        self.script, self.is_cancelled = script, False
+
+    async def __aiter__(self) -> Any:
+        for reply in self.script:
+            if isinstance(reply, Exception):
+                raise reply
+            if reply is None:
+                await asyncio.sleep(60)
+            yield reply
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+REQUEST = ImageRequest(label=1, n=2, seed=7, num_inference_steps=3, deadline=20.0)
+
+
+def image(index: int, value: int) -> tuple[str, Event]:
+    return "event", Event("image", index, image=np.full((2, 2, 3), value, np.uint8))
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    made = asyncio.new_event_loop()
+    thread = threading.Thread(target=made.run_forever, daemon=True)
+    thread.start()
+    yield made
+    made.call_soon_threadsafe(made.stop)
+    thread.join()
+
+
+def draw(
+    replicas: Replicas, loop: asyncio.AbstractEventLoop, request: ImageRequest = REQUEST
+) -> tuple[Job, list[Event]]:
+    """A request that is over, and its events."""
+    from dit_hub.serving.ray_app import RemoteRunner
+
+    events: list[Event] = []
+    runner = RemoteRunner(replicas, loop)
+    job = runner.submit(request, events.append)
+    wait_until(lambda: job.is_over, 15)
+    wait_until(lambda: runner.waiting == runner.running == 0, 5)
+    return job, events
+
+
+def test_images_that_have_arrived_are_not_drawn_twice(loop: asyncio.AbstractEventLoop) -> None:
+    from ray.exceptions import RayActorError
+
+    accepted = ("accepted", REQUEST)
+    replicas = Replicas(
+        [accepted, image(0, 10), RayActorError()],
+        [accepted, ("gone", "The engine has stopped.")],
+        [accepted, image(0, 99), image(1, 11), ("event", Event("done"))],
+    )
+    job, events = draw(replicas, loop)
+    assert [(event.kind, event.index) for event in events] == [("image", 0), ("image", 1), ("done", 0)]
+    assert [int(event.image[0, 0, 0]) for event in events[:2] if event.image is not None] == [10, 11]
+    assert job.state == "done"
+    assert {request.seed for request in replicas.asked} == {7}
+    deadlines = [request.deadline or 0.0 for request in replicas.asked]
+    assert 20 >= deadlines[0] > deadlines[1] > deadlines[2] > 10  # what is left of it
+
+
+def test_a_request_that_ends_its_replicas_fails(loop: asyncio.AbstractEventLoop) -> None:
+    from ray.exceptions import RayActorError
+
+    job, events = draw(Replicas([("accepted", REQUEST), RayActorError()]), loop)
+    assert [event.kind for event in events] == ["failed"]
+    assert "4 replicas were lost while they drew this request" in str(job.error)
+    late = Replicas([("accepted", REQUEST), RayActorError()])
+    job, _ = draw(late, loop, replace(REQUEST, deadline=0.05))
+    assert (type(job.error), len(late.asked)) == (TimeoutError, 1)
+
+
+def test_refusals_are_the_engines_own(loop: asyncio.AbstractEventLoop) -> None:
+    from ray.serve.exceptions import BackPressureError
+
+    with pytest.raises(ValueError, match="There is no class 99"):
+        draw(Replicas([("refused", "There is no class 99.")]), loop)
+    with pytest.raises(QueueFullError, match="Too many images wait") as full:
+        draw(Replicas([("full", ("Too many images wait.", 3.5))]), loop)
+    assert full.value.retry_after == 3.5
+    with pytest.raises(QueueFullError):
+        draw(Replicas([BackPressureError(1, 1)]), loop)
+
+
+def test_a_cancelled_request_is_dropped_by_its_replica(loop: asyncio.AbstractEventLoop) -> None:
+    from dit_hub.serving.ray_app import RemoteRunner
+
+    streams: list[Stream] = []
+    replicas = Replicas([("accepted", REQUEST), None])
+    remote = replicas.remote
+    replicas.remote = lambda request: streams.append(remote(request)) or streams[-1]  # pyright: ignore
+    events: list[Event] = []
+    runner = RemoteRunner(replicas, loop)
+    job = runner.submit(REQUEST, events.append)
+    assert (runner.waiting, runner.running) == (0, 1)
+    runner.cancel(job)
+    wait_until(lambda: job.state == "cancelled" and streams[0].is_cancelled, 5)
+    assert [event.kind for event in events] == ["cancelled"]
 
 
 @pytest.mark.parametrize(
