@@ -87,7 +87,7 @@ class Engine:
         self._waiting: list[tuple[tuple[float, int, int], Row]] = []  # a heap
         self._running: list[Row] = []  # by their order
         self._undecoded: deque[tuple[Row, Tensor]] = deque()
-        self._previews: deque[tuple[Row, int, Tensor]] = deque(maxlen=_MOST_PREVIEWS)
+        self._previews: deque[tuple[Row, tuple[int, Tensor]]] = deque(maxlen=_MOST_PREVIEWS)
         self._deadlines: list[tuple[float, int, Job]] = []  # a heap
         self._left: dict[Job, int] = {}  # images that are not decoded
         self._state_bytes = self._decoding = self._failures = 0
@@ -262,7 +262,7 @@ class Engine:
             previews = self._passes(rows)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
-                self.max_batch = max(2, self.max_batch // 2)
+                self.max_batch = min(self.max_batch, max(2, sum(1 + row.is_guided for row in rows) // 2))
                 _log.warning(
                     "A pass of %d images does not fit in memory; from now on %d rows.", len(rows), self.max_batch
                 )
@@ -284,7 +284,7 @@ class Engine:
         """Hand finished rows, and previews, to the decoder."""
         for row, preview in zip(rows, previews, strict=True):
             if preview is not None and not row.job.is_over:
-                self._previews.append((row, row.step, preview))
+                self._previews.append((row, (row.step, preview)))
         finished = [row for row in rows if row.is_finished and not row.job.is_over]
         if finished:
             self._running = [row for row in self._running if not row.is_finished]
@@ -294,22 +294,20 @@ class Engine:
 
     @torch.no_grad()
     def decode(self) -> bool:
-        """Decode the images that are ready, a batch at a time, or else a preview; False where there are neither."""
+        """Decode the images that are ready, a batch at a time, or else previews; False where there are neither."""
         with self._lock:
-            ready = [self._undecoded.popleft() for _ in range(min(_DECODED, len(self._undecoded)))]
-            batch = [entry for entry in ready if entry[1].shape == ready[0][1].shape]
-            self._undecoded.extendleft(reversed([entry for entry in ready if entry[1].shape != ready[0][1].shape]))
+            batch = _of_one_shape(self._undecoded)
+            previews = [] if batch else _of_one_shape(self._previews)
             self._decoding = len(batch)
-            preview = self._previews.popleft() if self._previews and not batch else None
-        if preview is not None:
-            self._show(*preview)
+        if previews:
+            self._show(previews)
         try:
             self._finish(batch)
         finally:
             with self._lock:
                 self._decoding = 0
                 self._state_bytes -= sum(row.plan.state_bytes for row, _ in batch)
-        return bool(batch or preview)
+        return bool(batch or previews)
 
     def _finish(self, batch: list[tuple[Row, Tensor]]) -> None:
         """Decode rows. Where that fails, each half of them, so that only those fail that cause it."""
@@ -318,7 +316,7 @@ class Engine:
         try:
             finite = torch.stack([sample for _, sample in batch]).isfinite().flatten(1).all(1).tolist()
             sound = [entry for entry, is_finite in zip(batch, finite, strict=True) if is_finite]
-            images = self._images([sample for _, sample in sound]) if sound else []
+            images = self._outputs(sound)
         except Exception as error:
             if len(batch) > 1:
                 self._finish(batch[: len(batch) // 2])
@@ -348,19 +346,35 @@ class Engine:
         if is_last:
             self._end(job, "done")
 
-    def _show(self, row: Row, step: int, estimate: Tensor) -> None:
-        if row.job.is_over:
-            return
+    def _show(self, previews: list[tuple[Row, Any]]) -> None:
+        shown = [(row, state) for row, state in previews if not row.job.is_over]
         try:
-            image = self._images([estimate])[0]
+            images = self._images([estimate for _, (_, estimate) in shown]) if shown else ()
         except Exception:
-            _log.exception("A preview could not be decoded.")
+            _log.exception("Previews could not be decoded.")
             return
-        self._tell(row.job, Event("preview", row.index, step, image))
+        for (row, (step, _)), image in zip(shown, images, strict=True):
+            self._tell(row.job, Event("preview", row.index, step, image))
+
+    def _outputs(self, batch: list[tuple[Row, Tensor]]) -> list[np.ndarray]:
+        """What each request wants of its sample."""
+        decoded = [sample for row, sample in batch if row.plan.request.output_type == "image"]
+        images = iter(self._images(decoded) if decoded else ())
+        return [
+            next(images) if row.plan.request.output_type == "image" else sample.cpu().numpy() for row, sample in batch
+        ]
 
     def _images(self, samples: list[Tensor]) -> np.ndarray:
         """(C, H, W) each -> (N, height, width, 1 or 3) uint8, rounded as a pipeline's PIL images are."""
         return (self.pipeline.decode(torch.stack(samples), "np") * 255).round().astype(np.uint8)
+
+
+def _of_one_shape(ready: deque[tuple[Row, Any]]) -> list[tuple[Row, Any]]:
+    """Up to `_DECODED` entries from the left whose images have one shape; the others stay."""
+    batch: list[tuple[Row, Any]] = []
+    while ready and len(batch) < _DECODED and (not batch or ready[0][0].plan.shape == batch[0][0].plan.shape):
+        batch.append(ready.popleft())
+    return batch
 
 
 def _check_steps(transformer: Any) -> None:

@@ -104,6 +104,8 @@ class Planner:
         whole_number("seed", request.seed, 0, _LARGEST_SEED - count)
         whole_number("priority", request.priority, -_MOST_PRIORITY, _MOST_PRIORITY)
         whole_number("preview_every", request.preview_every, 0)
+        if request.output_type not in ("image", "latent"):
+            raise ValueError(f"output_type must be image or latent, not {shown(request.output_type)}.")
         if request.deadline is not None:
             real_number("deadline", request.deadline, 0)
         interval = rising_pair("guidance_interval", request.guidance_interval)

@@ -21,6 +21,7 @@ class ImageRequest:
         priority: each level halves the patience with which a request waits for others; -8 to 8.
         deadline: seconds from now until the images are of no use any more; those that are late fail. None for no end.
         preview_every: a preview of each image after every so many steps; 0 for none.
+        output_type: "image", or "latent" for what the decoder would get.
     """
 
     label: int | str | None = None
@@ -36,6 +37,7 @@ class ImageRequest:
     priority: int = 0
     deadline: float | None = None
     preview_every: int = 0
+    output_type: Literal["image", "latent"] = "image"
 
 
 class Event(NamedTuple):
@@ -45,7 +47,7 @@ class Event(NamedTuple):
         kind: "preview" or "image", with an image; "done", after all images; "failed", with an error; "cancelled".
         index: of the image within the request.
         step: of a preview, the steps that are done.
-        image: (height, width, 3) uint8.
+        image: (height, width, 3) uint8, or (C, H, W) float32 of a request for latents.
         error: ValueError, TimeoutError or RuntimeError, whose text is one sentence for users.
     """
 
@@ -67,7 +69,7 @@ class Job:
 
     Args:
         request: as accepted, with the class as an id, and the steps and the guidance that it left open.
-        images: (height, width, 3) uint8 each; None where they are not drawn yet.
+        images: as in `Event`; None where they are not drawn yet.
         error: why it failed.
         state: "waiting", "running", "done", "failed" or "cancelled".
     """
