@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dit_hub.export import export_onnx
 from dit_hub.schedulers import switch_scheduler
 from dit_hub.serving import engine as engine_module
 from dit_hub.serving.engine import Engine
+from dit_hub.serving.pace import Pace
 from dit_hub.serving.passes import Modulations
 from dit_hub.serving.requests import Event, ImageRequest, Job, Pass, QueueFullError
 from dit_hub.serving.runner import FairLock, Runner
@@ -209,6 +210,29 @@ def test_a_whole_sampler_is_refused(make_pipeline: MakePipeline, tmp_path: Path)
 # --- Who is served when ----------------------------------------------------------------------------------------------
 
 
+class SecondARow(Pace):
+    """The pace of a machine that computes a row a second."""
+
+    seconds_per_row = 1.0  # pyright: ignore[reportAssignmentType]
+
+
+def test_passes_have_no_more_rows_than_are_worth_it() -> None:
+    """Where a pass takes time in proportion to its rows, few; where it costs as much whatever its rows, all."""
+
+    def useful(own: float, each: float, sizes: Sequence[int]) -> float:
+        pace = Pace()
+        for size in sizes:
+            pace.note(size, own + each * size)
+        return pace.useful_rows
+
+    varied = [1, 4, 2, 16, 8, 3] * 10
+    assert useful(0.0, 0.03, varied) < 1
+    assert useful(0.001, 0.001, varied) == pytest.approx(10)
+    assert useful(0.001, 0.0, varied) > 1e6
+    assert useful(0.0, 0.03, [2] * 1000) == float("inf")
+    assert useful(0.0, 0.03, []) == float("inf")
+
+
 def test_small_requests_overtake_large_ones_and_large_ones_are_served(make_pipeline: MakePipeline) -> None:
     """Under a stream of small requests that alone fills every pass, a large one ends all the same."""
     clock = Clock()
@@ -216,11 +240,10 @@ def test_small_requests_overtake_large_ones_and_large_ones_are_served(make_pipel
     engine = Engine(make_pipeline(), max_batch=2, clock=clock)
     engine.submit(latent(0, 0, 5, guidance_scale=1.0))
     engine.run()  # so that the time of a pass is known
-    engine._row_seconds = 1.0
+    engine._pace = SecondARow()
     engine.submit(latent(0, 0, 40, guidance_scale=1.0), lambda event: order.append(f"large {event.kind}"))
     first_small = engine.submit(latent(0, 1, 4, guidance_scale=1.0), lambda event: order.append(f"small {event.kind}"))
     for number in range(400):
-        engine._row_seconds = 1.0
         if number % 2 == 0:
             engine.submit(latent(1, 1, 4, guidance_scale=1.0, n=2))
         engine.step()
@@ -236,7 +259,7 @@ def test_small_requests_overtake_large_ones_and_large_ones_are_served(make_pipel
 def test_priority_and_deadlines_decide_who_is_first(make_pipeline: MakePipeline) -> None:
     clock, ended = Clock(), list[str]()
     engine = Engine(make_pipeline(), max_batch=1, clock=clock)
-    engine._row_seconds = 1.0
+    engine._pace = SecondARow()
 
     def submit(name: str, **fields: Any) -> Job:
         request = latent(0, 0, 5, guidance_scale=1.0, **fields)
