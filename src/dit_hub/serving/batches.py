@@ -14,7 +14,7 @@ from typing import Any
 from ..checks import shown
 from ..sharing import Worker
 from .batch_files import Batch, Line, Result, Upload, begin_upload, find_batches, finish_upload
-from .bodies import ImageBody, parse_images, parse_json
+from .bodies import ImageBody, check_limit, parse_images, parse_json
 from .drawing import failure, png_bytes
 from .limits import ApiError, Limits
 from .logs import log
@@ -26,6 +26,9 @@ _PRIORITY = -8
 
 # Between two looks at what a batch waits for: a model that is loaded, room in the queue.
 _SECONDS = 0.2
+
+# Called with the name of a model, and the number of images that it has drawn.
+Counter = Callable[[str, int], None]
 
 # Errors that are not of a line, and keep a batch from going on until someone has looked.
 _PAUSES = ("model_failed", "engine_stopped")
@@ -67,7 +70,7 @@ class Batches:
         self._changed, self._stopping = threading.Condition(), False
         self._batches: dict[str, Batch] = {}
         self._current: Batch | None = None
-        self.count: Callable[[str, int], None] | None = None
+        self.count: Counter | None = None
         begun: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(begun,), name="batches", daemon=True)
         self._thread.start()
@@ -165,7 +168,8 @@ class Batches:
 
     def _finish(self, batch: Batch) -> None:
         try:
-            self._draw(batch)
+            run = _Run(batch, self._models, self._limits, self._in_flight, lambda: self._stopping)
+            run.draw(self.count)
             problem = None
         except _PauseError as error:
             problem = str(error)
@@ -184,28 +188,41 @@ class Batches:
         if not self._stopping:
             log("batch", batch=batch.id, status=batch.status, reason=batch.error)
 
-    def _draw(self, batch: Batch) -> None:
-        """Draw what is missing, with a bounded number of images in flight."""
-        lines, events = batch.missing(), queue.SimpleQueue()
-        working: dict[Job, _Work] = {}
-        waiting: Line | None = None
+
+class _Run:
+    """A batch at work, on the thread of all batches."""
+
+    def __init__(self, batch: Batch, models: Models, limits: Limits, in_flight: int, is_stopping: Callable[[], bool]):
+        self._batch, self._models, self._limits = batch, models, limits
+        self._in_flight, self._is_stopping = in_flight, is_stopping
+        self._working: dict[Job, _Work] = {}
+        self._events: queue.SimpleQueue[tuple[Line, Event]] = queue.SimpleQueue()
+
+    def draw(self, count: Counter | None) -> None:
+        """Draw what is missing, with a bounded number of images in flight.
+
+        Raises:
+            _PauseError: a model cannot be loaded, or an engine has stopped.
+            OSError: the disk is full.
+        """
+        lines, waiting = self._batch.missing(), None
         try:
-            while not self._stopping and batch.status == "in_progress":
-                while sum(work.job.request.n for work in working.values()) < self._in_flight:
+            while not self._is_stopping() and self._batch.status == "in_progress":
+                while sum(work.job.request.n for work in self._working.values()) < self._in_flight:
                     waiting = next(lines, None) if waiting is None else waiting
-                    if waiting is None or not self._begin(batch, waiting, working, events):
+                    if waiting is None or not self._begin(waiting):
                         break
                     waiting = None
-                if not working and waiting is None:
+                if not self._working and waiting is None:
                     return
                 with contextlib.suppress(queue.Empty):
-                    self._hear(batch, working, *events.get(timeout=_SECONDS))
+                    self._hear(*self._events.get(timeout=_SECONDS), count)
         finally:
-            for work in working.values():
+            for work in self._working.values():
                 work.model.runner.cancel(work.job)
                 self._models.release(work.model)
 
-    def _begin(self, batch: Batch, line: Line, working: dict[Job, _Work], events: Any) -> bool:
+    def _begin(self, line: Line) -> bool:
         """Have the engine begin a line; False where that must wait. A line that is wrong is done with at once."""
         record: dict[str, Any] = {"line": line.number + 1}
         try:
@@ -215,14 +232,8 @@ class Batches:
             body = parse_images(record["request"], self._limits)
             if body.stream or body.response_format == "png":
                 raise ApiError(400, "A batch has neither stream nor response_format png.")
-            name = self._models.names[0] if body.model is None else body.model
-            model = self._models.acquire(name)
-            try:
-                request = self._request(batch, line, body, model)
-                job = model.runner.submit(request, lambda event: events.put((line, event)))
-            except BaseException:
-                self._models.release(model)
-                raise
+            check_limit("n", body.n or 1, self._limits.waiting)
+            self._submit(line, body, record)
         except QueueFullError:
             return False
         except (ApiError, ValueError) as error:
@@ -231,41 +242,51 @@ class Batches:
                 raise _PauseError(problem.message) from None
             if problem.status == 503:  # loading, or shutting down
                 return False
-            batch.add(line, Result({**record, "status": problem.status, **problem.content}, []))
-            return True
+            self._batch.add(line, Result({**record, "status": problem.status, **problem.content}, []))
         except RuntimeError:  # the engine has stopped, or does with the server
             return False
-        record |= {"status": 200, "model": name, "label": job.request.label, "seed": request.seed}
-        working[job] = _Work(line, model, job, record)
         return True
 
-    def _request(self, batch: Batch, line: Line, body: ImageBody, model: Loaded) -> ImageRequest:
+    def _submit(self, line: Line, body: ImageBody, record: dict[str, Any]) -> None:
+        name = self._models.names[0] if body.model is None else body.model
+        model = self._models.acquire(name)
+        try:
+            request = self._request(line, body, model)
+            job = model.runner.submit(request, lambda event: self._events.put((line, event)))
+        except BaseException:
+            self._models.release(model)
+            raise
+        record |= {"status": 200, "model": name, "label": job.request.label, "seed": request.seed}
+        self._working[job] = _Work(line, model, job, record)
+
+    def _request(self, line: Line, body: ImageBody, model: Loaded) -> ImageRequest:
         """The request of a line; its seed is the same after a restart."""
         if body.seed is None:
-            digest = hashlib.sha256(f"{batch.id}/{line.number}".encode()).digest()
+            digest = hashlib.sha256(f"{self._batch.id}/{line.number}".encode()).digest()
             body.seed = int.from_bytes(digest[:4], "big") // 2
         steps = model.usual_steps(body.scheduler) if body.num_inference_steps is None else body.num_inference_steps
         asked = body.to_request(self._limits, model.id2label, steps, model.size, None)
         return replace(asked, priority=_PRIORITY)
 
-    def _hear(self, batch: Batch, working: dict[Job, _Work], line: Line, event: Event) -> None:
+    def _hear(self, line: Line, event: Event, count: Counter | None) -> None:
         """Take what the engine says of a line."""
-        work = next((one for one in working.values() if one.line is line), None)
+        work = next((one for one in self._working.values() if one.line is line), None)
         if work is None:
             return
         if event.kind == "image" and event.image is not None:
             work.images[event.index] = png_bytes(event.image)
-        elif event.kind in ("done", "failed"):
-            stopped = work.model.runner.error
-            if event.kind == "failed" and stopped is not None:
+        elif event.kind == "done":
+            if count is not None:
+                count(work.record["model"], len(work.images))
+            self._leave(work, work.record, [work.images[index] for index in sorted(work.images)])
+        elif event.kind == "failed":
+            if work.model.runner.error is not None:
                 raise _PauseError("The engine has stopped; the server must be restarted.")
-            if event.kind == "failed" and self._stopping:
-                return
-            del working[work.job]
-            self._models.release(work.model)
-            problem = None if event.kind == "done" else failure(event.error)
-            if problem is None and self.count is not None:
-                self.count(work.record["model"], len(work.images))
-            told = {} if problem is None else {"status": problem.status, **problem.content}
-            images = [] if problem is not None else [work.images[index] for index in sorted(work.images)]
-            batch.add(work.line, Result(work.record | told, images))
+            if not self._is_stopping():  # else it is drawn again at the next start
+                problem = failure(event.error)
+                self._leave(work, {**work.record, "status": problem.status, **problem.content}, [])
+
+    def _leave(self, work: _Work, record: dict[str, Any], images: list[bytes]) -> None:
+        del self._working[work.job]
+        self._models.release(work.model)
+        self._batch.add(work.line, Result(record, images))
