@@ -53,6 +53,7 @@ def serve(
     check_device(device)
     from ..checks import real_number, whole_number
     from ..serving.app import create_app
+    from ..serving.batches import Batches
     from ..serving.limits import Limits
     from ..serving.logs import log_as_json
     from ..serving.models import Models, named_sources
@@ -70,8 +71,9 @@ def serve(
     load: Any = partial(load_pipeline, scheduler=scheduler, threads=threads, device=device, dtype=dtype)
     options: dict[str, Any] = {"max_batch": whole_number("--max-batch", max_batch, 2), "max_waiting": limits.waiting}
     served = Models(named_sources(models), load, memory_limit, **options)
-    app = create_app(served, limits, api_key or None, batch_dir)
     with listen(host, port) as socket:
+        batches = None if batch_dir is None else Batches(batch_dir, served, limits)
+        app = create_app(served, limits, api_key or None, batches)
         url = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
         log_as_json()
         server = make_server(app, shutdown_seconds)
