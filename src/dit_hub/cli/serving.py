@@ -56,6 +56,7 @@ def serve(
                          "pass --no-auth.")  # fmt: skip
     quiet_libraries()
     check_dtype(dtype)
+    _check_runtime(runtime, device)
     check_device(device)
     from ..checks import real_number, whole_number
     from ..serving.app import create_app
@@ -74,7 +75,6 @@ def serve(
     )
     real_number("--shutdown-seconds", shutdown_seconds, 0)
     memory_limit = None if memory is None else int(real_number("--memory", memory, 0) * 2**30)
-    _check_runtime(runtime, device)
     load: Any = partial(load_pipeline, scheduler=scheduler, threads=threads, device=device, dtype=dtype)
     options: dict[str, Any] = {"max_batch": whole_number("--max-batch", max_batch, 2), "max_waiting": limits.waiting}
     with listen(host, port) as socket, tempfile.TemporaryDirectory(prefix="dit-hub-") as exports:
