@@ -12,6 +12,7 @@ import httpx2
 
 from dit_hub import DiTPipeline
 from dit_hub.serving.app import create_app
+from dit_hub.serving.batches import Batches
 from dit_hub.serving.limits import Limits
 from dit_hub.serving.models import Models
 from dit_hub.serving.server import listen, make_server
@@ -79,7 +80,8 @@ def serving(
     """A server for the block, by default of the embedded model; `ready` waits until its first model is loaded."""
     limits = limits or Limits()
     models = Models(sources or {TOY: TOY}, load, memory_limit, max_waiting=limits.waiting, **options)
-    app = create_app(models, limits, api_key, batch_folder)
+    batches = None if batch_folder is None else Batches(batch_folder, models, limits)
+    app = create_app(models, limits, api_key, batches)
     server = make_server(app, shutdown_seconds)
     with listen("127.0.0.1", 0) as socket:
         url = f"http://127.0.0.1:{socket.getsockname()[1]}"

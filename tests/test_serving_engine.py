@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 
 from dit_hub import DiTPipeline
 from dit_hub.export import export_onnx
-from dit_hub.schedulers import switch_scheduler
+from dit_hub.schedulers import TableScheduler, switch_scheduler
 from dit_hub.serving import engine as engine_module
 from dit_hub.serving.engine import Engine
+from dit_hub.serving.pace import Pace
 from dit_hub.serving.passes import Modulations
 from dit_hub.serving.requests import Event, ImageRequest, Job, Pass, QueueFullError
 from dit_hub.serving.runner import FairLock, Runner
@@ -76,6 +77,7 @@ CROWD = [
     latent(0, 5, 50, scheduler="ddpm", guidance_scale=1.0, n=2),
     latent(1, 6, 12, scheduler="unipc", guidance_scale=7.5, n=3),
     latent(2, 7, 25, scheduler="ddim", eta=0.7, guidance_interval=(0.0, 0.5)),
+    latent(2, 7, 25, scheduler="ddim", eta=0.0),
     latent(3, 8, 15, scheduler="deis", guidance_scale=0.0),
     latent(0, 9, 10, scheduler="heun"),
     latent(1, 10, 10, scheduler="euler", guidance_interval=(0.5, 0.5)),
@@ -108,6 +110,18 @@ def test_images_of_a_mixed_crowd_are_those_of_solo_runs(make_pipeline: MakePipel
         engine.decode()
     assert {job.state for job in cancelled} >= {"cancelled"}
     check(pipeline, jobs)
+
+
+def test_schedulers_that_clip_or_start_from_less_noise(make_pipeline: MakePipeline) -> None:
+    from diffusers import DDPMScheduler
+
+    faint = TableScheduler(TableScheduler.from_name("searched").config.tables, init_noise_sigma=0.8)
+    for scheduler in (DDPMScheduler(clip_sample=True), faint):
+        pipeline = make_pipeline(scheduler=scheduler, learn_sigma=False)
+        engine = Engine(pipeline)
+        jobs = [engine.submit(latent(seed, seed, 7 + seed)) for seed in range(3)]
+        engine.run()
+        check(pipeline, jobs)
 
 
 def test_a_batch_of_one_row_and_rows_of_a_filled_batch_draw_the_same(make_pipeline: MakePipeline) -> None:
@@ -209,6 +223,29 @@ def test_a_whole_sampler_is_refused(make_pipeline: MakePipeline, tmp_path: Path)
 # --- Who is served when ----------------------------------------------------------------------------------------------
 
 
+class SecondARow(Pace):
+    """The pace of a machine that computes a row a second."""
+
+    seconds_per_row = 1.0  # pyright: ignore[reportAssignmentType]
+
+
+def test_passes_have_no_more_rows_than_are_worth_it() -> None:
+    """Where a pass takes time in proportion to its rows, few; where it costs as much whatever its rows, all."""
+
+    def useful(own: float, each: float, sizes: Sequence[int]) -> float:
+        pace = Pace()
+        for size in sizes:
+            pace.note(size, own + each * size)
+        return pace.useful_rows
+
+    varied = [1, 4, 2, 16, 8, 3] * 10
+    assert useful(0.0, 0.03, varied) < 1
+    assert useful(0.001, 0.001, varied) == pytest.approx(10)
+    assert useful(0.001, 0.0, varied) > 1e6
+    assert useful(0.0, 0.03, [2] * 1000) == float("inf")
+    assert useful(0.0, 0.03, []) == float("inf")
+
+
 def test_small_requests_overtake_large_ones_and_large_ones_are_served(make_pipeline: MakePipeline) -> None:
     """Under a stream of small requests that alone fills every pass, a large one ends all the same."""
     clock = Clock()
@@ -216,11 +253,10 @@ def test_small_requests_overtake_large_ones_and_large_ones_are_served(make_pipel
     engine = Engine(make_pipeline(), max_batch=2, clock=clock)
     engine.submit(latent(0, 0, 5, guidance_scale=1.0))
     engine.run()  # so that the time of a pass is known
-    engine._row_seconds = 1.0
+    engine._pace = SecondARow()
     engine.submit(latent(0, 0, 40, guidance_scale=1.0), lambda event: order.append(f"large {event.kind}"))
     first_small = engine.submit(latent(0, 1, 4, guidance_scale=1.0), lambda event: order.append(f"small {event.kind}"))
     for number in range(400):
-        engine._row_seconds = 1.0
         if number % 2 == 0:
             engine.submit(latent(1, 1, 4, guidance_scale=1.0, n=2))
         engine.step()
@@ -236,7 +272,7 @@ def test_small_requests_overtake_large_ones_and_large_ones_are_served(make_pipel
 def test_priority_and_deadlines_decide_who_is_first(make_pipeline: MakePipeline) -> None:
     clock, ended = Clock(), list[str]()
     engine = Engine(make_pipeline(), max_batch=1, clock=clock)
-    engine._row_seconds = 1.0
+    engine._pace = SecondARow()
 
     def submit(name: str, **fields: Any) -> Job:
         request = latent(0, 0, 5, guidance_scale=1.0, **fields)
@@ -377,6 +413,10 @@ def test_an_error_in_one_row_fails_that_request_alone(make_pipeline: MakePipelin
     assert [job.state for job in jobs] == ["done", "done", "failed", "done"]
     assert "device assert" in str(jobs[2].error)
     check(pipeline, [jobs[0], jobs[1], jobs[3]])
+    for seed in range(12):  # one after the other is no broken runtime, while others succeed
+        engine.submit(latent(2, seed, 2))
+        engine.submit(latent(1, seed, 2))
+        engine.run()
 
 
 def test_passes_shrink_where_memory_does_not_suffice(make_pipeline: MakePipeline) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from .drawing import Drawing, encoded_png, encoded_text
 from .limits import ApiError
@@ -30,10 +30,8 @@ _USAGE = {
 Counter = Callable[[int], None]
 
 
-class Json(Response):
+class Json(JSONResponse):
     """JSON in ASCII: no text of a client's, whatever is in it, makes an answer fail."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content).encode()

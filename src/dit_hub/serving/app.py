@@ -3,7 +3,6 @@
 import time
 from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -12,55 +11,19 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..checks import shown
 from .answers import EventStream, Json, whole_answer
+from .batch_routes import batch_routes
+from .batches import Batches
 from .bodies import images_schema, parse_images, parse_json, read_body
 from .drawing import drawing
 from .limits import ApiError, Limits, retry_later
 from .metrics import Metrics
 from .middleware import Guard, Service
 from .models import Loaded, Models
-
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-
-_MEANINGS = {
-    400: "A field is wrong; the message is one sentence.",
-    401: "The key is missing or wrong.",
-    404: "There is no such thing.",
-    405: "There is no such method.",
-    408: "The body did not arrive in time.",
-    409: "Not in this state.",
-    413: "The body is too long.",
-    415: "Another Content-Type is needed.",
-    429: "Too much is waiting; Retry-After says when to come back.",
-    500: "An image could not be drawn.",
-    503: "Not ready: loading, shutting down or stopped.",
-    504: "Not drawn in time.",
-    507: "The disk is full.",
-}
-
-
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of answers other than success."""
-    content = {"application/json": {"schema": _ERROR}}
-    return {status: {"description": _MEANINGS[status], "content": content} for status in (401, 503, *statuses)}
+from .openapi import documented
 
 
 def create_app(
-    models: Models, limits: Limits | None = None, api_key: str | None = None, batch_folder: Path | None = None
+    models: Models, limits: Limits | None = None, api_key: str | None = None, batches: Batches | None = None
 ) -> FastAPI:
     """The ASGI application of a server.
 
@@ -68,17 +31,20 @@ def create_app(
         models: which it serves; whoever calls this starts and closes them.
         limits: bounds of what it takes on.
         api_key: asked of everyone but /health and /ready; None for nobody.
-        batch_folder: for /v1/batches, which are off without it.
+        batches: for /v1/batches, which is off without them.
     """
     app = FastAPI(title="dit-hub", version=__version__, docs_url=None, redoc_url=None)
     metrics, service = Metrics(models), Service()
     models.observer = metrics.observe_pass
+    if batches is not None:
+        batches.count = metrics.count_images
     app.state.models, app.state.limits = models, limits or Limits()
-    app.state.metrics, app.state.service, app.state.batches = metrics, service, None
+    app.state.metrics, app.state.service, app.state.batches = metrics, service, batches
     app.add_middleware(Guard, service=service, metrics=metrics, api_key=api_key)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     _add_routes(app)
+    app.include_router(batch_routes())
     return app
 
 

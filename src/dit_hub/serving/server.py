@@ -23,6 +23,9 @@ from .models import Models
 # A client must take as much of its answer in `Limits.write_seconds`.
 _TAKEN_BYTES = 2**16
 
+# Clients and proxies keep connections for later requests; uvicorn's 5 seconds are less than most of them expect.
+_IDLE_SECONDS = 75
+
 # What is cut off at the end still gets its answer within so many seconds.
 _LAST_SECONDS = 3.0
 
@@ -150,6 +153,7 @@ def make_server(app: FastAPI, shutdown_seconds: float = 30.0) -> _Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
         limit_concurrency=limits.connections,
         timeout_graceful_shutdown=round(_LAST_SECONDS),
         backlog=limits.connections,
