@@ -257,6 +257,7 @@ def test_the_document_has_the_tables_of_the_example(
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
+        (Plan(ring=0), "The numbers of a plan are 1 or more"),
         (Plan(cfg=4), "Guidance has two halves"),
         (Plan(ulysses=32), "16 heads cannot be shared by 32 GPUs"),
         (Plan(ring=3), "4096 tokens cannot be shared by 3 GPUs"),

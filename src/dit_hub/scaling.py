@@ -299,6 +299,8 @@ def misfit(config: DiTConfig, plan: Plan, images: int = 1, guided: bool = True) 
     """Why a model cannot be split by a plan, in a sentence; None where it can."""
     if not config.modulation_rows:
         return f"The model of costs covers adaLN-Zero and adaLN, not {config.conditioning}."
+    if plan.replicas * plan.per_replica < 1 or plan.patches < 0:
+        return f"The numbers of a plan are 1 or more, and those of {plan!r} are not."
     if plan.cfg not in (1, 2) or (plan.cfg == 2 and not guided):
         return "Guidance has two halves, which one or two GPUs compute; without guidance there is one."
     if sum(number > 1 for number in (plan.ulysses * plan.ring, plan.tensor, plan.stages)) > 1:

@@ -154,8 +154,12 @@ class Replica:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         runner = (await self._resident(serve.get_multiplexed_model_id())).runner
+        submitting = asyncio.ensure_future(asyncio.to_thread(runner.submit, request, listen))
         try:
-            job = await asyncio.to_thread(runner.submit, request, listen)
+            job = await asyncio.shield(submitting)
+        except asyncio.CancelledError:  # whoever asked has left meanwhile
+            submitting.add_done_callback(lambda done: done.exception() or runner.cancel(done.result()))
+            raise
         except QueueFullError as error:
             yield Reply("full", (str(error), error.retry_after))
             return
