@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.distributed import DistributedConfig
 
 from dit_hub import DiTConfig, DiTPipeline, DiTTransformer
+from dit_hub.flops import count
 from dit_hub.parallel import CFGParallel
 from dit_hub.scaling import H100, Machine, Plan, cost, operations, plans, recommend, tokens, transfers, weights
 
@@ -134,7 +135,7 @@ def modelled(config: DiTConfig, plan: Plan) -> dict[str, list[int]]:
 
 
 def _check(counts: list[Any], name: str, config: DiTConfig, plan: Plan) -> None:
-    for sent, flops in (count[name] for count in counts):
+    for sent, flops in (each[name] for each in counts):
         assert (sent, flops) == (modelled(config, plan), operations(config, plan, rows=2)), name
 
 
@@ -146,12 +147,12 @@ def test_two_processes_send_and_compute_what_the_model_says(make_model: MakeMode
     for name in ("cfg", "tensor", "ulysses", "ring"):
         _check(counts, name, config, Plan(**{name: 2}))
     plan = Plan(stages=2)
-    (first, first_flops), (last, last_flops) = (count["stages"] for count in counts)
+    (first, first_flops), (last, last_flops) = (each["stages"] for each in counts)
     assert modelled(config, plan) == {"send": first["send"], "broadcast": last["broadcast"]}
     assert "send" not in last
     assert max(first_flops, last_flops) == operations(config, plan, rows=2)
     assert counts[0]["tensor weights"] == 4 * weights(config, Plan(tensor=2))
-    assert max(count["weights"] for count in counts) <= 4 * weights(config, plan)  # embeddings are not parts of stages
+    assert max(each["weights"] for each in counts) <= 4 * weights(config, plan)  # embeddings are not parts of stages
     for number, run in enumerate(RUNS):
         expected = _draw(DiTPipeline(model, DDIMScheduler()), **run)
         for each in drawn:
@@ -225,6 +226,12 @@ def test_times_follow_from_counts() -> None:
     assert cost(XL, Plan(ulysses=4), hidden).step_seconds == pytest.approx(computing)
     slow = Machine(gpus_per_node=1, efficiency=0.4, block_seconds=0, memory_bandwidth=1e18)
     assert cost(XL, Plan(ulysses=4), slow).latency > cost(XL, Plan(ulysses=4), machine).latency
+
+
+def test_the_estimate_of_memory_is_near_what_is_counted() -> None:
+    config = DiTConfig.from_name("DiT-S/4", image_size=512)
+    estimate = cost(config, Plan(), guided=False, itemsize=4).memory - 4 * weights(config, Plan())
+    assert estimate == pytest.approx(count(config).peak, rel=0.1)
 
 
 def test_advice_is_ordered_and_fits() -> None:
