@@ -162,7 +162,7 @@ class Passes:
         return previews
 
     def _keep_pace(self) -> None:
-        """Wait for the pass before this one: a GPU computes one while the next is prepared, and is never further behind.
+        """Wait for the pass before this one: a GPU computes one while the next is prepared, and no more wait.
 
         Without it, passes would be queued long before they are computed: who joins and who leaves would be settled too
         early, and their times would say nothing.
