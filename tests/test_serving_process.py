@@ -6,30 +6,13 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from command_line import Command, dit_hub
-from served import IMAGES, TOY, wait_for
-
-
-@contextmanager
-def started(folder: Path, *arguments: object, file_limit: int | None = None) -> Iterator[tuple[Command, str]]:
-    """A server's process and its address; killed at the end of the block if it still runs."""
-    process = Command("serve", *arguments, "--port", 0, cwd=folder, file_limit=file_limit)
-    try:
-        wait_for(lambda: "curl" in process.printed() or not process.running(), "the address", 120)
-        found = re.search(r"http://\S+(?=;)", process.printed())
-        assert found, process.wait().stderr
-        wait_for(lambda: httpx2.get(f"{found[0]}/ready").status_code == 200, "the model", 120)
-        yield process, found[0]
-    finally:
-        if process.running():
-            process.send_signal(signal.SIGKILL)
+from .command_line import dit_hub
+from .served import IMAGES, TOY, started, wait_for
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -177,6 +177,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None)
+        reason = str(error) if number is None or isinstance(error, socket.gaierror) else os.strerror(number)
         raise ValueError(f"The server cannot listen on {host} port {port}: {reason}; choose others with --host and "
                          "--port.") from None  # fmt: skip
