@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-processors test-slow mutation check format bench bench-checkpoints bench-gpu bench-training-gpu toy clean
+.PHONY: help demo test test-quick test-processors test-slow mutation check format bench bench-checkpoints bench-serving bench-gpu bench-training-gpu toy clean
 
 help:  ## Show the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -87,6 +87,13 @@ bench: .venv/.installed  ## Print the speed tables of benchmarks/README.md for t
 
 bench-checkpoints: .venv/.installed  ## Convert and load an XL/2 checkpoint beside a plain copy (11 GB of disk, 3 minutes).
 	$(BIN)/python benchmarks/checkpoints.py
+
+bench-serving: .venv/.installed  ## Latency against load of `dit-hub serve` and other servers (15 minutes).
+	@test -d build/litserve || $(BIN)/python -m pip install --quiet --no-deps --target build/litserve litserve==0.2.19 pyzmq
+	PYTHONPATH=build/litserve $(BIN)/python benchmarks/serving.py --model toy --runtime onnxruntime --out docs/serving-toy
+	PYTHONPATH=build/litserve $(BIN)/python benchmarks/serving.py --model toy --runtime pytorch
+	$(BIN)/python benchmarks/serving.py --model S/2 --runtime onnxruntime --shares 0.5 0.7 --seconds 90
+	$(BIN)/python benchmarks/serving.py --model S/2 --runtime pytorch --shares 0.7 --seconds 90
 
 bench-gpu: .venv/.installed  ## Latency of XL/2 on an NVIDIA GPU: eager, compiled and TensorRT.
 	$(BIN)/python benchmarks/gpu.py

@@ -12,7 +12,7 @@ import torch
 
 from dit_hub import DiTPipeline
 from dit_hub.export import export_onnx
-from dit_hub.schedulers import switch_scheduler
+from dit_hub.schedulers import TableScheduler, switch_scheduler
 from dit_hub.serving import engine as engine_module
 from dit_hub.serving.engine import Engine
 from dit_hub.serving.pace import Pace
@@ -77,6 +77,7 @@ CROWD = [
     latent(0, 5, 50, scheduler="ddpm", guidance_scale=1.0, n=2),
     latent(1, 6, 12, scheduler="unipc", guidance_scale=7.5, n=3),
     latent(2, 7, 25, scheduler="ddim", eta=0.7, guidance_interval=(0.0, 0.5)),
+    latent(2, 7, 25, scheduler="ddim", eta=0.0),
     latent(3, 8, 15, scheduler="deis", guidance_scale=0.0),
     latent(0, 9, 10, scheduler="heun"),
     latent(1, 10, 10, scheduler="euler", guidance_interval=(0.5, 0.5)),
@@ -109,6 +110,18 @@ def test_images_of_a_mixed_crowd_are_those_of_solo_runs(make_pipeline: MakePipel
         engine.decode()
     assert {job.state for job in cancelled} >= {"cancelled"}
     check(pipeline, jobs)
+
+
+def test_schedulers_that_clip_or_start_from_less_noise(make_pipeline: MakePipeline) -> None:
+    from diffusers import DDPMScheduler
+
+    faint = TableScheduler(TableScheduler.from_name("searched").config.tables, init_noise_sigma=0.8)
+    for scheduler in (DDPMScheduler(clip_sample=True), faint):
+        pipeline = make_pipeline(scheduler=scheduler, learn_sigma=False)
+        engine = Engine(pipeline)
+        jobs = [engine.submit(latent(seed, seed, 7 + seed)) for seed in range(3)]
+        engine.run()
+        check(pipeline, jobs)
 
 
 def test_a_batch_of_one_row_and_rows_of_a_filled_batch_draw_the_same(make_pipeline: MakePipeline) -> None:
@@ -400,6 +413,10 @@ def test_an_error_in_one_row_fails_that_request_alone(make_pipeline: MakePipelin
     assert [job.state for job in jobs] == ["done", "done", "failed", "done"]
     assert "device assert" in str(jobs[2].error)
     check(pipeline, [jobs[0], jobs[1], jobs[3]])
+    for seed in range(12):  # one after the other is no broken runtime, while others succeed
+        engine.submit(latent(2, seed, 2))
+        engine.submit(latent(1, seed, 2))
+        engine.run()
 
 
 def test_passes_shrink_where_memory_does_not_suffice(make_pipeline: MakePipeline) -> None:

@@ -41,8 +41,9 @@ def test_a_signal_lets_accepted_requests_finish(tmp_path: Path, number: int) -> 
     assert "s3cret" not in result.stdout + result.stderr
 
 
-def test_the_curl_line_draws_an_image(tmp_path: Path) -> None:
-    with started(tmp_path, TOY) as (process, _):
+@pytest.mark.parametrize("arguments", [[], ["--runtime", "onnxruntime"]], ids=str)
+def test_the_curl_line_draws_an_image(tmp_path: Path, arguments: list[str]) -> None:
+    with started(tmp_path, TOY, *arguments) as (process, _):
         line = process.printed().splitlines()[1]
         subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "image.png").read_bytes().startswith(b"\x89PNG")
@@ -64,6 +65,8 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     [
         (["nowhere"], "There is no folder and no embedded model 'nowhere'"),
         ([TOY, TOY], f"are both named {TOY}"),
+        ([TOY, "--runtime", "tensorrt"], "--runtime must be onnxruntime or openvino, not 'tensorrt'"),
+        ([TOY, "--runtime", "openvino", "--device", "cuda"], "--runtime openvino computes on the processor"),
         ([TOY, "--host", "0.0.0.0"], "On 0.0.0.0 anyone could use this server"),
         ([TOY, "--host", "203.0.113.1", "--no-auth"], "cannot listen on 203.0.113.1 port 8000"),
         ([TOY, "--port", "70000"], "port 70000"),

@@ -1,6 +1,8 @@
 """`dit-hub serve`."""
 
 import ipaddress
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,10 @@ def serve(
     scheduler: Annotated[str | None, typer.Option(help=f"{SCHEDULERS_HELP} Requests may name others.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; the decoder stays in float32.")] = "float32",
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: one per core.")] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="onnxruntime or openvino: what models in PyTorch are exported to when they are loaded."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps, for models in PyTorch.")] = "cpu",
     api_key: Annotated[
         str | None,
@@ -50,6 +56,7 @@ def serve(
                          "pass --no-auth.")  # fmt: skip
     quiet_libraries()
     check_dtype(dtype)
+    _check_runtime(runtime, device)
     check_device(device)
     from ..checks import real_number, whole_number
     from ..serving.app import create_app
@@ -70,8 +77,10 @@ def serve(
     memory_limit = None if memory is None else int(real_number("--memory", memory, 0) * 2**30)
     load: Any = partial(load_pipeline, scheduler=scheduler, threads=threads, device=device, dtype=dtype)
     options: dict[str, Any] = {"max_batch": whole_number("--max-batch", max_batch, 2), "max_waiting": limits.waiting}
-    served = Models(named_sources(models), load, memory_limit, **options)
-    with listen(host, port) as socket:
+    with listen(host, port) as socket, tempfile.TemporaryDirectory(prefix="dit-hub-") as exports:
+        if runtime is not None:
+            load = partial(_load_exported, runtime=runtime, folder=Path(exports), load=load)
+        served = Models(named_sources(models), load, memory_limit, **options)
         batches = None if batch_dir is None else Batches(batch_dir, served, limits)
         app = create_app(served, limits, api_key or None, batches)
         url = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
@@ -81,6 +90,35 @@ def serve(
         print(f"Serving {', '.join(served.names)} at {url}; Ctrl-C ends it. To try it:")
         print(_curl(url, served.names[0], bool(api_key)), flush=True)
         server.run([socket])
+
+
+def _check_runtime(runtime: str | None, device: str) -> None:
+    if runtime is None:
+        return
+    if runtime not in ("onnxruntime", "openvino"):
+        raise ValueError(f"--runtime must be onnxruntime or openvino, not {runtime!r}; for TensorRT, serve a "
+                         "folder that `dit-hub export tensorrt` made.")  # fmt: skip
+    if device != "cpu":
+        raise ValueError(
+            f"--runtime {runtime} computes on the processor; leave out --device, or serve an exported folder."
+        )
+    for module in ("onnx", runtime):
+        require(module, "onnx" if runtime == "onnxruntime" else "openvino")
+
+
+def _load_exported(source: str, runtime: str, folder: Path, load: Callable[[str], Any]) -> Any:
+    """The pipeline of a source on another runtime than PyTorch; one that is an export stays as it is."""
+    import torch
+
+    from ..export import export_onnx
+    from ..pipeline_dit import DiTPipeline
+
+    pipeline = DiTPipeline.from_pretrained(source)
+    if not isinstance(pipeline.transformer, torch.nn.Module):
+        return load(source)
+    exported = folder / str(len(list(folder.iterdir())))
+    export_onnx(pipeline, exported, runtime=runtime, precompute=True)
+    return load(str(exported))
 
 
 def _is_loopback(host: str) -> bool:
