@@ -93,3 +93,12 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
         result = dit_hub("serve", TOY, "--port", port, cwd=tmp_path)
     assert result.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in result.stderr
+
+
+def test_a_folder_that_is_no_model_ends_the_server(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{")
+    result = dit_hub("serve", "model", "--port", 0, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "model" in result.stderr.splitlines()[-1]

@@ -116,7 +116,9 @@ class _Server(uvicorn.Server):
     def stop(self) -> None:
         """Begin the end, from any thread."""
         self._signalled = True
-        if self._loop is not None:
+        if self._loop is None:
+            self.should_exit = True
+        else:
             self._loop.call_soon_threadsafe(self._begin)
 
     def _begin(self) -> None:
