@@ -1,5 +1,7 @@
-"""Servers of tests: a real one on a loopback port, on a thread of the tests."""
+"""Servers of tests on loopback ports: on a thread of the tests, or as a process."""
 
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ from dit_hub.serving.batches import Batches
 from dit_hub.serving.limits import Limits
 from dit_hub.serving.models import Models
 from dit_hub.serving.server import listen, make_server
+
+from .command_line import Command
 
 TOY = "dit-toy-shapes"
 IMAGES = "/v1/images/generations"
@@ -100,3 +104,18 @@ def serving(
             server.stop()
             thread.join(60)
             assert not thread.is_alive()
+
+
+@contextmanager
+def started(folder: Path, *arguments: object, file_limit: int | None = None) -> Iterator[tuple[Command, str]]:
+    """A server's process and its address; killed at the end of the block if it still runs."""
+    process = Command("serve", *arguments, "--port", 0, cwd=folder, file_limit=file_limit)
+    try:
+        wait_for(lambda: "curl" in process.printed() or not process.running(), "the address", 120)
+        found = re.search(r"http://\S+(?=;)", process.printed())
+        assert found, process.wait().stderr
+        wait_for(lambda: httpx2.get(f"{found[0]}/ready").status_code == 200, "the model", 120)
+        yield process, found[0]
+    finally:
+        if process.running():
+            process.send_signal(signal.SIGKILL)

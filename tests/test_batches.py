@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 from dit_hub.serving.limits import Limits
-from served import TOY, Served, quiet_pipeline, serving, wait_for
-from test_serving_process import started
+
+from .served import TOY, Served, quiet_pipeline, serving, started, wait_for
 
 JSONL = {"Content-Type": "application/jsonl"}
 

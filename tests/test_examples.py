@@ -113,3 +113,11 @@ def test_solvers_fall_with_their_order(tmp_path: Path) -> None:
     assert image.stat().st_size > 10_000
     document = (ROOT / "docs" / "solvers.md").read_text()
     assert printed.splitlines()[0] in document  # the same columns
+
+
+def test_a_servers_metrics_are_drawn(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    image = tmp_path / "metrics.png"
+    printed = run("serving_metrics.py", tmp_path / "here", "--seconds", "3", "--rate", "20", "--out", str(image))
+    assert int(printed.split()[0]) > 5
+    assert image.stat().st_size > 10_000

@@ -21,7 +21,8 @@ from PIL import Image
 
 from dit_hub import DiTPipeline
 from dit_hub.serving.limits import Limits
-from served import IMAGES, TOY, Served, quiet_pipeline, serving, wait_for
+
+from .served import IMAGES, TOY, Served, quiet_pipeline, serving, wait_for
 
 # A pipeline's PNG is rounded from the same floats, which the engine may sum in another order.
 ROUNDING = 1

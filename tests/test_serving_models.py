@@ -10,7 +10,8 @@ import torch
 
 from dit_hub import DiTPipeline
 from dit_hub.serving.models import Models, named_sources
-from served import TOY, quiet_pipeline, serving, wait_for
+
+from .served import TOY, quiet_pipeline, serving, wait_for
 
 MakePipeline = Callable[..., Any]
 

@@ -6,30 +6,13 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from command_line import Command, dit_hub
-from served import IMAGES, TOY, wait_for
-
-
-@contextmanager
-def started(folder: Path, *arguments: object, file_limit: int | None = None) -> Iterator[tuple[Command, str]]:
-    """A server's process and its address; killed at the end of the block if it still runs."""
-    process = Command("serve", *arguments, "--port", 0, cwd=folder, file_limit=file_limit)
-    try:
-        wait_for(lambda: "curl" in process.printed() or not process.running(), "the address", 120)
-        found = re.search(r"http://\S+(?=;)", process.printed())
-        assert found, process.wait().stderr
-        wait_for(lambda: httpx2.get(f"{found[0]}/ready").status_code == 200, "the model", 120)
-        yield process, found[0]
-    finally:
-        if process.running():
-            process.send_signal(signal.SIGKILL)
+from .command_line import dit_hub
+from .served import IMAGES, TOY, started, wait_for
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -110,3 +93,12 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path) -> None:
         result = dit_hub("serve", TOY, "--port", port, cwd=tmp_path)
     assert result.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in result.stderr
+
+
+def test_a_folder_that_is_no_model_ends_the_server(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{")
+    result = dit_hub("serve", "model", "--port", 0, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "model" in result.stderr.splitlines()[-1]

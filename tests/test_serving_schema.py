@@ -19,7 +19,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from dit_hub.serving.limits import Limits
-from served import Served, serving
+
+from .served import Served, serving
 
 # Not among them: that data of the right shape is accepted, for the names of classes and schedulers are not in it.
 CHECKS = [

@@ -86,10 +86,13 @@ def serve(
         url = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}"
         log_as_json()
         server = make_server(app, shutdown_seconds)
-        served.start()
+        problems: list[ValueError] = []
+        served.start(lambda problem: (problems.append(problem), server.stop()))
         print(f"Serving {', '.join(served.names)} at {url}; Ctrl-C ends it. To try it:")
         print(_curl(url, served.names[0], bool(api_key)), flush=True)
         server.run([socket])
+        if problems:
+            raise problems[0]
 
 
 def _check_runtime(runtime: str | None, device: str) -> None:
@@ -110,7 +113,8 @@ def _load_exported(source: str, runtime: str, folder: Path, load: Callable[[str]
     """The pipeline of a source on another runtime than PyTorch; one that is an export stays as it is."""
     import torch
 
-    from ..export import export_onnx
+    from dit_hub.export import export_onnx
+
     from ..pipeline_dit import DiTPipeline
 
     pipeline = DiTPipeline.from_pretrained(source)

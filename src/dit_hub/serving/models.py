@@ -139,6 +139,7 @@ class Models:
         self._closed = False
         self.was_ready = False
         self._loader: threading.Thread | None = None
+        self._give_up: Callable[[ValueError], object] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -155,8 +156,9 @@ class Models:
         """Whether a model is being loaded."""
         return any(entry.state == "loading" for entry in self._entries.values())
 
-    def start(self) -> None:
-        """Begin to load the first model."""
+    def start(self, give_up: Callable[[ValueError], object] | None = None) -> None:
+        """Begin to load the first model; `give_up` is called where that is none, so that trying again is of no use."""
+        self._give_up = give_up
         self._loader = threading.Thread(target=self._work, name="loading", daemon=True)
         self._loader.start()
         self._order(next(iter(self._entries.values())))
@@ -247,7 +249,10 @@ class Models:
                 entry.failed_at = time.monotonic()
                 entry.state = "failed"
                 reason = " ".join(str(error).split())
-                log("model failed", logging.ERROR, model=entry.name, reason=f"{type(error).__name__}: {reason}")
+                if isinstance(error, ValueError) and self._give_up is not None and not self.was_ready:
+                    self._give_up(error)
+                else:
+                    log("model failed", logging.ERROR, model=entry.name, reason=f"{type(error).__name__}: {reason}")
                 continue
             with self._changed:
                 loaded.used = time.monotonic()

@@ -116,7 +116,9 @@ class _Server(uvicorn.Server):
     def stop(self) -> None:
         """Begin the end, from any thread."""
         self._signalled = True
-        if self._loop is not None:
+        if self._loop is None:
+            self.should_exit = True
+        else:
             self._loop.call_soon_threadsafe(self._begin)
 
     def _begin(self) -> None:
@@ -177,6 +179,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None)
+        reason = str(error) if number is None or isinstance(error, socket.gaierror) else os.strerror(number)
         raise ValueError(f"The server cannot listen on {host} port {port}: {reason}; choose others with --host and "
                          "--port.") from None  # fmt: skip
