@@ -6,6 +6,7 @@ from .ort import ORTDiTTransformer, ORTSampler, ORTVAEDecoder
 from .parts import DEFAULT_PARTS
 from .tensorrt import TensorRTDiTTransformer, TensorRTSampler, TensorRTVAEDecoder
 from .tensorrt_export import export_tensorrt
+from .triton import export_triton
 from .verify import verify_export
 from .web import export_web
 
@@ -20,6 +21,7 @@ __all__ = [
     "TensorRTVAEDecoder",
     "export_onnx",
     "export_tensorrt",
+    "export_triton",
     "export_web",
     "verify_export",
 ]

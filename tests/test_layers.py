@@ -28,7 +28,7 @@ LAYERS = (
     {"ecosystem", "labels", "layers", "objectives", "schedulers", "solvers", "vaes"},
     {"pretrained"},
     {"modeling_dit"},
-    {"adapters", "conversion", "distillation", "flops", "guidance", "visualize"},
+    {"adapters", "conversion", "distillation", "flops", "guidance", "parallel", "scaling", "visualize"},
     {"model_cards"},
     {"sources"},
     {"loading", "lora"},

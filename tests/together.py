@@ -46,12 +46,12 @@ def _main(told: dict[str, str], errors: Path, function: Callable[..., Any], argu
 class Together:
     """`function(*arguments)` in each process, started."""
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any):
+    def __init__(self, function: Callable[..., Any], *arguments: Any, processes: int = PROCESSES):
         self._folder, port = tempfile.TemporaryDirectory(), free_port()
         self.processes: list[ForkServerProcess] = []
         self._errors: list[Path] = []
-        for rank in range(PROCESSES):
-            told = environment(rank, PROCESSES, rank, PROCESSES, port)
+        for rank in range(processes):
+            told = environment(rank, processes, rank, processes, port)
             errors = Path(self._folder.name) / f"errors-{rank}"
             errors.touch()
             self._errors.append(errors)

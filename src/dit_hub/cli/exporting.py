@@ -150,6 +150,42 @@ def export_web_command(
     print(f"Exported to {out}; serve it with: {Path(sys.executable).name} -m http.server --directory {out}")
 
 
+@export_app.command("triton")
+def export_triton_command(
+    model: Annotated[str, typer.Argument(help="A Hub id, a folder, dit-toy-shapes, or an export to ONNX or TensorRT.")],
+    repository: Annotated[Path, typer.Argument(help="Folder to write, for tritonserver --model-repository.")],
+    part: Annotated[
+        str | None, typer.Option(help="denoiser (the default; batched by the server) or sampler (the whole loop).")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="onnxruntime (the default) or tensorrt; of an export, its own.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="As for `export onnx` and `export tensorrt`; of an export, its own.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Rows that the server may put together.")] = 32,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a model repository for Triton Inference Server."""
+    from ..files import check_free
+
+    check_free(repository, overwrite)
+    quiet_libraries()
+    from rich.console import Console
+
+    from dit_hub.export import export_triton
+
+    console = Console()
+    with console.status("Exporting…"):
+        models = export_triton(model, repository, part, runtime, precision, max_batch, overwrite)
+    table = make_table("Models", "name", "backend", "largest batch", "inputs", "outputs")
+    for each in models:
+        names = (", ".join(tensor.name for tensor in tensors) for tensors in (each.inputs, each.outputs))
+        table.add_row(each.name, each.backend, str(each.max_batch_size or "not batched"), *names)
+    console.print(table)
+    print(f"Exported to {repository}; serve it with: tritonserver --model-repository={repository}")
+
+
 @export_app.command("verify")
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="An export.")],

@@ -266,7 +266,7 @@ class Models:
     def _open(self, entry: _Entry) -> Loaded:
         self._make_room(entry.name, _file_bytes(entry.source))
         pipeline = self._load(entry.source)
-        memory = _weight_bytes(pipeline) or _file_bytes(entry.source)
+        memory = weight_bytes(pipeline) or _file_bytes(entry.source)
         self._make_room(entry.name, memory)  # for a model of the Hub, whose size was not known before
         runner = Runner(pipeline, device_lock=self._device_lock, observer=partial(self._observe, entry.name),
                         **self._options)  # fmt: skip
@@ -317,7 +317,7 @@ def _file_bytes(source: str) -> int:
     return 0 if folder is None else sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _weight_bytes(pipeline: Any) -> int:
+def weight_bytes(pipeline: Any) -> int:
     """The size of a pipeline's weights in PyTorch; 0 where a part of it is in another runtime."""
     parts = [part for part in (pipeline.transformer, pipeline.vae) if part is not None]
     if not all(isinstance(part, torch.nn.Module) for part in parts):

@@ -144,6 +144,7 @@ class Passes:
         self.transformer, self.device, self.batch_sizes = transformer, device, batch_sizes
         self.config = transformer.config
         self._modulations = Modulations(transformer, device) if takes_precomputed(transformer) else None
+        self._queued: torch.cuda.Event | None = None  # the end of the last pass, on a GPU
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row]) -> list[Tensor | None]:
@@ -157,7 +158,21 @@ class Passes:
         prediction = self._predict(rows, sample)
         previews = self._previews(rows, sample, prediction)
         self._advance(rows, sample, prediction)
+        self._keep_pace()
         return previews
+
+    def _keep_pace(self) -> None:
+        """Wait for the pass before this one: a GPU computes one while the next is prepared, and no more wait.
+
+        Without it, passes would be queued long before they are computed: who joins and who leaves would be settled too
+        early, and their times would say nothing.
+        """
+        if self.device.type != "cuda":
+            return
+        before, self._queued = self._queued, torch.cuda.Event()
+        self._queued.record(torch.cuda.current_stream(self.device))
+        if before is not None:
+            before.synchronize()
 
     def _predict(self, rows: Sequence[Row], sample: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C or 2C, H, W), guided where rows are."""
