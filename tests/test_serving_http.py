@@ -118,6 +118,18 @@ def test_openais_client_streams_previews_and_the_image(served: Served, toy: DiTP
     assert decoded(events[0].b64_json).shape == (16, 16, 3)
 
 
+def test_openais_async_client_streams(served: Served, toy: DiTPipeline) -> None:
+    async def ask() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="unused") as client:
+            stream = await client.images.generate(model=TOY, prompt="9", stream=True, partial_images=1,
+                                                  extra_body={"seed": 2, "num_inference_steps": 4})  # fmt: skip
+            return [event async for event in stream]
+
+    events = asyncio.run(ask())
+    assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
+    assert_same(decoded(events[-1].b64_json), drawn(toy, 9, 2, num_inference_steps=4))
+
+
 def test_a_stream_of_two_images_names_each(served: Served) -> None:
     with served.client.stream("POST", IMAGES, json={"prompt": "1", "n": 2, "stream": True, "num_inference_steps": 2,
                                                     "seed": 4}) as answer:  # fmt: skip
@@ -324,6 +336,22 @@ def test_half_open_connections_are_closed(impatient: Served, sent: bytes) -> Non
     with raw(impatient, sent) as connection:
         assert answer_of(connection) == b""
     wait_for(lambda: len(impatient.server.server_state.connections) <= 1, "the connection to be forgotten")
+
+
+def test_a_client_that_leaves_within_its_body_is_no_fault(impatient: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dit_hub.serving")
+    raw(impatient, HEAD + b"Content-Length: 100\r\n\r\n{").close()
+    wait_for(lambda: any(getattr(one, "fields", {}).get("status") == 499 for one in caplog.records), "the log")
+    assert [one for one in caplog.records if one.exc_info] == []
+
+
+def test_more_connections_than_there_may_be_are_503() -> None:
+    with serving(limits=Limits(connections=3)) as one:
+        others = [raw(one, b"") for _ in range(3)]
+        wait_for(lambda: one.draw(prompt="0", num_inference_steps=1).status_code == 503, "all to be accepted")
+        for other in others:
+            other.close()
+        wait_for(lambda: one.draw(prompt="0", num_inference_steps=1).status_code == 200, "room")
 
 
 def test_a_head_without_end_is_refused(impatient: Served) -> None:

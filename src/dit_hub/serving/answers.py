@@ -12,8 +12,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from .drawing import Drawing, encoded_png, encoded_text
-from .limits import ApiError
-from .middleware import CLIENT_LEFT
+from .limits import CLIENT_LEFT, ApiError
 
 # Proxies close connections on which nothing is said for a minute.
 _SILENCE_SECONDS = 15.0

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from ..checks import shown
 from ..configuration_dit import nearest
 from ..labels import parse_labels
 from ..schedulers import SCHEDULERS
 from ..tables import published
-from .limits import ApiError, Limits
+from .limits import CLIENT_LEFT, ApiError, Limits
 from .requests import ImageRequest
 
 # Seeds of an image and of those after it, as torch's generators take them.
@@ -32,7 +33,7 @@ async def body_chunks(request: Request, most: int, seconds: float, total_seconds
         total_seconds: until the end.
 
     Raises:
-        ApiError: it is too long (413), or does not arrive in time (408).
+        ApiError: it is too long (413), does not arrive in time (408), or not at all (499).
     """
     too_long = ApiError(413, f"The body is longer than the {most} bytes that this server takes.", code="too_large")
     announced = request.headers.get("content-length", "")
@@ -45,6 +46,8 @@ async def body_chunks(request: Request, most: int, seconds: float, total_seconds
             chunk = await asyncio.wait_for(anext(chunks), max(0.001, min(seconds, end - loop.time())))
         except StopAsyncIteration:
             return
+        except ClientDisconnect:
+            raise ApiError(CLIENT_LEFT, "The client left before the end of its body.") from None
         except (TimeoutError, asyncio.TimeoutError):
             message = "The body did not arrive in time; send it again."
             raise ApiError(408, message, code="timeout", headers={"Connection": "close"}) from None

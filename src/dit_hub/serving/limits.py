@@ -36,6 +36,9 @@ class Limits:
     batches: int = 16
 
 
+# The status, in logs and metrics, of a client that left before its answer; nginx's.
+CLIENT_LEFT = 499
+
 # What OpenAI's clients call the kinds of errors.
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

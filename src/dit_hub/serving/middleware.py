@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from .limits import ApiError, retry_later
+from .limits import CLIENT_LEFT, ApiError, retry_later
 from .logs import log
 from .metrics import Metrics
 
@@ -18,9 +18,6 @@ _PROBES = ("/health", "/ready")
 _ALWAYS = (*_PROBES, "/metrics")
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-# The status, in logs and metrics, of a client that left before its answer; nginx's.
-CLIENT_LEFT = 499
 
 
 @dataclass
