@@ -1,47 +1,49 @@
 """How long passes take, and how many rows are worth sharing one."""
 
 import math
+from collections import defaultdict, deque
+from statistics import median
 
-# The memory of the fit: a pass counts half after 70 further ones.
-_KEPT = 0.99
+# Rows are not worth adding where fewer draw as much a second, up to this share. They would only make each image wait
+# for the others: with S/2 on a processor, where a pass takes time in proportion to its rows, the 99th percentile of latency
+# at 70 % load is 1.5 times as long with 16 images a pass as with one or two.
+_WORTH = 0.85
 
-# Rows are worth adding while a pass's own cost is more than this share of theirs. Beyond, sharing draws hardly more
-# images a second and makes each wait for the others: with S/2 on a processor, where a pass takes time in proportion to
-# its rows, the 99th percentile of latency at 70 % load is 1.5 times as long with 16 images a pass as with one or two.
-_WORTH = 0.1
+# Of passes of alike numbers of rows, so many are kept, and so few are needed for a median to count.
+_KEPT, _NEEDED = 15, 8
 
-# The least variance of the numbers of rows for a fit.
-_LEAST_VARIANCE = 0.25
+# After so many passes all are measured anew.
+_FORGOTTEN = 4096
 
 
 class Pace:
-    """The line `seconds = own + each * rows` through the last passes."""
+    """Seconds a row takes, by the number of rows of a pass: 1, 2 to 3, 4 to 7 and so on."""
 
     def __init__(self) -> None:
-        self._count = self._rows = self._seconds = self._squares = self._products = 0.0
+        self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._passes, self._useful = 0, math.inf
+        self.seconds_per_row = 0.0  # on average, of late
 
     def note(self, rows: int, seconds: float) -> None:
         """A pass."""
-        self._count = _KEPT * self._count + 1
-        self._rows = _KEPT * self._rows + rows
-        self._seconds = _KEPT * self._seconds + seconds
-        self._squares = _KEPT * self._squares + rows * rows
-        self._products = _KEPT * self._products + rows * seconds
-
-    @property
-    def seconds_per_row(self) -> float:
-        """On average; 0 before the first pass."""
-        return self._seconds / self._rows if self._rows else 0.0
+        each = seconds / rows
+        self.seconds_per_row += (each - self.seconds_per_row) * (0.1 if self._passes else 1)
+        self._passes += 1
+        if self._passes % _FORGOTTEN == 0:
+            self._seconds.clear()
+        self._seconds[rows.bit_length()].append(each)
+        if self._passes % _NEEDED == 0:
+            self._useful = self._fewest()
 
     @property
     def useful_rows(self) -> float:
-        """How many rows are worth sharing a pass; infinity where the passes were too alike to say."""
-        if not self._count:
+        """How many rows are worth sharing a pass; infinity where more are always better, as far as is known."""
+        return self._useful
+
+    def _fewest(self) -> float:
+        known = {bits: median(times) for bits, times in sorted(self._seconds.items()) if len(times) >= _NEEDED}
+        if not known:
             return math.inf
-        rows, seconds = self._rows / self._count, self._seconds / self._count
-        variance = self._squares / self._count - rows**2
-        if variance < _LEAST_VARIANCE:
-            return math.inf
-        each = (self._products / self._count - rows * seconds) / variance
-        own = seconds - each * rows
-        return max(own, 0.0) / (_WORTH * each) if each > 0 else math.inf
+        enough = min(known.values()) / _WORTH
+        fewest = next(bits for bits, each in known.items() if each <= enough)
+        return math.inf if fewest == max(known) else 2**fewest - 1
