@@ -9,17 +9,14 @@ from typing import Any
 
 import litserve  # pyright: ignore[reportMissingImports]
 
-from request_batching import WINDOW, Asked, draw_batch
+from request_batching import WINDOW, Asked, draw_batch, load
 
 
 class Drawing(litserve.LitAPI):
     """A batch of LitServe may hold requests of several numbers of steps, each of which takes a call."""
 
     def setup(self, device: Any) -> None:
-        from dit_hub import DiTPipeline
-
-        self.pipeline = DiTPipeline.from_pretrained(sys.argv[1])
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = load(sys.argv[1], int(sys.argv[4]))
 
     def decode_request(self, request: dict[str, Any]) -> Asked:
         return Asked(**request)

@@ -89,6 +89,16 @@ def encoded(image: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def load(folder: str, threads: int) -> Any:
+    """A pipeline on so many threads."""
+    from dit_hub import DiTPipeline
+
+    torch.set_num_threads(threads)
+    pipeline = DiTPipeline.from_pretrained(folder, num_threads=threads)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def make_app(pipeline: Any, max_batch: int) -> FastAPI:
     """The server."""
     app, batching = FastAPI(), RequestBatching(pipeline, max_batch)
@@ -104,9 +114,5 @@ def make_app(pipeline: Any, max_batch: int) -> FastAPI:
 
 
 if __name__ == "__main__":
-    from dit_hub import DiTPipeline
-
-    folder, port, most = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    loaded = DiTPipeline.from_pretrained(folder)
-    loaded.set_progress_bar_config(disable=True)
-    uvicorn.run(make_app(loaded, most), port=port, log_level="warning")
+    loaded = load(sys.argv[1], int(sys.argv[4]))
+    uvicorn.run(make_app(loaded, int(sys.argv[3])), port=int(sys.argv[2]), log_level="warning")

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 STEPS = (10, 20, 50, 100)
+THREADS = 1
 HERE = Path(__file__).parent
 
 # Of which latencies are told; the first requests find an idle server.
@@ -63,7 +64,8 @@ def offline(folder: Path, batch: int) -> float:
     script = f"""
 import time, torch, json
 from dit_hub import DiTPipeline
-pipeline = DiTPipeline.from_pretrained({str(folder)!r})
+torch.set_num_threads({THREADS})
+pipeline = DiTPipeline.from_pretrained({str(folder)!r}, num_threads={THREADS})
 pipeline.set_progress_bar_config(disable=True)
 labels, best = [0] * {batch}, []
 pipeline(labels, guidance_scale=1, num_inference_steps=2)
@@ -80,13 +82,24 @@ print(json.dumps(sorted(best)[2]))
 def servers(folder: Path, batch: int) -> dict[str, list[str]]:
     """The contenders' command lines, with PORT for a port."""
     batching, folder_name = str(HERE / "request_batching.py"), str(folder)
-    serve = ["-m", "dit_hub.cli", "serve", folder_name, "--port", "PORT", "--max-batch", str(batch)]
+    serve = [
+        "-m",
+        "dit_hub.cli",
+        "serve",
+        folder_name,
+        "--port",
+        "PORT",
+        "--max-batch",
+        str(batch),
+        "--threads",
+        str(THREADS),
+    ]
     found = {
-        "one at a time": [batching, folder_name, "PORT", "1"],
-        "request-level batching": [batching, folder_name, "PORT", str(batch)],
+        "one at a time": [batching, folder_name, "PORT", "1", str(THREADS)],
+        "request-level batching": [batching, folder_name, "PORT", str(batch), str(THREADS)],
     }
     if "litserve" in os.environ.get("PYTHONPATH", ""):
-        found["LitServe"] = [str(HERE / "litserve_batching.py"), folder_name, "PORT", str(batch)]
+        found["LitServe"] = [str(HERE / "litserve_batching.py"), folder_name, "PORT", str(batch), str(THREADS)]
     return {**found, "dit-hub serve": [*serve, "--max-steps", "100", "--max-waiting", "4096"]}
 
 

@@ -5,8 +5,8 @@ from collections import defaultdict, deque
 from statistics import median
 
 # Rows are not worth adding where fewer draw as much a second, up to this share. They would only make each image wait
-# for the others: with S/2 on a processor, where a pass takes time in proportion to its rows, the 99th percentile of latency
-# at 70 % load is 1.5 times as long with 16 images a pass as with one or two.
+# for the others: with S/2 on a processor, where a pass takes time in proportion to its rows, the 99th percentile of
+# latency at 70 % load is 1.5 times as long with 16 images a pass as with one or two.
 _WORTH = 0.85
 
 # Of passes of alike numbers of rows, so many are kept, and so few are needed for a median to count.
