@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from .requests import Event, ImageRequest, Job, Listener, Observer, Pass, QueueF
 # Memory of all images in flight, decoded or not. One of 256x256 takes 33 kB in the latents of Stable Diffusion.
 STATE_BYTES = 512 * 2**20
 
-# Images that the decoder sees at a time: its activations for one of 256x256 take 240 MB.
+# Images of the model's own size that the decoder sees at a time: its activations for one of 256x256 take 240 MB.
 _DECODED = 8
 
 # Previews that may wait for the decoder; the oldest go, since newer ones say more.
@@ -50,8 +51,9 @@ class Engine:
 
     Args:
         pipeline: a `DiTPipeline` of any runtime, whose component is a denoiser and not a whole sampler.
-        max_batch: the most rows of a pass; a guided image takes two. Passes have fewer where more would only make each
-            image wait for the others.
+        max_batch: the most rows of a pass, of the model's own size: a guided image takes two, and one of twice the
+            height and width four times as many. Passes have fewer where more would only make each image wait for the
+            others.
         max_waiting: images that may wait; a request above that is refused with `QueueFullError`.
         batch_sizes: numbers of rows that the runtime should see, where it should see few; a pass is filled up to the
             next. None leaves it to the runtime.
@@ -72,7 +74,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ):
         transformer = pipeline.transformer
-        _check_steps(transformer)
+        _check_steps(pipeline)
         self.max_batch = whole_number("max_batch", max_batch, 1)
         if batch_sizes is None:
             batch_sizes = batch_sizes_of(transformer, max_batch)
@@ -87,6 +89,8 @@ class Engine:
                 component.eval()
         self._plan = Planner(pipeline)
         self._passes = Passes(transformer, self._device, sizes)
+        # Of its own, so that a GPU decodes beside the next passes.
+        self._decoder_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._lock = threading.RLock()
         self._waiting: list[tuple[tuple[float, int, int], Row]] = []  # a heap
         self._running: list[Row] = []  # by their order
@@ -105,7 +109,13 @@ class Engine:
     @property
     def running(self) -> int:
         """Images that have begun and are not decoded yet."""
-        return len(self._running) + len(self._undecoded) + self._decoding
+        with self._lock:
+            return len(self._running) + len(self._undecoded) + self._decoding
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all requests are over."""
+        return not self._left
 
     # --- Requests ----------------------------------------------------------------------------------------------------
 
@@ -154,12 +164,15 @@ class Engine:
             self._end(job, "failed", error)
 
     def _check_fits(self, plan: Plan) -> None:
-        if any(plan.guided) and self.max_batch < 2:
-            raise ValueError("Guidance takes two rows of a pass, and this engine has passes of one; "
-                             "ask for guidance_scale 1.")  # fmt: skip
+        if plan.request.n > self.max_waiting:
+            raise ValueError(f"n must be at most {self.max_waiting}, the images that may wait, not {plan.request.n}.")
+        rows = plan.weight * (2 if any(plan.guided) else 1)
+        if rows > self.max_batch:
+            raise ValueError(f"This image takes {rows} rows of a pass, by its size and guidance, and passes have "
+                             f"{self.max_batch} here; ask for a smaller one, or for guidance_scale 1.")  # fmt: skip
         if plan.state_bytes > STATE_BYTES:
-            raise ValueError(f"An image of {plan.shape[2]}x{plan.shape[1]} with a solver of {plan.solver.depth + 1} "
-                             "estimates takes more memory than the engine has; ask for a smaller one.")  # fmt: skip
+            raise ValueError("This image takes more memory than the engine has, by its size and the estimates that its "
+                             "solver remembers; ask for a smaller one.")  # fmt: skip
 
     def _seconds_of_queue(self) -> float:
         rows = [row for _, row in self._waiting]
@@ -180,7 +193,10 @@ class Engine:
             gone += [row for row, _ in self._undecoded if row.job is job]
             self._undecoded = deque(entry for entry in self._undecoded if entry[0].job is not job)
             self._state_bytes -= sum(row.plan.state_bytes for row in gone)
-        self._tell(job, Event(state, error=error))
+            if len(self._deadlines) > 2 * len(self._left) + 16:  # most are of jobs that are over
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].is_over]
+                heapq.heapify(self._deadlines)
+            self._tell(job, Event(state, error=error))
 
     def _tell(self, job: Job, event: Event) -> None:
         if job.listener is not None:
@@ -202,14 +218,16 @@ class Engine:
             rows = self._pick()
         if not rows:
             return False
-        began, count = time.perf_counter(), sum(1 + row.is_guided for row in rows)
-        previews = self._take(rows)
+        began, cost, count = time.perf_counter(), sum(row.cost for row in rows), sum(1 + row.is_guided for row in rows)
+        self._failures = 0 if self._take(rows) else self._failures + 1
         seconds = time.perf_counter() - began
-        self._pace.note(count, seconds)
+        self._pace.note(cost, seconds)
         with self._lock:
-            self._leave(rows, previews)
+            self._leave(rows)
         if self._observer is not None:
             self._observer(Pass(count, len(rows), seconds))
+        if self._failures >= _MOST_FAILURES:
+            raise RuntimeError(f"{self._failures} passes in a row failed; the log says how.")
         return True
 
     def run(self) -> None:
@@ -234,7 +252,7 @@ class Engine:
             position += 1
             if picked and row.plan.shape != picked[0].plan.shape:
                 continue
-            cost += 1 + row.is_guided
+            cost += row.cost
             if picked and cost > most:
                 break
             picked.append(row)
@@ -243,7 +261,7 @@ class Engine:
         return sorted(picked, key=lambda row: not row.is_guided)
 
     def _next_waiting(self, picked: list[Row], running: Row | None) -> Row | None:
-        """The first row that waits, begun, where it comes before the running one and may begin."""
+        """The first row that waits, now running, where it comes before the running one and may begin."""
         if not self._waiting:
             return None
         order, row = self._waiting[0]
@@ -254,42 +272,54 @@ class Engine:
         if self._state_bytes + row.plan.state_bytes > STATE_BYTES:
             return None
         heapq.heappop(self._waiting)
-        row.begin(self._device)
         row.job.state = "running"
         self._state_bytes += row.plan.state_bytes
         bisect.insort(self._running, row, key=lambda row: row.order)
         return row
 
-    def _take(self, rows: list[Row]) -> list[Tensor | None]:
-        """The next step of rows. Where that fails, of each half of them, so that only those fail that cause it."""
-        try:
-            previews = self._passes(rows)
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and len(rows) > 1:
-                self.max_batch = min(self.max_batch, max(2, sum(1 + row.is_guided for row in rows) // 2))
-                _log.warning(
-                    "A pass of %d images does not fit in memory; from now on %d rows.", len(rows), self.max_batch
-                )
-            if len(rows) > 1:
-                half = len(rows) // 2
-                return self._take(rows[:half]) + self._take(rows[half:])
-            _log.exception("A pass failed.")
-            self._failures += 1
-            self._end(rows[0].job, "failed", RuntimeError(f"The model failed: {_first_line(error)}"))
-            if self._failures >= _MOST_FAILURES:
-                raise RuntimeError(
-                    f"{self._failures} passes in a row failed, the last with: {_first_line(error)}"
-                ) from error
-            return [None]
-        self._failures = 0
-        return previews
+    def _take(self, rows: list[Row]) -> bool:
+        """The next step of rows. Where that fails, of each half of them, so that only those fail that cause it.
 
-    def _leave(self, rows: list[Row], previews: list[Tensor | None]) -> None:
+        Returns:
+            Whether a row went on, or only requests were to blame.
+        """
+        rows = [row for row in rows if not row.job.is_over]
+        if not rows:
+            return False
+        problem = self._attempt(rows)
+        if problem is None:
+            return True
+        if problem.of_memory:
+            torch.cuda.empty_cache()
+        if len(rows) > 1:
+            if problem.of_memory:
+                self.max_batch = min(self.max_batch, max(2, sum(row.cost for row in rows) // 2))
+                _log.warning("%d images do not fit into a pass; from now on %d rows.", len(rows), self.max_batch)
+            half = len(rows) // 2
+            first = self._take(rows[:half])
+            return self._take(rows[half:]) or first
+        self._end(rows[0].job, "failed", RuntimeError(f"The model failed: {problem.text}"))
+        return problem.of_memory or problem.of_request
+
+    def _attempt(self, rows: list[Row]) -> "_Problem | None":
+        """What went wrong, as words: an exception holds what its frames hold, which may be a GPU's memory."""
+        try:
+            self._passes(rows)
+        except Exception as error:
+            if len(rows) == 1:
+                _log.exception("A pass failed.")
+            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            return _Problem(_first_line(error), memory, isinstance(error, ValueError))
+        return None
+
+    def _leave(self, rows: list[Row]) -> None:
         """Hand finished rows, and previews, to the decoder."""
-        for row, preview in zip(rows, previews, strict=True):
-            if preview is not None and not row.job.is_over:
-                self._previews.append((row, (row.step, preview)))
-        finished = [row for row in rows if row.is_finished and not row.job.is_over]
+        rows = [row for row in rows if not row.job.is_over]
+        for row in rows:
+            if row.preview is not None:
+                self._previews.append((row, (row.step, row.preview)))
+                row.preview = None
+        finished = [row for row in rows if row.is_finished]
         if finished:
             self._running = [row for row in self._running if not row.is_finished]
             self._undecoded.extend((row, row.sample) for row in finished)
@@ -317,26 +347,46 @@ class Engine:
         """Decode rows. Where that fails, each half of them, so that only those fail that cause it."""
         if not batch:
             return
-        try:
-            finite = torch.stack([sample for _, sample in batch]).isfinite().flatten(1).all(1).tolist()
-            sound = [entry for entry, is_finite in zip(batch, finite, strict=True) if is_finite]
-            images = self._outputs(sound)
-        except Exception as error:
-            if len(batch) > 1:
-                self._finish(batch[: len(batch) // 2])
-                self._finish(batch[len(batch) // 2 :])
-                return
-            _log.exception("Decoding failed.")
-            self._end(batch[0][0].job, "failed", RuntimeError(f"The decoder failed: {_first_line(error)}"))
+        problem = self._attempt_to_decode(batch)
+        if problem is None:
             return
+        if problem.of_memory:
+            torch.cuda.empty_cache()
+        if len(batch) > 1:
+            self._finish(batch[: len(batch) // 2])
+            self._finish(batch[len(batch) // 2 :])
+        else:
+            self._end(batch[0][0].job, "failed", RuntimeError(f"The decoder failed: {problem.text}"))
+
+    def _attempt_to_decode(self, batch: list[tuple[Row, Tensor]]) -> "_Problem | None":
+        try:
+            with self._beside_passes([row for row, _ in batch], [sample for _, sample in batch]):
+                finite = torch.stack([sample for _, sample in batch]).isfinite().flatten(1).all(1).tolist()
+                sound = [entry for entry, is_finite in zip(batch, finite, strict=True) if is_finite]
+                images = self._outputs(sound)
+        except Exception as error:
+            if len(batch) == 1:
+                _log.exception("Decoding failed.")
+            return _Problem(_first_line(error), isinstance(error, (torch.OutOfMemoryError, MemoryError)), False)
         for (row, _), is_finite in zip(batch, finite, strict=True):
             if not is_finite:
-                error = RuntimeError(
-                    "The image came out as numbers that are not finite; are the model's weights sound?"
-                )
-                self._end(row.job, "failed", error)
+                text = "The image came out as numbers that are not finite; are the model's weights sound?"
+                self._end(row.job, "failed", RuntimeError(text))
         for (row, _), image in zip(sound, images, strict=True):
             self._hand_over(row, image)
+        return None
+
+    @contextmanager
+    def _beside_passes(self, rows: list[Row], samples: list[Tensor]) -> Iterator[None]:
+        """On a GPU, compute on the decoder's stream, after the passes that made the samples."""
+        if self._decoder_stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._decoder_stream):
+            for row, sample in zip(rows, samples, strict=True):
+                self._decoder_stream.wait_event(row.ready)
+                sample.record_stream(self._decoder_stream)
+            yield
 
     def _hand_over(self, row: Row, image: np.ndarray) -> None:
         job = row.job
@@ -346,14 +396,16 @@ class Engine:
             job.images[row.index] = image
             self._left[job] -= 1
             is_last = not self._left[job]
-        self._tell(job, Event("image", row.index, row.step, image))
+            self._tell(job, Event("image", row.index, row.step, image))
         if is_last:
             self._end(job, "done")
 
     def _show(self, previews: list[tuple[Row, Any]]) -> None:
         shown = [(row, state) for row, state in previews if not row.job.is_over]
         try:
-            images = self._images([estimate for _, (_, estimate) in shown]) if shown else ()
+            estimates = [estimate for _, (_, estimate) in shown]
+            with self._beside_passes([row for row, _ in shown], estimates):
+                images = self._images(estimates) if shown else ()
         except Exception:
             _log.exception("Previews could not be decoded.")
             return
@@ -373,22 +425,36 @@ class Engine:
         return (self.pipeline.decode(torch.stack(samples), "np") * 255).round().astype(np.uint8)
 
 
+class _Problem(NamedTuple):
+    """Why a pass or a decoding failed: in words, and whether for want of memory or by what was asked for."""
+
+    text: str
+    of_memory: bool
+    of_request: bool
+
+
 def _of_one_shape(ready: deque[tuple[Row, Any]]) -> list[tuple[Row, Any]]:
-    """Up to `_DECODED` entries from the left whose images have one shape; the others stay."""
+    """As many entries from the left as the decoder sees at a time, whose images have one shape; the others stay."""
     batch: list[tuple[Row, Any]] = []
-    while ready and len(batch) < _DECODED and (not batch or ready[0][0].plan.shape == batch[0][0].plan.shape):
+    while ready and (not batch or ready[0][0].plan.shape == batch[0][0].plan.shape):
+        if (len(batch) + 1) * ready[0][0].plan.weight > _DECODED and batch:
+            break
         batch.append(ready.popleft())
     return batch
 
 
-def _check_steps(transformer: Any) -> None:
+def _check_steps(pipeline: Any) -> None:
     """Raise ValueError for what cannot be driven step by step."""
+    transformer = pipeline.transformer
     if hasattr(transformer, "sample"):
         raise ValueError("This export is a whole sampler, whose requests cannot share passes; serve one of the "
                          "denoiser, which `dit-hub export` makes by default.")  # fmt: skip
     if getattr(transformer, "_cache_config", None) is not None or getattr(transformer, "_is_cached", False):
         raise ValueError("A cache takes all rows of a pass to be at the same step, which those of several requests are "
                          "not; serve the model without it.")  # fmt: skip
+    if getattr(pipeline, "_all_hooks", None):
+        raise ValueError("Model offloading moves the denoiser away whenever something is decoded, which is beside its "
+                         "passes here; serve the model without it.")  # fmt: skip
 
 
 def _first_line(error: Exception) -> str:

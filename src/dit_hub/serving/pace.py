@@ -7,7 +7,7 @@ from statistics import median
 # Rows are not worth adding where fewer draw as much a second, up to this share. They would only make each image wait
 # for the others: with S/2 on a processor, where a pass takes time in proportion to its rows, the 99th percentile of
 # latency at 70 % load is 1.5 times as long with 16 images a pass as with one or two.
-_WORTH = 0.85
+_WORTH = 0.95
 
 # Of passes of alike numbers of rows, so many are kept, and so few are needed for a median to count.
 _KEPT, _NEEDED = 15, 8
@@ -21,19 +21,24 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._recent: deque[float] = deque(maxlen=_KEPT)
         self._passes, self._useful = 0, math.inf
-        self.seconds_per_row = 0.0  # on average, of late
 
     def note(self, rows: int, seconds: float) -> None:
         """A pass."""
         each = seconds / rows
-        self.seconds_per_row += (each - self.seconds_per_row) * (0.1 if self._passes else 1)
+        self._recent.append(each)
         self._passes += 1
         if self._passes % _FORGOTTEN == 0:
             self._seconds.clear()
         self._seconds[rows.bit_length()].append(each)
         if self._passes % _NEEDED == 0:
             self._useful = self._fewest()
+
+    @property
+    def seconds_per_row(self) -> float:
+        """Of late; 0 after the first few passes, which may have compiled something."""
+        return median(self._recent) if len(self._recent) >= _NEEDED else 0.0
 
     @property
     def useful_rows(self) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..ecosystem import takes_precomputed
@@ -29,14 +28,17 @@ class Row:
         due: the earlier, the sooner it is served.
     """
 
-    __slots__ = ("due", "generator", "history", "index", "job", "plan", "sample", "step")
+    __slots__ = ("drawn", "due", "generator", "history", "index", "job", "plan", "preview", "ready", "sample", "step")
 
     def __init__(self, job: Job, index: int, plan: Plan, due: float):
         self.job, self.index, self.plan, self.due = job, index, plan, due
         self.step = 0
-        self.sample: Any = None  # (C, H, W)
+        self.sample: Any = None  # (C, H, W); None until it begins
         self.history: list[Tensor] = []
         self.generator: Any = None
+        self.drawn: Tensor | None = None  # noise of a step that is not taken yet
+        self.preview: Tensor | None = None  # (C, H, W), the estimate of the data at the last step, where one is wanted
+        self.ready: Any = None  # on a GPU, the event of the last step's end
 
     @property
     def order(self) -> tuple[float, int, int]:
@@ -47,6 +49,11 @@ class Row:
     def is_guided(self) -> bool:
         """Whether its next step is."""
         return self.plan.guided[self.step]
+
+    @property
+    def cost(self) -> int:
+        """Of its next step, in rows of the model's own size."""
+        return (1 + self.is_guided) * self.plan.weight
 
     @property
     def is_finished(self) -> bool:
@@ -61,11 +68,21 @@ class Row:
     def begin(self, device: torch.device) -> None:
         """Draw the first noise as a pipeline does for one image."""
         self.generator = torch.Generator().manual_seed(self.plan.request.seed + self.index)
-        self.sample = self.noise(device) * self.plan.solver.scale
+        self.sample = self._noise(device) * self.plan.solver.scale
 
     def noise(self, device: torch.device) -> Tensor:
-        """(C, H, W) of unit variance, the next of its generator."""
-        return randn_tensor((1, *self.plan.shape), self.generator, device, torch.float32)[0]
+        """(C, H, W) of unit variance for its next step; the same again, should the step be repeated."""
+        if self.drawn is None:
+            self.drawn = self._noise(device)
+        return self.drawn
+
+    def _noise(self, device: torch.device) -> Tensor:
+        return uploaded(torch.randn((1, *self.plan.shape), generator=self.generator)[0], device)
+
+
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the processor on a device; a GPU gets it without that anybody waits for what it computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 Pair = tuple[float, int | None]
@@ -116,8 +133,8 @@ def as_inputs(pairs: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tens
     """(N,) timesteps and (N,) class labels, None for unconditional models."""
     timesteps, labels = zip(*pairs, strict=True)
     return (
-        torch.tensor(timesteps, device=device),
-        None if labels[0] is None else torch.tensor(labels, device=device),
+        uploaded(torch.tensor(timesteps), device),
+        None if labels[0] is None else uploaded(torch.tensor(labels), device),
     )
 
 
@@ -147,19 +164,22 @@ class Passes:
         self._queued: torch.cuda.Event | None = None  # the end of the last pass, on a GPU
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Row]) -> list[Tensor | None]:
-        """Take the next step of rows of one shape, the guided ones first.
-
-        Returns:
-            For each row that is due for a preview, the (C, H, W) estimate of its data; None for the others. Nothing has
-            changed where an error is raised.
-        """
+    def __call__(self, rows: Sequence[Row]) -> None:
+        """Take the next step of rows of one shape, the guided ones first; an error leaves them as they were."""
+        for row in rows:
+            if row.sample is None:
+                row.begin(self.device)
+        # All that is uploaded goes first, so that nothing waits for the denoiser.
+        numbers, scales = self._numbers(rows), self._column([row.plan.scale for row in rows if row.is_guided])
         sample = torch.stack([row.sample for row in rows])
-        prediction = self._predict(rows, sample)
+        prediction = self._predict(rows, sample, scales)
         previews = self._previews(rows, sample, prediction)
-        self._advance(rows, sample, prediction)
+        advanced, estimates = self._advance(rows, numbers, sample, prediction)
         self._keep_pace()
-        return previews
+        for index, row in enumerate(rows):
+            row.sample, row.preview, row.ready, row.drawn = advanced[index], previews[index], self._queued, None
+            row.history = [estimates[index], *row.history][: row.plan.solver.depth]
+            row.step += 1
 
     def _keep_pace(self) -> None:
         """Wait for the pass before this one: a GPU computes one while the next is prepared, and no more wait.
@@ -174,8 +194,8 @@ class Passes:
         if before is not None:
             before.synchronize()
 
-    def _predict(self, rows: Sequence[Row], sample: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C or 2C, H, W), guided where rows are."""
+    def _predict(self, rows: Sequence[Row], sample: Tensor, scales: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C or 2C, H, W), guided where rows are, by (guided, 1, 1, 1) scales."""
         guided = sum(row.is_guided for row in rows)
         pairs: list[Pair] = [(row.timestep, self.config.null_class) for row in rows[:guided]]
         pairs += [(row.timestep, row.plan.label) for row in rows]
@@ -190,7 +210,6 @@ class Passes:
         uncond, cond = output[:guided], output[guided : guided + len(rows)]
         if not guided:
             return cond
-        scales = self._column([row.plan.scale for row in rows[:guided]])
         with_guidance = guide(cond[:guided], uncond, scales, self.config.guided_channels)
         return torch.cat([with_guidance, cond[guided:]])
 
@@ -209,38 +228,37 @@ class Passes:
         """How many rows a pass is filled up with."""
         return next((size - count for size in self.batch_sizes if size >= count), 0)
 
-    def _advance(self, rows: Sequence[Row], sample: Tensor, prediction: Tensor) -> None:
-        """Apply each row's coefficients."""
-        table = np.stack([row.plan.solver.table[row.step, : len(COLUMNS)] for row in rows])
+    def _numbers(self, rows: Sequence[Row]) -> list[Any]:
+        """The columns of the rows' tables, (N, 1, 1, 1) each, but for a bound that bounds none."""
         depth = max(row.plan.solver.depth for row in rows)
+        table = np.zeros((len(rows), len(COLUMNS) + max(depth - 1, 0)), np.float32)
+        for index, row in enumerate(rows):
+            numbers = row.plan.solver.table[row.step, : table.shape[1]]
+            table[index, : len(numbers)] = numbers
         columns: list[Any] = list(self._column(table).unbind(1))
         if table[:, _CLIP].min() >= NO_CLIP:
             columns[_CLIP] = NO_CLIP
-        if depth > 1:
-            more = np.zeros((len(rows), depth - 1), np.float32)
-            for index, row in enumerate(rows):
-                weights = row.plan.solver.table[row.step, len(COLUMNS) :][: depth - 1]
-                more[index, : len(weights)] = weights
-            columns += self._column(more).unbind(1)
+        return columns
+
+    def _advance(
+        self, rows: Sequence[Row], numbers: list[Any], sample: Tensor, prediction: Tensor
+    ) -> tuple[list[Tensor], list[Any]]:
+        """Apply each row's coefficients: the new samples, and the estimates where a solver remembers them."""
         zeros = torch.zeros_like(sample[0])
+        depth = max(row.plan.solver.depth for row in rows)
         history = [
             torch.stack([row.history[k] if k < len(row.history) else zeros for row in rows]) for k in range(depth)
         ]
-        draws = table[:, _NOISE] != 0
-        result = advance(
-            columns,
-            sample,
-            prediction,
-            history,
-            (lambda: torch.stack([row.noise(self.device) if drawn else zeros
-                                  for row, drawn in zip(rows, draws, strict=True)])) if draws.any() else None,
-        )  # fmt: skip
-        for index, (row, advanced) in enumerate(zip(rows, result.unbind(), strict=True)):
-            # Copies, since a part of a tensor would keep those of all rows in memory, however long this one waits.
-            row.sample = advanced.clone()
-            if row.plan.solver.depth:
-                row.history = [history[0][index].clone(), *row.history[: row.plan.solver.depth - 1]]
-            row.step += 1
+        draws = [bool(row.plan.solver.table[row.step, _NOISE]) for row in rows]
+
+        def noise() -> Tensor:
+            pairs = zip(rows, draws, strict=True)
+            return torch.stack([row.noise(self.device) if drawn else zeros for row, drawn in pairs])
+
+        result = advance(numbers, sample, prediction, history, noise if any(draws) else None)
+        # Copies, since a part of a tensor would keep those of all rows in memory, however long this one waits.
+        estimates = [history[0][k].clone() if row.plan.solver.depth else None for k, row in enumerate(rows)]
+        return [row.clone() for row in result.unbind()], estimates
 
     def _previews(self, rows: Sequence[Row], sample: Tensor, prediction: Tensor) -> list[Tensor | None]:
         previews: list[Tensor | None] = []
@@ -255,5 +273,4 @@ class Passes:
 
     def _column(self, values: Any) -> Tensor:
         """(N,) or (N, K) numbers -> (N, 1, 1, 1) or (N, K, 1, 1, 1), on the device."""
-        numbers = torch.as_tensor(values, dtype=torch.float32).to(self.device)
-        return numbers[..., None, None, None]
+        return uploaded(torch.as_tensor(values, dtype=torch.float32), self.device)[..., None, None, None]

@@ -60,6 +60,7 @@ class Plan:
         solver: of all its images.
         guided: of each step, whether it is guided.
         shape: (C, H, W) of a sample.
+        weight: of an image in a pass: its tokens in multiples of the training size's, rounded up.
     """
 
     request: ImageRequest
@@ -68,16 +69,17 @@ class Plan:
     solver: Solver
     guided: tuple[bool, ...]
     shape: tuple[int, int, int]
+    weight: int
 
     @property
     def evaluations(self) -> int:
-        """Rows of passes that an image takes."""
-        return len(self.guided) + sum(self.guided)
+        """What an image takes, in rows of the model's own size."""
+        return (len(self.guided) + sum(self.guided)) * self.weight
 
     @property
     def state_bytes(self) -> int:
-        """Memory of an image in flight: its sample and the estimates of its solver, with those of the next step."""
-        return (2 + self.solver.depth) * 4 * int(np.prod(self.shape))
+        """Memory of an image in flight: its sample, noise and estimates, with those of the next step."""
+        return (3 + self.solver.depth) * 4 * int(np.prod(self.shape))
 
 
 class Planner:
@@ -120,7 +122,9 @@ class Planner:
             guidance_scale=scale,
             guidance_interval=interval,
         )
-        return Plan(resolved, label, scale, solver, guided, shape)
+        own_height, own_width = config.sample_height_width
+        weight = -(-shape[1] * shape[2] // (own_height * own_width))
+        return Plan(resolved, label, scale, solver, guided, shape, weight)
 
     def _label(self, label: int | str | None) -> int | None:
         if not self.config.num_classes:

@@ -100,7 +100,7 @@ class Runner:
         """Take no more requests, finish those accepted within so many seconds, fail the rest and end the threads."""
         self._accepts = False
         until = time.monotonic() + finish_within
-        while self._error is None and time.monotonic() < until and self._engine.waiting + self._engine.running:
+        while self._error is None and time.monotonic() < until and not self._engine.is_idle:
             time.sleep(0.01)
         self._ends = True
         self._engine.fail_all(RuntimeError("The server is shutting down."))
