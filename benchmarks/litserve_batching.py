@@ -9,7 +9,7 @@ from typing import Any
 
 import litserve  # pyright: ignore[reportMissingImports]
 
-from request_batching import WINDOW, Asked, draw_batch, load
+from request_batching import WINDOW, Asked, draw_batch, encoded, load
 
 
 class Drawing(litserve.LitAPI):
@@ -24,19 +24,19 @@ class Drawing(litserve.LitAPI):
     def batch(self, inputs: list[Asked]) -> list[Asked]:
         return inputs
 
-    def predict(self, batch: list[Asked]) -> list[str]:
-        images: dict[int, str] = {}
+    def predict(self, batch: list[Asked]) -> list[Any]:
+        images: dict[int, Any] = {}
         for key in dict.fromkeys(asked.key for asked in batch):
             numbers = [number for number, asked in enumerate(batch) if asked.key == key]
             drawn = draw_batch(self.pipeline, [batch[number] for number in numbers])
             images.update(zip(numbers, drawn, strict=True))
         return [images[number] for number in range(len(batch))]
 
-    def unbatch(self, output: list[str]) -> list[str]:
+    def unbatch(self, output: list[Any]) -> list[Any]:
         return output
 
-    def encode_response(self, output: str) -> dict[str, Any]:
-        return {"data": [{"b64_json": output}]}
+    def encode_response(self, output: Any) -> dict[str, Any]:
+        return {"data": [{"b64_json": encoded(output)}]}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A server that batches whole requests, for `benchmarks/serving.py`: what one would write with a pipeline and FastAPI.
 
-Requests of the same steps, guidance and scheduler are drawn in one call of the pipeline, up to `max_batch` images; one
-that waits is joined by all that fit. With `max_batch` 1 it draws one at a time.
+Requests of the same steps and guidance are drawn in one call of the pipeline, up to `max_batch` images; one that waits
+is joined by all that fit. With `max_batch` 1 it draws one at a time.
 """
 
 import asyncio
@@ -34,10 +34,12 @@ class Asked(BaseModel):
         return self.num_inference_steps, self.guidance_scale
 
 
-@dataclass
+@dataclass(eq=False)
 class Waiting:
+    """A request and who waits for it."""
+
     asked: Asked
-    answer: asyncio.Future[str]
+    answer: asyncio.Future[Any]
 
 
 class RequestBatching:
@@ -53,13 +55,13 @@ class RequestBatching:
         waiting = Waiting(asked, asyncio.get_running_loop().create_future())
         self.queue.append(waiting)
         self.arrived.set()
-        return await waiting.answer
+        return await asyncio.to_thread(encoded, await waiting.answer)
 
     async def work(self) -> None:
         """Draw batch after batch."""
         while True:
             await self.arrived.wait()
-            if self.max_batch > 1:
+            if len(self.queue) < self.max_batch:
                 await asyncio.sleep(WINDOW)
             key = self.queue[0].asked.key
             batch = [waiting for waiting in self.queue if waiting.asked.key == key][: self.max_batch]
@@ -71,21 +73,20 @@ class RequestBatching:
                 waiting.answer.set_result(image)
 
 
-def draw_batch(pipeline: Any, batch: list[Asked]) -> list[str]:
+def draw_batch(pipeline: Any, batch: list[Asked]) -> list[Any]:
     """Images of requests of one key."""
-    images = pipeline(
+    return pipeline(
         [int(asked.prompt) for asked in batch],
         guidance_scale=batch[0].guidance_scale,
         num_inference_steps=batch[0].num_inference_steps,
         generator=[torch.Generator().manual_seed(asked.seed) for asked in batch],
     ).images
-    return [encoded(image) for image in images]
 
 
 def encoded(image: Any) -> str:
     """A PNG in base64."""
     buffer = io.BytesIO()
-    image.save(buffer, "png")
+    image.save(buffer, "png", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

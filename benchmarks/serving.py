@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 WARM_UP = 0.1
 
 # Requests that come at once, for the throughput at saturation.
-BURST = 96
+BURST = 192
 
 
 def make_folder(model: str, runtime: str, folder: Path) -> Path:
@@ -59,7 +59,7 @@ def make_folder(model: str, runtime: str, folder: Path) -> Path:
     return folder / runtime
 
 
-def offline(folder: Path, batch: int) -> float:
+def offline(folder: Path, batch: int, rounds: int) -> float:
     """Images of the mixed steps per second, drawn in full batches of one number of steps: the most that there is."""
     script = f"""
 import time, torch, json
@@ -67,16 +67,18 @@ from dit_hub import DiTPipeline
 torch.set_num_threads({THREADS})
 pipeline = DiTPipeline.from_pretrained({str(folder)!r}, num_threads={THREADS})
 pipeline.set_progress_bar_config(disable=True)
-labels, best = [0] * {batch}, []
+labels = [0] * {batch}
 pipeline(labels, guidance_scale=1, num_inference_steps=2)
-for _ in range(5):
+times = []
+for _ in range({rounds}):
     began = time.perf_counter()
-    pipeline(labels, guidance_scale=1, num_inference_steps=20)
-    best.append((time.perf_counter() - began) / 20 / {batch})
-print(json.dumps(sorted(best)[2]))
+    for steps in {STEPS}:
+        pipeline(labels, guidance_scale=1, num_inference_steps=steps)
+    times.append(time.perf_counter() - began)
+print(json.dumps(sorted(times)[{rounds} // 2]))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return 1 / (json.loads(result.stdout.splitlines()[-1]) * statistics.mean(STEPS))
+    return batch * len(STEPS) / json.loads(result.stdout.splitlines()[-1])
 
 
 def servers(folder: Path, batch: int) -> dict[str, list[str]]:
@@ -131,6 +133,12 @@ async def load(port: int, requests: list[tuple[float, dict[str, Any]]]) -> tuple
         return list(latencies), time.perf_counter() - began
 
 
+async def load_all(processes: dict[str, tuple[int, Any]], steps: int) -> None:
+    """One request to each server."""
+    for port, _ in processes.values():
+        await load(port, [(0.0, {"prompt": "0", "num_inference_steps": steps, "guidance_scale": 1.0})])
+
+
 def wait_for(port: int, process: subprocess.Popen) -> None:
     """Until a server draws."""
     body = {"prompt": "0", "num_inference_steps": 2, "guidance_scale": 1.0}
@@ -146,23 +154,26 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
     raise TimeoutError("A server did not start.")
 
 
-def measure(
-    folder: Path, batch: int, shares: list[float], seconds: float, most: int, deadline: float
-) -> dict[str, Any]:
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Results by contender and share of the offline throughput; 0 stands for saturation."""
-    capacity = offline(folder, batch)
+    batch, shares, most, deadline = arguments.batch, arguments.shares, arguments.most, arguments.deadline
+    capacity = offline(folder, batch, rounds=3 if arguments.model == "toy" else 1)
     results: dict[str, Any] = {"images_per_second_offline": capacity, "deadline": deadline, "contenders": {}}
     processes: dict[str, tuple[int, subprocess.Popen]] = {}
     try:
         for number, (name, command) in enumerate(servers(folder, batch).items()):
+            if arguments.only and name not in arguments.only:
+                continue
             port = 18500 + number
             line = [sys.executable, *(str(port) if part == "PORT" else part for part in command)]
             process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             processes[name] = port, process
             wait_for(port, process)
             results["contenders"][name] = {}
+        for steps in STEPS * 2:  # the first request of a number of steps measures its solver
+            asyncio.run(load_all(processes, steps))
         for share in [*shares, 0.0]:
-            count = min(most, max(20, int(share * capacity * seconds))) if share else min(most, BURST)
+            count = min(most, max(20, int(share * capacity * arguments.seconds))) if share else min(most, BURST)
             requests = arrivals(share * capacity, count, seed=int(share * 100))
             for name, (port, _) in processes.items():
                 latencies, took = asyncio.run(load(port, requests))
@@ -172,7 +183,8 @@ def measure(
                     "per_second": count / took,
                     "mean": statistics.mean(told),
                     "p50": told[len(told) // 2],
-                    "p99": told[min(len(told) - 1, int(0.99 * len(told)))],
+                    "p90": told[int(0.9 * len(told))],
+                    "p99": told[int(0.99 * len(told))],
                     "in_time": sum(latency <= deadline for latency in told) / len(told),
                 }
                 print(share, name, results["contenders"][name][str(share)], file=sys.stderr, flush=True)
@@ -185,13 +197,13 @@ def measure(
 def show(title: str, results: dict[str, Any]) -> None:
     """Print the tables."""
     capacity = results["images_per_second_offline"]
-    table = Table("load", "server", "requests", "images/s", "mean s", "P50 s", "P99 s",
+    table = Table("load", "server", "requests", "images/s", "mean s", "P50 s", "P90 s", "P99 s",
                   f"within {results['deadline']:g} s", title=title)  # fmt: skip
     for share in next(iter(results["contenders"].values())):
         for name, rows in results["contenders"].items():
             row = rows[share]
             load = f"{float(share):.0%}" if float(share) else "all at once"
-            times = [f"{row[key]:.2f}" for key in ("mean", "p50", "p99")]
+            times = [f"{row[key]:.2f}" for key in ("mean", "p50", "p90", "p99")]
             table.add_row(load, name, str(row["requests"]), f"{row['per_second']:.2f}", *times, f"{row['in_time']:.0%}")
     console = Console(width=120)
     console.print(table)
@@ -226,6 +238,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of arrivals at each rate")
     parser.add_argument("--most", type=int, default=600, help="requests at each rate")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds, of which the share in time is told")
+    parser.add_argument("--only", nargs="+", help="contenders, of those in the table")
     parser.add_argument("--out", type=Path, help="PNG and JSON are written beside this name")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -234,9 +247,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         served = make_folder(arguments.model, arguments.runtime, Path(folder))
-        results = measure(
-            served, arguments.batch, arguments.shares, arguments.seconds, arguments.most, arguments.deadline
-        )
+        results = measure(served, arguments)
     show(title, results)
     if arguments.out:
         arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
