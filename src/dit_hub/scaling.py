@@ -283,7 +283,9 @@ def cost(
         ahead = (plan.stages - 1) * step
     else:
         pieces = rows // plan.cfg
-        step = (pieces + plan.stages - 1) * (computing(1 / pieces) + sending / pieces)
+        between = sum(_seconds(each, machine) for each in moved if each.kind == "send")
+        turns = pieces + plan.stages - 1
+        step = turns * (computing(1 / pieces) + between / pieces) + sending - between
     latency = steps * step + ahead
     memory = held + _activations(config, plan, rows, itemsize)
     return Cost(step, latency, plan.replicas * images / latency, sum(each.sent for each in moved), memory)
