@@ -525,6 +525,7 @@ def test_a_broken_runtime_is_reported_and_nobody_waits_for_it(make_pipeline: Mak
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"guidance_interval": (0.7, 0.2)}, "guidance_interval"),
         ({"scheduler": "nobody"}, "There is no scheduler named 'nobody'"),
+        ({"scheduler": 5}, "scheduler must be a name, not 5"),
         ({"scheduler": "flow-euler"}, "velocity"),
         ({"scheduler": "dpm++", "eta": 0.5}, "eta 0.5 is for DDIMScheduler"),
         ({"height": 7}, "height 7"),
@@ -540,6 +541,15 @@ def test_bad_requests_are_one_sentence(make_pipeline: MakePipeline, fields: dict
         engine.submit(ImageRequest(**{"label": 0, **fields}))
     assert "\n" not in str(refusal.value)
     assert not engine.waiting
+
+
+def test_a_pipeline_whose_scheduler_is_no_table_is_refused_at_once(make_pipeline: MakePipeline) -> None:
+    from diffusers import DDIMScheduler
+
+    with pytest.raises(
+        ValueError, match=r"set clip_sample=False\. Serve this model with another scheduler, such as ddim"
+    ):
+        Engine(make_pipeline(scheduler=DDIMScheduler()))
 
 
 def test_a_model_with_a_cache_is_refused(make_pipeline: MakePipeline) -> None:

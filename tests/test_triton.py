@@ -214,6 +214,13 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path, options: dict[str, Any],
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_to_openvino_is_refused(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    export_onnx(make_pipeline(), tmp_path / "openvino", runtime="openvino")
+    with pytest.raises(ValueError, match="is an export to OpenVINO"):
+        export_triton(tmp_path / "openvino", tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
 def test_the_command_line(exported: Path, tmp_path: Path) -> None:
     result = dit_hub("export", "triton", exported, "repository", "--max-batch", 8, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

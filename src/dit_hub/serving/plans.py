@@ -87,6 +87,9 @@ class Planner:
 
     Args:
         pipeline: a `DiTPipeline`.
+
+    Raises:
+        ValueError: its own scheduler cannot be written as a table.
     """
 
     def __init__(self, pipeline: Any):
@@ -94,6 +97,10 @@ class Planner:
         self._own = without_foreign_variance(pipeline.scheduler)
         self._solvers: OrderedDict[tuple, Solver] = OrderedDict()
         self._lock = threading.Lock()
+        try:
+            self._solver(ImageRequest())
+        except ValueError as error:
+            raise ValueError(f"{error} Serve this model with another scheduler, such as ddim.") from None
 
     def __call__(self, request: ImageRequest) -> Plan:
         """The plan of a request.
@@ -142,6 +149,8 @@ class Planner:
     def _solver(self, request: ImageRequest) -> tuple[Solver, int]:
         scheduler = self._own
         if request.scheduler is not None:
+            if not isinstance(request.scheduler, str):
+                raise ValueError(f"scheduler must be a name, not {shown(request.scheduler)}.")
             scheduler = without_foreign_variance(switch_scheduler(self._own, request.scheduler))
         steps = request.num_inference_steps
         steps = default_steps(scheduler) if steps is None else whole_number("num_inference_steps", steps, 1)
