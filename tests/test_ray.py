@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -107,6 +108,13 @@ def running(url: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("dit_hub_images_running{"))
 
 
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[:1] == ["ray::ServeReplica:dit:Replica"]
+    except psutil.Error:  # it has ended meanwhile
+        return False
+
+
 def test_a_killed_replica_loses_no_accepted_request(cluster: tuple[str, Path]) -> None:
     url, folder = cluster
     bodies = [
@@ -115,8 +123,7 @@ def test_a_killed_replica_loses_no_accepted_request(cluster: tuple[str, Path]) -
             {"n": 4, "num_inference_steps": 60, "scheduler": "ddim"}
         )} for number in range(16)
     ]  # fmt: skip
-    workers = [process for process in psutil.Process().children(recursive=True)
-               if process.cmdline()[:1] == ["ray::ServeReplica:dit:Replica"]]  # fmt: skip
+    workers = [process for process in psutil.Process().children(recursive=True) if is_replica(process)]
     assert len(workers) == 2
     with ThreadPoolExecutor(len(bodies)) as clients:
         answers = [clients.submit(get, f"{url}/v1/images/generations", body) for body in bodies]
@@ -146,6 +153,31 @@ def test_the_interface_is_that_of_one_machine(cluster: tuple[str, Path]) -> None
     kinds = [event["type"].partition(".")[2] for event in events]
     assert (status, kinds) == (200, ["partial_image"] * 2 + ["completed"])
     assert np.abs(decoded(events[-1]["b64_json"]).astype(int) - drawn(body, 0)).max() <= 1
+
+
+# --- A replica's models, without Ray's processes ---------------------------------------------------------------------
+
+
+def test_a_model_that_a_replica_lets_go_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_hub.serving import ray_app
+
+    monkeypatch.setattr(ray_app.serve, "multiplexed", lambda max_num_models_per_replica: lambda load: load)
+    made: Any = ray_app.Replica.func_or_class
+
+    async def use() -> None:
+        replica = made.__new__(made)
+        await replica.__init__({TOY: TOY, "other": TOY}, ray_app.Settings.model_validate({"model": TOY}))
+        resident = await replica._resident(TOY)
+        gone = weakref.ref(resident.pipeline.transformer)
+        resident.__del__()  # as Serve does
+        del resident
+        other = await replica._resident("other")
+        assert gone() is None
+        other.runner._error = RuntimeError("CUDA error")
+        with pytest.raises(RuntimeError, match="The engine of other has stopped: CUDA error"):
+            replica.check_health()
+
+    asyncio.run(use())
 
 
 # --- What an ingress does with replicas' answers, without Ray's processes --------------------------------------------

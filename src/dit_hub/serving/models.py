@@ -301,7 +301,7 @@ class Models:
                 going.runner.close()
                 log("model let go", model=victim.name)
             del going
-            _free_memory()
+            free_memory()
 
 
 def _unused_longest(entry: _Entry) -> tuple[bool, float]:
@@ -309,7 +309,8 @@ def _unused_longest(entry: _Entry) -> tuple[bool, float]:
     return (False, 0.0) if loaded is None else (loaded.users > 0, loaded.used)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what models that are gone have held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

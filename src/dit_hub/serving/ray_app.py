@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,7 +25,7 @@ from ..extras import require
 from .app import create_app
 from .limits import Limits
 from .logs import log, log_as_json
-from .models import Loaded, Models, named_sources, weight_bytes
+from .models import Loaded, Models, free_memory, named_sources, weight_bytes
 from .requests import Event, ImageRequest, Job, Listener, QueueFullError
 from .runner import FairLock, Runner
 
@@ -114,7 +115,8 @@ class Replica:
 
     async def __init__(self, sources: dict[str, str], settings: Settings):  # pyright: ignore[reportGeneralTypeIssues]
         self._sources, self._settings = sources, settings
-        self._device_lock, self._runners = FairLock(), dict[str, Runner]()
+        self._device_lock = FairLock()
+        self._runners = WeakValueDictionary[str, Runner]()  # the models themselves are Serve's to hold and let go
 
         async def resident(name: str) -> _Resident:
             return await asyncio.to_thread(self._load, name)
@@ -127,6 +129,7 @@ class Replica:
 
         from ..pipeline_dit import DiTPipeline
 
+        free_memory()  # of the model that has just gone
         settings = self._settings
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         pipeline: Any = DiTPipeline.from_pretrained(self._sources[name], dtype=getattr(torch, settings.dtype))
@@ -185,7 +188,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise where an engine has stopped; Serve then starts another replica in place of this one."""
-        for name, runner in self._runners.items():
+        for name, runner in list(self._runners.items()):
             if runner.error is not None:
                 raise RuntimeError(f"The engine of {name} has stopped: {runner.error}")
 
