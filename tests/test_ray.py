@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -235,7 +236,7 @@ def draw(
 
     events: list[Event] = []
     runner = RemoteRunner(replicas, loop)
-    job = runner.submit(request, events.append)
+    job = asyncio.run(runner.submit_async(request, events.append))
     wait_until(lambda: job.is_over, 15)
     wait_until(lambda: runner.waiting == runner.running == 0, 5)
     return job, events
@@ -291,11 +292,44 @@ def test_a_cancelled_request_is_dropped_by_its_replica(loop: asyncio.AbstractEve
     replicas.remote = lambda request: streams.append(remote(request)) or streams[-1]  # pyright: ignore
     events: list[Event] = []
     runner = RemoteRunner(replicas, loop)
-    job = runner.submit(REQUEST, events.append)
+    job = asyncio.run(runner.submit_async(REQUEST, events.append))
     assert (runner.waiting, runner.running) == (0, 1)
     runner.cancel(job)
     wait_until(lambda: job.state == "cancelled" and streams[0].is_cancelled, 5)
     assert [event.kind for event in events] == ["cancelled"]
+
+
+def test_a_model_whose_replicas_are_busy_delays_no_other(loop: asyncio.AbstractEventLoop) -> None:
+    from dit_hub.serving.drawing import drawing
+    from dit_hub.serving.limits import ApiError
+    from dit_hub.serving.ray_app import RemoteRunner
+
+    def model(*script: Any) -> Any:
+        return SimpleNamespace(runner=RemoteRunner(Replicas(list(script)), loop))
+
+    async def ask(model: Any, request: ImageRequest) -> list[np.ndarray]:
+        async with drawing(model, request) as work:
+            return await work.images()
+
+    busy, free = model(None), model(("accepted", REQUEST), image(0, 1), image(1, 2), ("event", Event("done")))
+
+    async def use() -> None:
+        waiting = [asyncio.ensure_future(ask(busy, REQUEST)) for _ in range(20)]
+        late = asyncio.ensure_future(ask(busy, replace(REQUEST, deadline=0.2)))
+        images = await asyncio.wait_for(ask(free, REQUEST), 10)
+        assert [int(image[0, 0, 0]) for image in images] == [1, 2]
+        with pytest.raises(ApiError, match=r"The images were not ready within 0\.2 s\.") as refused:
+            await late
+        assert refused.value.status == 504
+        wait_until(lambda: busy.runner.waiting == 20, 5)
+        for one in waiting:
+            one.cancel()
+        assert all(
+            isinstance(one, asyncio.CancelledError) for one in await asyncio.gather(*waiting, return_exceptions=True)
+        )
+
+    asyncio.run(use())
+    wait_until(lambda: busy.runner.waiting == 0, 5)
 
 
 @pytest.mark.parametrize(

@@ -216,13 +216,18 @@ class RemoteRunner:
         """What has `waiting` and `running`."""
         return self
 
-    def submit(self, request: ImageRequest, listener: Listener | None = None) -> Job:
-        """As `Runner.submit`; returns when a replica has accepted the request."""
+    async def submit_async(self, request: ImageRequest, listener: Listener | None = None) -> Job:
+        """As `Runner.submit`, on any event loop; returns when a replica has accepted the request."""
         job, accepted = Job(request, listener), Future[ImageRequest]()
         task = asyncio.run_coroutine_threadsafe(self._draw(job, accepted), self._loop)
         self._tasks[job] = task
         task.add_done_callback(lambda _: self._tasks.pop(job, None))
-        job.request = replace(accepted.result(), deadline=request.deadline)
+        try:
+            taken = await asyncio.shield(asyncio.wrap_future(accepted))
+        except asyncio.CancelledError:  # whoever asked has left
+            self.cancel(job)
+            raise
+        job.request = replace(taken, deadline=request.deadline)
         return job
 
     def cancel(self, job: Job) -> None:
