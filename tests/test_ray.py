@@ -54,7 +54,7 @@ def cluster() -> Iterator[tuple[str, Path]]:
         ray.init(num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
                  _temp_dir=str(folder))  # fmt: skip
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        settings = {"model": f"{TOY},{folder / 'other'}", "min_replicas": "2", "num_cpus": "0.5"}
+        settings = {"model": f"{TOY},{folder / 'other'}", "min_replicas": "2", "num_cpus": "0.5", "no_auth": "true"}
         serve.run(app(settings), name="dit")
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: get(f"{url}/ready")[0] == 200)
@@ -337,12 +337,17 @@ def test_a_model_whose_replicas_are_busy_delays_no_other(loop: asyncio.AbstractE
     [
         ({"modle": TOY}, "model: Field required; known: model, device"),
         ({"model": TOY, "replicas": "2"}, "replicas: Extra inputs are not permitted; known: model"),
-        ({"model": "absent"}, "There is no folder and no embedded model 'absent'"),
+        ({"model": "absent", "no_auth": "true"}, "There is no folder and no embedded model 'absent'"),
+        ({"model": TOY}, r"give it a key with DIT_HUB_API_KEY .* or pass no_auth=true\.$"),
+        ({"model": TOY, "no_auth": "false"}, "give it a key with DIT_HUB_API_KEY"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], message: str) -> None:
+def test_wrong_arguments_are_one_sentence(
+    arguments: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dit_hub.serving.ray_app import app
 
+    monkeypatch.delenv("DIT_HUB_API_KEY", raising=False)
     with pytest.raises(ValueError, match=message):
         app(arguments)
 
@@ -356,6 +361,13 @@ def test_the_examples_are_of_serves_schema() -> None:
     folder = Path(__file__).parents[1] / "examples" / "ray"
     service = yaml.safe_load((folder / "rayservice.yaml").read_text())
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    spec = service["spec"]["rayClusterConfig"]
+    mounts = [
+        [(one["name"], one["mountPath"]) for one in container["volumeMounts"]]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+        for container in group["template"]["spec"]["containers"]
+    ]
+    assert mounts == [[("models", "/models")]] * 2
     for text in ((folder / "serve_config.yaml").read_text(), service["spec"]["serveConfigV2"]):
         (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
         assert application.import_path == "dit_hub.serving.ray_app:app"
