@@ -1,5 +1,6 @@
 """`dit-hub serve`."""
 
+import hashlib
 import ipaddress
 import tempfile
 from collections.abc import Callable
@@ -110,18 +111,22 @@ def _check_runtime(runtime: str | None, device: str) -> None:
 
 
 def _load_exported(source: str, runtime: str, folder: Path, load: Callable[[str], Any]) -> Any:
-    """The pipeline of a source on another runtime than PyTorch; one that is an export stays as it is."""
+    """The pipeline of a source on another runtime than PyTorch; one that is an export stays as it is.
+
+    A model that was let go and comes back is loaded from the export of the first time.
+    """
     import torch
 
     from dit_hub.export import export_onnx
 
     from ..pipeline_dit import DiTPipeline
 
-    pipeline = DiTPipeline.from_pretrained(source)
-    if not isinstance(pipeline.transformer, torch.nn.Module):
-        return load(source)
-    exported = folder / str(len(list(folder.iterdir())))
-    export_onnx(pipeline, exported, runtime=runtime, precompute=True)
+    exported = folder / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if not exported.exists():
+        pipeline = DiTPipeline.from_pretrained(source)
+        if not isinstance(pipeline.transformer, torch.nn.Module):
+            return load(source)
+        export_onnx(pipeline, exported, runtime=runtime, precompute=True)
     return load(str(exported))
 
 
