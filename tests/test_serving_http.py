@@ -200,7 +200,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "0", "size": "16"}, 'size must be "WIDTHxHEIGHT" or "auto"'),
     ({"prompt": "0", "size": "17x17"}, "17"),
     ({"prompt": "0", "size": "0x0"}, "0"),
-    ({"prompt": "0", "size": "4096x4096"}, "at most 2048"),
+    ({"prompt": "0", "size": "32x33"}, "A side of size must be at most 32 on this server, not 33."),
+    ({"prompt": "0", "size": "4096x4096"}, "at most 32"),
     ({"prompt": "0", "scheduler": "dmp++"}, "no scheduler named 'dmp++'"),
     ({"prompt": "0", "scheduler": "/etc/passwd.json"}, "no scheduler named"),
     ({"prompt": "0", "scheduler": "solver.json"}, "no scheduler named"),
@@ -363,13 +364,34 @@ def test_a_head_without_end_is_refused(impatient: Served) -> None:
 
 
 def test_more_images_than_may_wait_are_429() -> None:
+    pipeline, may_go_on = quiet_pipeline(TOY), threading.Event()
+    pipeline.transformer.blocks[0].register_forward_pre_hook(lambda *_: may_go_on.wait(60) and None)
+    with serving(load=lambda _: pipeline, limits=Limits(waiting=2, images=4), max_batch=2) as one:
+        engine = one.models.loaded()[TOY].runner.engine
+        try:
+            threads = [in_background(one, prompt="0", n=2, num_inference_steps=2)]
+            wait_for(lambda: (engine.running, engine.waiting) == (2, 0), "a pass")
+            threads.append(in_background(one, prompt="0", n=2, num_inference_steps=2))
+            wait_for(lambda: engine.waiting == 2, "a full queue")
+            answer = one.draw(prompt="0")
+            assert answer.status_code == 429
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            with client_of(one, max_retries=0) as client, pytest.raises(openai.RateLimitError):
+                client.images.generate(prompt="0")
+        finally:
+            may_go_on.set()
+        for thread, answers in threads:
+            thread.join()
+            assert answers[0].status_code == 200
+
+
+def test_a_request_that_could_never_wait_is_400() -> None:
     with serving(limits=Limits(waiting=2, images=4)) as one:
-        answer = one.draw(prompt="0", n=4)
-        assert answer.status_code == 429
-        assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        with client_of(one, max_retries=0) as client, pytest.raises(openai.RateLimitError):
-            client.images.generate(prompt="0", n=3)
+        answer = one.draw(prompt="0", n=3)
+        assert (answer.status_code, message(answer)) == (400, "n must be at most 2 on this server, not 3.")
+        schema = one.client.get("/openapi.json").json()["paths"][IMAGES]["post"]["requestBody"]
+        assert schema["content"]["application/json"]["schema"]["properties"]["n"]["anyOf"][0]["maximum"] == 2
 
 
 def test_a_request_that_takes_too_long_is_504() -> None:
@@ -432,7 +454,7 @@ def test_the_rows_of_a_client_that_leaves_leave_too(served: Served, stream: bool
 
 def test_a_client_that_does_not_read_is_cut_off(make_pipeline: Callable[..., Any], tmp_path: Path) -> None:
     make_pipeline(sample_size=16, patch_size=16, in_channels=3, learn_sigma=False).save_pretrained(tmp_path / "large")
-    with serving({"large": str(tmp_path / "large")}, limits=Limits(write_seconds=0.2)) as one:
+    with serving({"large": str(tmp_path / "large")}, limits=Limits(write_seconds=0.2, side=512)) as one:
         fields = {"prompt": 0, "n": 8, "num_inference_steps": 1, "size": "512x512", "guidance_scale": 1}
         body = json.dumps(fields).encode()
         connections = one.server.server_state.connections

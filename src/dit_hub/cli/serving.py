@@ -44,7 +44,9 @@ def serve(
     batch_dir: Annotated[Path | None, typer.Option(help="Folder of /v1/batches, which are off without it.")] = None,
     max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 10,
     max_steps: Annotated[int, typer.Option(help="Most denoising steps of an image.")] = 250,
-    max_side: Annotated[int, typer.Option(help="Longest side of an image, in pixels.")] = 2048,
+    max_side: Annotated[
+        int | None, typer.Option(help="Longest side of an image, in pixels; default: twice the model's own.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Most images that wait; further requests get status 429.")] = 1024,
     request_seconds: Annotated[float, typer.Option(help="Time until a request must be answered.")] = 300.0,
     shutdown_seconds: Annotated[float, typer.Option(help="Time for accepted requests after SIGTERM or Ctrl-C.")] = 30.0,
@@ -70,7 +72,7 @@ def serve(
     limits = Limits(
         images=whole_number("--max-images", max_images, 1),
         steps=whole_number("--max-steps", max_steps, 1),
-        side=whole_number("--max-side", max_side, 1),
+        side=None if max_side is None else whole_number("--max-side", max_side, 1),
         waiting=whole_number("--max-waiting", max_waiting, 1),
         seconds=real_number("--request-seconds", request_seconds, 0),
     )

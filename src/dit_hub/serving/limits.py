@@ -12,7 +12,7 @@ class Limits:
     Args:
         images: of a request.
         steps: of an image.
-        side: of an image, in pixels.
+        side: of an image, in pixels; None for twice that of the model's own images.
         waiting: images that may wait in all; above that a request is refused with status 429.
         seconds: until a request must be answered.
         body_bytes: of a request's body.
@@ -25,7 +25,7 @@ class Limits:
 
     images: int = 10
     steps: int = 250
-    side: int = 2048
+    side: int | None = None
     waiting: int = 1024
     seconds: float = 300.0
     body_bytes: int = 2**16
@@ -34,6 +34,11 @@ class Limits:
     connections: int = 2048
     batch_bytes: int = 2**26
     batches: int = 16
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of a request that the queue can ever have room for."""
+        return min(self.images, self.waiting)
 
 
 # The status, in logs and metrics, of a client that left before its answer; nginx's.
