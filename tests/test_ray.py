@@ -11,10 +11,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,7 @@ def cluster() -> Iterator[tuple[str, Path]]:
         ray.init(num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
                  _temp_dir=str(folder))  # fmt: skip
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        settings = {"model": f"{TOY},{folder / 'other'}", "min_replicas": "2", "num_cpus": "0.5"}
+        settings = {"model": f"{TOY},{folder / 'other'}", "min_replicas": "2", "num_cpus": "0.5", "no_auth": "true"}
         serve.run(app(settings), name="dit")
         url = f"http://127.0.0.1:{port}"
         wait_until(lambda: get(f"{url}/ready")[0] == 200)
@@ -107,6 +109,13 @@ def running(url: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("dit_hub_images_running{"))
 
 
+def is_replica(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[:1] == ["ray::ServeReplica:dit:Replica"]
+    except psutil.Error:  # it has ended meanwhile
+        return False
+
+
 def test_a_killed_replica_loses_no_accepted_request(cluster: tuple[str, Path]) -> None:
     url, folder = cluster
     bodies = [
@@ -115,8 +124,7 @@ def test_a_killed_replica_loses_no_accepted_request(cluster: tuple[str, Path]) -
             {"n": 4, "num_inference_steps": 60, "scheduler": "ddim"}
         )} for number in range(16)
     ]  # fmt: skip
-    workers = [process for process in psutil.Process().children(recursive=True)
-               if process.cmdline()[:1] == ["ray::ServeReplica:dit:Replica"]]  # fmt: skip
+    workers = [process for process in psutil.Process().children(recursive=True) if is_replica(process)]
     assert len(workers) == 2
     with ThreadPoolExecutor(len(bodies)) as clients:
         answers = [clients.submit(get, f"{url}/v1/images/generations", body) for body in bodies]
@@ -146,6 +154,31 @@ def test_the_interface_is_that_of_one_machine(cluster: tuple[str, Path]) -> None
     kinds = [event["type"].partition(".")[2] for event in events]
     assert (status, kinds) == (200, ["partial_image"] * 2 + ["completed"])
     assert np.abs(decoded(events[-1]["b64_json"]).astype(int) - drawn(body, 0)).max() <= 1
+
+
+# --- A replica's models, without Ray's processes ---------------------------------------------------------------------
+
+
+def test_a_model_that_a_replica_lets_go_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_hub.serving import ray_app
+
+    monkeypatch.setattr(ray_app.serve, "multiplexed", lambda max_num_models_per_replica: lambda load: load)
+    made: Any = ray_app.Replica.func_or_class
+
+    async def use() -> None:
+        replica = made.__new__(made)
+        await replica.__init__({TOY: TOY, "other": TOY}, ray_app.Settings.model_validate({"model": TOY}))
+        resident = await replica._resident(TOY)
+        gone = weakref.ref(resident.pipeline.transformer)
+        resident.__del__()  # as Serve does
+        del resident
+        other = await replica._resident("other")
+        assert gone() is None
+        other.runner._error = RuntimeError("CUDA error")
+        with pytest.raises(RuntimeError, match="The engine of other has stopped: CUDA error"):
+            replica.check_health()
+
+    asyncio.run(use())
 
 
 # --- What an ingress does with replicas' answers, without Ray's processes --------------------------------------------
@@ -203,7 +236,7 @@ def draw(
 
     events: list[Event] = []
     runner = RemoteRunner(replicas, loop)
-    job = runner.submit(request, events.append)
+    job = asyncio.run(runner.submit_async(request, events.append))
     wait_until(lambda: job.is_over, 15)
     wait_until(lambda: runner.waiting == runner.running == 0, 5)
     return job, events
@@ -259,11 +292,44 @@ def test_a_cancelled_request_is_dropped_by_its_replica(loop: asyncio.AbstractEve
     replicas.remote = lambda request: streams.append(remote(request)) or streams[-1]  # pyright: ignore
     events: list[Event] = []
     runner = RemoteRunner(replicas, loop)
-    job = runner.submit(REQUEST, events.append)
+    job = asyncio.run(runner.submit_async(REQUEST, events.append))
     assert (runner.waiting, runner.running) == (0, 1)
     runner.cancel(job)
     wait_until(lambda: job.state == "cancelled" and streams[0].is_cancelled, 5)
     assert [event.kind for event in events] == ["cancelled"]
+
+
+def test_a_model_whose_replicas_are_busy_delays_no_other(loop: asyncio.AbstractEventLoop) -> None:
+    from dit_hub.serving.drawing import drawing
+    from dit_hub.serving.limits import ApiError
+    from dit_hub.serving.ray_app import RemoteRunner
+
+    def model(*script: Any) -> Any:
+        return SimpleNamespace(runner=RemoteRunner(Replicas(list(script)), loop))
+
+    async def ask(model: Any, request: ImageRequest) -> list[np.ndarray]:
+        async with drawing(model, request) as work:
+            return await work.images()
+
+    busy, free = model(None), model(("accepted", REQUEST), image(0, 1), image(1, 2), ("event", Event("done")))
+
+    async def use() -> None:
+        waiting = [asyncio.ensure_future(ask(busy, REQUEST)) for _ in range(20)]
+        late = asyncio.ensure_future(ask(busy, replace(REQUEST, deadline=0.2)))
+        images = await asyncio.wait_for(ask(free, REQUEST), 10)
+        assert [int(image[0, 0, 0]) for image in images] == [1, 2]
+        with pytest.raises(ApiError, match=r"The images were not ready within 0\.2 s\.") as refused:
+            await late
+        assert refused.value.status == 504
+        wait_until(lambda: busy.runner.waiting == 20, 5)
+        for one in waiting:
+            one.cancel()
+        assert all(
+            isinstance(one, asyncio.CancelledError) for one in await asyncio.gather(*waiting, return_exceptions=True)
+        )
+
+    asyncio.run(use())
+    wait_until(lambda: busy.runner.waiting == 0, 5)
 
 
 @pytest.mark.parametrize(
@@ -271,12 +337,17 @@ def test_a_cancelled_request_is_dropped_by_its_replica(loop: asyncio.AbstractEve
     [
         ({"modle": TOY}, "model: Field required; known: model, device"),
         ({"model": TOY, "replicas": "2"}, "replicas: Extra inputs are not permitted; known: model"),
-        ({"model": "absent"}, "There is no folder and no embedded model 'absent'"),
+        ({"model": "absent", "no_auth": "true"}, "There is no folder and no embedded model 'absent'"),
+        ({"model": TOY}, r"give it a key with DIT_HUB_API_KEY .* or pass no_auth=true\.$"),
+        ({"model": TOY, "no_auth": "false"}, "give it a key with DIT_HUB_API_KEY"),
     ],
 )
-def test_wrong_arguments_are_one_sentence(arguments: dict[str, str], message: str) -> None:
+def test_wrong_arguments_are_one_sentence(
+    arguments: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dit_hub.serving.ray_app import app
 
+    monkeypatch.delenv("DIT_HUB_API_KEY", raising=False)
     with pytest.raises(ValueError, match=message):
         app(arguments)
 
@@ -290,6 +361,13 @@ def test_the_examples_are_of_serves_schema() -> None:
     folder = Path(__file__).parents[1] / "examples" / "ray"
     service = yaml.safe_load((folder / "rayservice.yaml").read_text())
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    spec = service["spec"]["rayClusterConfig"]
+    mounts = [
+        [(one["name"], one["mountPath"]) for one in container["volumeMounts"]]
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+        for container in group["template"]["spec"]["containers"]
+    ]
+    assert mounts == [[("models", "/models")]] * 2
     for text in ((folder / "serve_config.yaml").read_text(), service["spec"]["serveConfigV2"]):
         (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
         assert application.import_path == "dit_hub.serving.ray_app:app"

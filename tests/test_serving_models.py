@@ -1,6 +1,7 @@
 """Several models in bounded memory, those that cannot be loaded, engines that stop, weights that are not sound."""
 
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from dit_hub import DiTPipeline
+from dit_hub.cli.serving import _load_exported
 from dit_hub.serving.models import Models, named_sources
 
 from .served import TOY, quiet_pipeline, serving, wait_for
@@ -58,6 +60,35 @@ def test_the_model_unused_longest_goes(folders: dict[str, str]) -> None:
         assert set(one.models.loaded()) == {"second", "third"}
         assert one.models.memory <= limit
         assert one.client.get("/ready").status_code == 200
+
+
+def test_a_model_is_gone_before_the_next_is_loaded(folders: dict[str, str]) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    kept: list[int] = []
+
+    def load(source: str) -> DiTPipeline:
+        kept.append(sum(one() is not None for one in loaded))
+        pipeline = quiet_pipeline(source)
+        loaded.append(weakref.ref(pipeline.transformer))
+        return pipeline
+
+    with serving(folders, load, memory_limit=int(weights(folders["first"]) * 1.5)) as one:
+        assert one.draw(model="first", prompt=0, num_inference_steps=1).status_code == 200
+        for name in ("second", "third", "first"):
+            wait_for(lambda: one.draw(model=name, prompt=0, num_inference_steps=1).status_code == 200, name)  # noqa: B023
+    assert kept == [0, 0, 0, 0]
+
+
+def test_a_model_that_comes_back_is_not_exported_again(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    make_pipeline(in_channels=3, learn_sigma=False).save_pretrained(tmp_path / "model")
+    (tmp_path / "exports").mkdir()
+
+    def load() -> set[Path]:
+        pipeline = _load_exported(str(tmp_path / "model"), "onnxruntime", tmp_path / "exports", quiet_pipeline)
+        assert not isinstance(pipeline.transformer, torch.nn.Module)
+        return set((tmp_path / "exports").rglob("*"))
+
+    assert load() == load()
 
 
 def test_a_model_at_work_stays_until_it_is_done(folders: dict[str, str]) -> None:

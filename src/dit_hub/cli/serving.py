@@ -1,5 +1,6 @@
 """`dit-hub serve`."""
 
+import hashlib
 import ipaddress
 import tempfile
 from collections.abc import Callable
@@ -43,7 +44,9 @@ def serve(
     batch_dir: Annotated[Path | None, typer.Option(help="Folder of /v1/batches, which are off without it.")] = None,
     max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 10,
     max_steps: Annotated[int, typer.Option(help="Most denoising steps of an image.")] = 250,
-    max_side: Annotated[int, typer.Option(help="Longest side of an image, in pixels.")] = 2048,
+    max_side: Annotated[
+        int | None, typer.Option(help="Longest side of an image, in pixels; default: twice the model's own.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Most images that wait; further requests get status 429.")] = 1024,
     request_seconds: Annotated[float, typer.Option(help="Time until a request must be answered.")] = 300.0,
     shutdown_seconds: Annotated[float, typer.Option(help="Time for accepted requests after SIGTERM or Ctrl-C.")] = 30.0,
@@ -69,7 +72,7 @@ def serve(
     limits = Limits(
         images=whole_number("--max-images", max_images, 1),
         steps=whole_number("--max-steps", max_steps, 1),
-        side=whole_number("--max-side", max_side, 1),
+        side=None if max_side is None else whole_number("--max-side", max_side, 1),
         waiting=whole_number("--max-waiting", max_waiting, 1),
         seconds=real_number("--request-seconds", request_seconds, 0),
     )
@@ -110,18 +113,22 @@ def _check_runtime(runtime: str | None, device: str) -> None:
 
 
 def _load_exported(source: str, runtime: str, folder: Path, load: Callable[[str], Any]) -> Any:
-    """The pipeline of a source on another runtime than PyTorch; one that is an export stays as it is."""
+    """The pipeline of a source on another runtime than PyTorch; one that is an export stays as it is.
+
+    A model that was let go and comes back is loaded from the export of the first time.
+    """
     import torch
 
     from dit_hub.export import export_onnx
 
     from ..pipeline_dit import DiTPipeline
 
-    pipeline = DiTPipeline.from_pretrained(source)
-    if not isinstance(pipeline.transformer, torch.nn.Module):
-        return load(source)
-    exported = folder / str(len(list(folder.iterdir())))
-    export_onnx(pipeline, exported, runtime=runtime, precompute=True)
+    exported = folder / hashlib.sha256(source.encode()).hexdigest()[:16]
+    if not exported.exists():
+        pipeline = DiTPipeline.from_pretrained(source)
+        if not isinstance(pipeline.transformer, torch.nn.Module):
+            return load(source)
+        export_onnx(pipeline, exported, runtime=runtime, precompute=True)
     return load(str(exported))
 
 

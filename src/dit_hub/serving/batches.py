@@ -14,7 +14,7 @@ from typing import Any
 from ..checks import shown
 from ..sharing import Worker
 from .batch_files import Batch, Line, Result, Upload, begin_upload, find_batches, finish_upload
-from .bodies import ImageBody, check_limit, parse_images, parse_json
+from .bodies import ImageBody, parse_images, parse_json
 from .drawing import failure, png_bytes
 from .limits import ApiError, Limits
 from .logs import log
@@ -232,7 +232,6 @@ class _Run:
             body = parse_images(record["request"], self._limits)
             if body.stream or body.response_format == "png":
                 raise ApiError(400, "A batch has neither stream nor response_format png.")
-            check_limit("n", body.n or 1, self._limits.waiting)
             self._submit(line, body, record)
         except QueueFullError:
             return False

@@ -133,15 +133,21 @@ class ImageBody(BaseModel):
         """The request for the engine.
 
         Args:
-            limits: of the server, which `check` has compared.
+            limits: of the server, which `parse_images` has compared as far as it could.
             id2label: the model's names of classes.
             usual_steps: of a run with this scheduler that names none.
             size: height and width of the model's images.
             deadline: in seconds.
+
+        Raises:
+            ApiError: a limit that only the model tells.
+            ValueError: there is no such class.
         """
         height, width = size
         if self.size not in (None, "auto"):
             width, height = map(int, self.size.split("x"))
+            most = 2 * max(size) if limits.side is None else limits.side
+            check_limit("A side of size", max(width, height), most, "size")
         steps = usual_steps if self.num_inference_steps is None else self.num_inference_steps
         check_limit("num_inference_steps", steps, limits.steps)
         start, end = self.guidance_interval or (0.0, 1.0)
@@ -172,11 +178,8 @@ def parse_images(fields: dict[str, Any], limits: Limits) -> ImageBody:
         body = ImageBody.model_validate(fields)
     except ValidationError as error:
         raise _field_error(error, list(ImageBody.model_fields)) from None
-    check_limit("n", body.n or 1, limits.images)
+    check_limit("n", body.n or 1, limits.images_at_once)
     check_limit("num_inference_steps", body.num_inference_steps or 1, limits.steps)
-    if body.size not in (None, "auto"):
-        for side in body.size.split("x"):
-            check_limit("A side of size", int(side), limits.side, "size")
     known = [*SCHEDULERS, *published()]
     if body.scheduler is not None and body.scheduler not in known:  # a file's name, too, is only an unknown name
         message = f"There is no scheduler named {shown(body.scheduler)}; known: {', '.join(known)}."
@@ -218,6 +221,6 @@ def _field_error(error: ValidationError, known: list[str]) -> ApiError:
 def images_schema(limits: Limits) -> dict[str, Any]:
     """The JSON schema of a request on a server with these limits."""
     schema = ImageBody.model_json_schema()
-    for name, most in (("n", limits.images), ("num_inference_steps", limits.steps)):
+    for name, most in (("n", limits.images_at_once), ("num_inference_steps", limits.steps)):
         schema["properties"][name]["anyOf"][0]["maximum"] = most
     return schema

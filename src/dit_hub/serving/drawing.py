@@ -6,20 +6,23 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from .limits import ApiError, retry_later
 from .models import Loaded
-from .requests import Event, ImageRequest, Job, QueueFullError
+from .requests import Event, ImageRequest, Job, Listener, QueueFullError
 
 # Encoding keeps the processor from the engine; two threads are enough for what clients can take.
 _ENCODERS = ThreadPoolExecutor(2, thread_name_prefix="png")
+
+Made = TypeVar("Made")
 
 # An engine tells of a request's end within so many seconds of its deadline.
 _GRACE_SECONDS = 5.0
@@ -32,26 +35,22 @@ def png_bytes(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _png_text(image: np.ndarray) -> str:
+def png_text(image: np.ndarray) -> str:
+    """The PNG in base64."""
     return base64.b64encode(png_bytes(image)).decode()
 
 
-async def encoded_png(image: np.ndarray) -> bytes:
-    """As `png_bytes`, off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, png_bytes, image)
-
-
-async def encoded_text(image: np.ndarray) -> str:
-    """The PNG in base64, off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, _png_text, image)
+async def off_loop(make: Callable[[], Made]) -> Made:
+    """What a function makes, on a thread beside the event loop, which large answers would hold up."""
+    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, make)
 
 
 class Drawing:
     """A job and its events as they come; made by `drawing`."""
 
-    def __init__(self, job: Job, events: "asyncio.Queue[Event]", deadline: float | None):
-        self.job, self._events = job, events
-        self._end = math.inf if deadline is None else time.monotonic() + deadline + _GRACE_SECONDS
+    def __init__(self, job: Job, events: "asyncio.Queue[Event]", deadline: float | None, begun: float):
+        self.job, self._events, self._deadline = job, events, deadline
+        self._end = math.inf if deadline is None else begun + deadline + _GRACE_SECONDS
 
     async def next(self, seconds: float = math.inf) -> Event | None:
         """The next event that is good news, None after the last one.
@@ -68,7 +67,7 @@ class Drawing:
                 raise
             raise ApiError(504, "The engine did not answer in time.", code="deadline") from None
         if event.kind == "failed":
-            raise failure(event.error)
+            raise _late(self._deadline) if isinstance(event.error, TimeoutError) else failure(event.error)
         if event.kind == "cancelled":
             raise retry_later(503, "The request was cancelled; try again.", 1, "cancelled")
         return None if event.kind == "done" else event
@@ -82,11 +81,14 @@ class Drawing:
         return [found[index] for index in sorted(found)]
 
 
+def _late(deadline: float | None) -> ApiError:
+    message = f"The images were not ready within {deadline or 0.0:g} s."
+    return ApiError(504, message, code="deadline", headers={"X-Should-Retry": "false"})
+
+
 def failure(error: Exception | None) -> ApiError:
     """What a client hears of a failed job."""
     message = str(error) or "The image could not be drawn."
-    if isinstance(error, TimeoutError):
-        return ApiError(504, message, code="deadline", headers={"X-Should-Retry": "false"})
     if isinstance(error, ValueError):
         return ApiError(400, message, code="invalid_value")
     return ApiError(500, message, code="failed", headers={"X-Should-Retry": "false"})
@@ -99,19 +101,17 @@ async def drawing(model: Loaded, request: ImageRequest) -> AsyncIterator[Drawing
     Raises:
         ApiError: the engine does not take it, or does not answer.
     """
-    loop = asyncio.get_running_loop()
+    loop, begun = asyncio.get_running_loop(), time.monotonic()
     events: asyncio.Queue[Event] = asyncio.Queue()
 
     def listen(event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-    submitted = _submit(model, request, listen)
     try:
-        job = await asyncio.wrap_future(submitted)
-    except asyncio.CancelledError:
-        submitted.add_done_callback(lambda done: done.cancelled() or done.exception() or _drop(model, done.result()))
-        raise
+        job = await _submit(model, request, listen)
+    except (TimeoutError, asyncio.TimeoutError):  # one and the same from Python 3.11 on
+        raise _late(request.deadline) from None
     except QueueFullError as error:
         raise retry_later(429, str(error), error.retry_after, "queue_full") from None
     except ValueError as error:
@@ -119,19 +119,42 @@ async def drawing(model: Loaded, request: ImageRequest) -> AsyncIterator[Drawing
     except RuntimeError as error:
         raise retry_later(503, str(error), 5, "engine_stopped") from None
     try:
-        yield Drawing(job, events, request.deadline)
+        yield Drawing(job, events, request.deadline, begun)
     finally:
         if not job.is_over:
-            _SUBMITTERS.submit(_drop, model, job)
+            _drop(model, job)
 
 
-# The engine may be busy for as long as a pass takes, and a solver's table takes a moment: both off the event loop.
+# The engine may be busy for a moment, and a solver's table takes one: both off the event loop. What is dropped does not
+# wait for what is submitted.
 _SUBMITTERS = ThreadPoolExecutor(4, thread_name_prefix="submit")
+_DROPPERS = ThreadPoolExecutor(1, thread_name_prefix="drop")
 
 
-def _submit(model: Loaded, request: ImageRequest, listen: Any) -> "Future[Job]":
-    return _SUBMITTERS.submit(model.runner.submit, request, listen)
+async def _submit(model: Loaded, request: ImageRequest, listen: Listener) -> Job:
+    """The job of a request; the time until a runner takes it counts against its deadline.
+
+    A runner that has to wait for others offers `submit_async`: one that waited in a thread would keep it from the
+    requests for other models.
+    """
+    runner: Any = model.runner
+    if hasattr(runner, "submit_async"):
+        return await asyncio.wait_for(runner.submit_async(request, listen), request.deadline)
+    end = math.inf if request.deadline is None else time.monotonic() + request.deadline
+
+    def submit() -> Job:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return runner.submit(request if math.isinf(left) else replace(request, deadline=left), listen)
+
+    submitted = _SUBMITTERS.submit(submit)
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(submitted), request.deadline)
+    except (asyncio.CancelledError, asyncio.TimeoutError):
+        submitted.add_done_callback(lambda done: done.cancelled() or done.exception() or _drop(model, done.result()))
+        raise
 
 
 def _drop(model: Loaded, job: Job) -> None:
-    model.runner.cancel(job)
+    _DROPPERS.submit(model.runner.cancel, job)

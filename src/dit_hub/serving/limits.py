@@ -12,28 +12,35 @@ class Limits:
     Args:
         images: of a request.
         steps: of an image.
-        side: of an image, in pixels.
+        side: of an image, in pixels; None for twice that of the model's own images.
         waiting: images that may wait in all; above that a request is refused with status 429.
         seconds: until a request must be answered.
         body_bytes: of a request's body.
         body_seconds: until a request's headers, and then its body, have arrived.
         write_seconds: a client that takes less than 64 KiB of its answer in that time is cut off.
-        connections: open at once.
+        answer_seconds: a client that has not taken what an answer holds in memory in that time is cut off.
+        connections: open at once; above that all but probes are refused with status 503.
         batch_bytes: of a batch's file.
         batches: that are not finished.
     """
 
     images: int = 10
     steps: int = 250
-    side: int = 2048
+    side: int | None = None
     waiting: int = 1024
     seconds: float = 300.0
     body_bytes: int = 2**16
     body_seconds: float = 10.0
     write_seconds: float = 30.0
+    answer_seconds: float = 600.0
     connections: int = 2048
     batch_bytes: int = 2**26
     batches: int = 16
+
+    @property
+    def images_at_once(self) -> int:
+        """Images of a request that the queue can ever have room for."""
+        return min(self.images, self.waiting)
 
 
 # The status, in logs and metrics, of a client that left before its answer; nginx's.

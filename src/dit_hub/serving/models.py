@@ -242,26 +242,30 @@ class Models:
 
     def _work(self) -> None:
         while (entry := self._orders.get()) is not None:
-            begun = time.monotonic()
-            try:
-                loaded = self._open(entry)
-            except Exception as error:  # whatever a damaged folder causes
-                entry.failed_at = time.monotonic()
-                entry.state = "failed"
-                reason = " ".join(str(error).split())
-                if isinstance(error, ValueError) and self._give_up is not None and not self.was_ready:
-                    self._give_up(error)
-                else:
-                    log("model failed", logging.ERROR, model=entry.name, reason=f"{type(error).__name__}: {reason}")
-                continue
-            with self._changed:
-                loaded.used = time.monotonic()
-                entry.loaded, entry.state, closed = loaded, "loaded", self._closed
-                self.was_ready = True
-            if closed:
-                loaded.runner.close()
-            seconds = round(time.monotonic() - begun, 1)
-            log("model loaded", model=entry.name, memory_bytes=loaded.memory, seconds=seconds)
+            self._fill(entry)
+
+    def _fill(self, entry: _Entry) -> None:
+        """Load a model. No name of this thread's may hold it afterwards: it must be gone before the next is loaded."""
+        begun = time.monotonic()
+        try:
+            loaded = self._open(entry)
+        except Exception as error:  # whatever a damaged folder causes
+            entry.failed_at = time.monotonic()
+            entry.state = "failed"
+            reason = " ".join(str(error).split())
+            if isinstance(error, ValueError) and self._give_up is not None and not self.was_ready:
+                self._give_up(error)
+            else:
+                log("model failed", logging.ERROR, model=entry.name, reason=f"{type(error).__name__}: {reason}")
+            return
+        with self._changed:
+            loaded.used = time.monotonic()
+            entry.loaded, entry.state, closed = loaded, "loaded", self._closed
+            self.was_ready = True
+        if closed:
+            loaded.runner.close()
+        seconds = round(time.monotonic() - begun, 1)
+        log("model loaded", model=entry.name, memory_bytes=loaded.memory, seconds=seconds)
 
     def _open(self, entry: _Entry) -> Loaded:
         self._make_room(entry.name, _file_bytes(entry.source))
@@ -297,7 +301,7 @@ class Models:
                 going.runner.close()
                 log("model let go", model=victim.name)
             del going
-            _free_memory()
+            free_memory()
 
 
 def _unused_longest(entry: _Entry) -> tuple[bool, float]:
@@ -305,7 +309,8 @@ def _unused_longest(entry: _Entry) -> tuple[bool, float]:
     return (False, 0.0) if loaded is None else (loaded.users > 0, loaded.used)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what models that are gone have held."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

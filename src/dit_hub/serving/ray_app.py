@@ -1,6 +1,6 @@
 """Serving on a cluster: Ray Serve's replicas hold the engine; an ingress with the HTTP interface sends them requests.
 
-    serve run dit_hub.serving.ray_app:app model=dit-toy-shapes
+    serve run dit_hub.serving.ray_app:app model=dit-toy-shapes no_auth=true
 
 A request whose replica is lost is drawn again by another one. Its seed was chosen before the first try, so that the
 images are those that the lost replica would have drawn.
@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,7 +25,7 @@ from ..extras import require
 from .app import create_app
 from .limits import Limits
 from .logs import log, log_as_json
-from .models import Loaded, Models, named_sources, weight_bytes
+from .models import Loaded, Models, free_memory, named_sources, weight_bytes
 from .requests import Event, ImageRequest, Job, Listener, QueueFullError
 from .runner import FairLock, Runner
 
@@ -59,6 +60,7 @@ class Settings(BaseModel):
         models_per_replica: in memory at once; the one unused longest goes for another.
         ingresses: processes with the HTTP interface.
         request_seconds: until a request must be answered.
+        no_auth: serve without a key.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,6 +77,7 @@ class Settings(BaseModel):
     models_per_replica: int = Field(3, ge=1)
     ingresses: int = Field(1, ge=1)
     request_seconds: float = Field(300, ge=1)
+    no_auth: bool = False
 
 
 class Reply(NamedTuple):
@@ -114,7 +117,8 @@ class Replica:
 
     async def __init__(self, sources: dict[str, str], settings: Settings):  # pyright: ignore[reportGeneralTypeIssues]
         self._sources, self._settings = sources, settings
-        self._device_lock, self._runners = FairLock(), dict[str, Runner]()
+        self._device_lock = FairLock()
+        self._runners = WeakValueDictionary[str, Runner]()  # the models themselves are Serve's to hold and let go
 
         async def resident(name: str) -> _Resident:
             return await asyncio.to_thread(self._load, name)
@@ -127,6 +131,7 @@ class Replica:
 
         from ..pipeline_dit import DiTPipeline
 
+        free_memory()  # of the model that has just gone
         settings = self._settings
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         pipeline: Any = DiTPipeline.from_pretrained(self._sources[name], dtype=getattr(torch, settings.dtype))
@@ -185,7 +190,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise where an engine has stopped; Serve then starts another replica in place of this one."""
-        for name, runner in self._runners.items():
+        for name, runner in list(self._runners.items()):
             if runner.error is not None:
                 raise RuntimeError(f"The engine of {name} has stopped: {runner.error}")
 
@@ -213,13 +218,20 @@ class RemoteRunner:
         """What has `waiting` and `running`."""
         return self
 
-    def submit(self, request: ImageRequest, listener: Listener | None = None) -> Job:
-        """As `Runner.submit`; returns when a replica has accepted the request."""
+    async def submit_async(self, request: ImageRequest, listener: Listener | None = None) -> Job:
+        """As `Runner.submit`, on any event loop; returns when a replica has accepted the request."""
         job, accepted = Job(request, listener), Future[ImageRequest]()
         task = asyncio.run_coroutine_threadsafe(self._draw(job, accepted), self._loop)
         self._tasks[job] = task
         task.add_done_callback(lambda _: self._tasks.pop(job, None))
-        job.request = replace(accepted.result(), deadline=request.deadline)
+        answer = asyncio.wrap_future(accepted)
+        try:
+            taken = await asyncio.shield(answer)
+        except asyncio.CancelledError:  # whoever asked has left
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self.cancel(job)
+            raise
+        job.request = replace(taken, deadline=request.deadline)
         return job
 
     def cancel(self, job: Job) -> None:
@@ -346,16 +358,29 @@ class Ingress:
         sources: folders or ids on the Hub, by name.
         replicas: the handle of the replicas.
         settings: of the application.
+
+    Raises:
+        ValueError: this process has no key, and the settings do not say that there is none.
     """
 
     def __init__(self, sources: dict[str, str], replicas: Any, settings: Settings):
         log_as_json()
+        self._key = _key(settings)
         self._models = RemoteModels(sources, replicas, settings.request_seconds)
         self._limits = Limits(seconds=settings.request_seconds)
 
     def __serve_build_asgi_app__(self) -> Any:
         self._models.start()
-        return create_app(self._models, self._limits, os.environ.get("DIT_HUB_API_KEY") or None)
+        return create_app(self._models, self._limits, self._key)
+
+
+def _key(settings: Settings) -> str | None:
+    """The key that requests must carry."""
+    key = os.environ.get("DIT_HUB_API_KEY") or None
+    if key is None and not settings.no_auth:
+        raise ValueError("Anyone who reaches this service could use it: give it a key with DIT_HUB_API_KEY in the "
+                         "environment of Ray's processes, or pass no_auth=true.")  # fmt: skip
+    return key
 
 
 def app(args: dict[str, Any]) -> Any:
@@ -363,10 +388,10 @@ def app(args: dict[str, Any]) -> Any:
 
     Args:
         args: fields of `Settings`; only `model` is needed. The key that requests must carry is DIT_HUB_API_KEY of the
-            environment of the ingress.
+            environment, both here and where the ingress runs.
 
     Raises:
-        ValueError: an unknown field or a wrong value.
+        ValueError: an unknown field or a wrong value, or neither a key nor `no_auth`.
     """
     try:
         settings = Settings.model_validate(args)
@@ -374,6 +399,7 @@ def app(args: dict[str, Any]) -> Any:
         problem = error.errors(include_url=False)[0]
         known = ", ".join(Settings.model_fields)
         raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}; known: {known}.") from None
+    _key(settings)  # rather here than only in the log of the ingress
     sources = named_sources([each.strip() for each in settings.model.split(",") if each.strip()])
     resources = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
     scaling = {
