@@ -187,8 +187,8 @@ def _files(source: Path, part: str | None) -> Iterator[tuple[str, str, Path]]:
     index = json.loads((source / "model_index.json").read_text())
     kind = str(index["transformer"][-1])
     if kind.startswith("OpenVINO"):
-        raise ValueError(f"{source} is an export to OpenVINO, by which its error was measured; take one to ONNX Runtime, "
-                         "or the model in PyTorch.")  # fmt: skip
+        raise ValueError(f"{source} is an export to OpenVINO, by which its error was measured; take one to ONNX "
+                         "Runtime, or the model in PyTorch.")  # fmt: skip
     main = "sampler" if "Sampler" in kind else "denoiser"
     places = {main: source / "transformer"}
     if (source / "sampler").is_dir():

@@ -480,12 +480,12 @@ def cut_off(one: Served, take: Callable[[socket.socket], object]) -> int:
 
 
 def test_a_client_that_does_not_read_is_cut_off(large: dict[str, str]) -> None:
-    with serving(large, limits=Limits(write_seconds=0.2, side=512)) as one:
+    with serving(large, limits=Limits(write_seconds=0.2, side=512), max_batch=1024) as one:
         assert 0 < cut_off(one, lambda _: 0) < 8 * 512 * 512 * 3
 
 
 def test_a_client_that_reads_slowly_is_cut_off(large: dict[str, str]) -> None:
-    with serving(large, limits=Limits(write_seconds=10, answer_seconds=1, side=512)) as one:
+    with serving(large, limits=Limits(write_seconds=10, answer_seconds=1, side=512), max_batch=1024) as one:
         assert 0 < cut_off(one, lambda connection: connection.recv(2048)) < 8 * 512 * 512 * 3
 
 

@@ -52,6 +52,8 @@ def serve(
     shutdown_seconds: Annotated[float, typer.Option(help="Time for accepted requests after SIGTERM or Ctrl-C.")] = 30.0,
 ) -> None:  # fmt: skip
     """Serve models over HTTP, in the shape of OpenAI's images API."""
+    if not all(model.strip() for model in models):
+        raise ValueError("The name of a model is empty; give folders, Hub ids or dit-toy-shapes.")
     for module in ("fastapi", "uvicorn", "prometheus_client"):
         require(module, "serve")
     if not _is_loopback(host) and not api_key and not no_auth:
@@ -74,7 +76,7 @@ def serve(
         steps=whole_number("--max-steps", max_steps, 1),
         side=None if max_side is None else whole_number("--max-side", max_side, 1),
         waiting=whole_number("--max-waiting", max_waiting, 1),
-        seconds=real_number("--request-seconds", request_seconds, 0),
+        seconds=real_number("--request-seconds", request_seconds, 1),
     )
     real_number("--shutdown-seconds", shutdown_seconds, 0)
     memory_limit = None if memory is None else int(real_number("--memory", memory, 0) * 2**30)
@@ -142,4 +144,4 @@ def _is_loopback(host: str) -> bool:
 def _curl(url: str, model: str, keyed: bool) -> str:
     key = ' -H "Authorization: Bearer $DIT_HUB_API_KEY"' if keyed else ""
     return (f"curl {url}/v1/images/generations -H 'Content-Type: application/json'{key} -o image.png "
-            f"""-d '{{"model": "{model}", "prompt": "0", "response_format": "png"}}'""")  # fmt: skip
+            f"""-d '{{"model": "{model}", "prompt": "0", "response_format": "png"}}' -f""")  # fmt: skip

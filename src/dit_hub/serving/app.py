@@ -65,8 +65,9 @@ def _add_routes(app: FastAPI) -> None:
     )  # fmt: skip
     app.add_api_route("/v1/models", list_models, response_class=Json, responses=documented())
     app.add_api_route("/v1/models/{name:path}", show_model, response_class=Json, responses=documented(404))
-    app.add_api_route("/health", health, response_class=Json, responses=documented())
-    app.add_api_route("/ready", ready, response_class=Json, responses=documented())
+    for path, answer in (("/health", health), ("/ready", ready)):
+        app.add_api_route(path, answer, response_class=Json, responses=documented())
+        app.add_api_route(path, answer, methods=["HEAD"], response_class=Json, include_in_schema=False)
     metrics_content = {200: {"description": "For Prometheus.", "content": {"text/plain": {"schema": {}}}}}
     app.add_api_route("/metrics", show_metrics, response_class=Response, responses={**metrics_content, **documented()})
 

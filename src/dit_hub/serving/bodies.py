@@ -200,11 +200,29 @@ def check_limit(name: str, value: int, most: int, field: str | None = None) -> N
         raise ApiError(400, f"{name} must be at most {most} on this server, not {shown(value)}.", field or name)
 
 
+# What fields are called elsewhere.
+_OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "sampling_steps": "num_inference_steps",
+    "label": "prompt",
+    "class_label": "prompt",
+    "class_labels": "prompt",
+    "guidance": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "num_images": "n",
+    "num_images_per_prompt": "n",
+    "width": "size",
+    "height": "size",
+    "sampler": "scheduler",
+}
+
+
 def _field_error(error: ValidationError, known: list[str]) -> ApiError:
     problem = error.errors(include_url=False)[0]
     field, value = str(problem["loc"][0]) if problem["loc"] else "", shown(problem["input"])
     if problem["type"] == "extra_forbidden":
-        return ApiError(400, f"There is no field {shown(field)}; the nearest: {nearest(field[:100], known, 3)}.",
+        meant = _OTHER_NAMES.get(field) or nearest(field[:100], known, 3)
+        return ApiError(400, f"There is no field {shown(field)}; the nearest: {meant}.",
                         shown(field)[1:-1], "unknown_field")  # fmt: skip
     if field == "prompt":
         said = "must be a class name or id, of at most 200 characters"

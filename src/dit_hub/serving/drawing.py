@@ -17,7 +17,7 @@ from PIL import Image
 
 from .limits import ApiError, retry_later
 from .models import Loaded
-from .requests import Event, ImageRequest, Job, Listener, QueueFullError
+from .requests import ClosedError, Event, ImageRequest, Job, Listener, QueueFullError
 
 # Encoding keeps the processor from the engine; two threads are enough for what clients can take.
 _ENCODERS = ThreadPoolExecutor(2, thread_name_prefix="png")
@@ -116,6 +116,8 @@ async def drawing(model: Loaded, request: ImageRequest) -> AsyncIterator[Drawing
         raise retry_later(429, str(error), error.retry_after, "queue_full") from None
     except ValueError as error:
         raise ApiError(400, str(error), code="invalid_value") from None
+    except ClosedError as error:
+        raise retry_later(503, str(error), 1, "shutting_down") from None
     except RuntimeError as error:
         raise retry_later(503, str(error), 5, "engine_stopped") from None
     try:

@@ -42,7 +42,7 @@ class Guard:
 
     def __init__(self, app: Any, service: Service, metrics: Metrics, limits: Limits, api_key: str | None = None):
         self.app, self.service, self.metrics, self._limits = app, service, metrics, limits
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+        self._expected = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -83,8 +83,9 @@ class Guard:
                     ms=round(seconds * 1000, 1), **facts)  # fmt: skip
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
-        given = headers.get(b"authorization", b"")
-        if self._expected is not None and path not in _PROBES and not hmac.compare_digest(given, self._expected):
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        has_key = scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._expected or b"")
+        if self._expected is not None and path not in _PROBES and not has_key:
             raise ApiError(401, "This server wants its key: Authorization: Bearer KEY.", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
         if self.service.connections > self._limits.connections and path not in _ALWAYS:

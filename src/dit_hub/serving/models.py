@@ -285,7 +285,7 @@ class Models:
         if self._limit is None:
             return
         if needed > self._limit:
-            raise ValueError(f"{name} takes {needed / 2**30:.2f} GiB, and --memory is {self._limit / 2**30:.2f}.")
+            raise ValueError(f"{name} takes {needed / 2**30:.3g} GiB, and --memory is {self._limit / 2**30:.3g}.")
         while self.memory + needed > self._limit:
             with self._changed:
                 kept = [entry for entry in self._entries.values() if entry.loaded is not None]

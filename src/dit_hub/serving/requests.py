@@ -95,6 +95,13 @@ class QueueFullError(RuntimeError):
         self.retry_after = retry_after
 
 
+class ClosedError(RuntimeError):
+    """The engine takes no more requests, since its process ends."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down.")
+
+
 class Pass(NamedTuple):
     """A pass of the denoiser, for whoever watches: its rows (guided images have two), images, and seconds."""
 

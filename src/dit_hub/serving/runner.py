@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from .engine import Engine
-from .requests import ImageRequest, Job, Listener
+from .requests import ClosedError, ImageRequest, Job, Listener
 
 _log = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ class Runner:
         if self._error is not None:
             raise RuntimeError(f"The engine has stopped: {self._error}")
         if not self._accepts:
-            raise RuntimeError("The server is shutting down.")
+            raise ClosedError
         job = self._engine.submit(request, listener)
         self._to_step.set()
         if self._ends or self._error is not None:  # meanwhile
-            self._engine.fail_all(self._error or RuntimeError("The server is shutting down."))
+            self._engine.fail_all(self._error or ClosedError())
         return job
 
     def cancel(self, job: Job) -> None:
@@ -103,7 +103,7 @@ class Runner:
         while self._error is None and time.monotonic() < until and not self._engine.is_idle:
             time.sleep(0.01)
         self._ends = True
-        self._engine.fail_all(RuntimeError("The server is shutting down."))
+        self._engine.fail_all(ClosedError())
         for event in (self._to_step, self._to_decode):
             event.set()
         for thread in self._threads:

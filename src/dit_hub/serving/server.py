@@ -28,8 +28,8 @@ _TAKEN_BYTES = 2**16
 # Clients and proxies keep connections for later requests; uvicorn's 5 seconds are less than most of them expect.
 _IDLE_SECONDS = 75
 
-# `Guard` refuses all but probes where more connections are open than there may be; uvicorn refuses probes too where there
-# are so many times as many.
+# `Guard` refuses all but probes where more connections are open than there may be; uvicorn refuses probes too where
+# there are so many times as many.
 _CONNECTIONS = 2
 
 # What is cut off at the end still gets its answer within so many seconds.
