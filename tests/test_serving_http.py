@@ -9,7 +9,6 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -350,6 +349,11 @@ def test_more_connections_than_there_may_be_are_503() -> None:
     with serving(limits=Limits(connections=3)) as one:
         others = [raw(one, b"") for _ in range(3)]
         wait_for(lambda: one.draw(prompt="0", num_inference_steps=1).status_code == 503, "all to be accepted")
+        refused = one.draw(prompt="0")
+        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+        assert "Too many connections" in message(refused)
+        for probe in ("/health", "/ready"):  # a supervisor would end a server that is well
+            assert one.client.get(probe).status_code == 200
         for other in others:
             other.close()
         wait_for(lambda: one.draw(prompt="0", num_inference_steps=1).status_code == 200, "room")
@@ -452,21 +456,37 @@ def test_the_rows_of_a_client_that_leaves_leave_too(served: Served, stream: bool
     wait_for(lambda: 'code="499"' in served.client.get("/metrics").text, text)
 
 
-def test_a_client_that_does_not_read_is_cut_off(make_pipeline: Callable[..., Any], tmp_path: Path) -> None:
-    make_pipeline(sample_size=16, patch_size=16, in_channels=3, learn_sigma=False).save_pretrained(tmp_path / "large")
-    with serving({"large": str(tmp_path / "large")}, limits=Limits(write_seconds=0.2, side=512)) as one:
-        fields = {"prompt": 0, "n": 8, "num_inference_steps": 1, "size": "512x512", "guidance_scale": 1}
-        body = json.dumps(fields).encode()
-        connections = one.server.server_state.connections
-        before = len(connections)
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect(address(one))
-            connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            wait_for(lambda: len(connections) > before, "the request to arrive")
-            wait_for(lambda: len(connections) == before, "the client to be cut off")
-            length = len(answer_of(connection))
-        assert 0 < length < 8 * 512 * 512 * 3
+@pytest.fixture(scope="module")
+def large(make_pipeline: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model that is quick to draw large images."""
+    folder = tmp_path_factory.mktemp("models") / "large"
+    make_pipeline(sample_size=16, patch_size=16, in_channels=3, learn_sigma=False).save_pretrained(folder)
+    return {"large": str(folder)}
+
+
+def cut_off(one: Served, take: Callable[[socket.socket], object]) -> int:
+    """The bytes of an answer of 6 MB that a client gets which takes it in its own way until it is cut off."""
+    fields = {"prompt": 0, "n": 8, "num_inference_steps": 1, "size": "512x512", "guidance_scale": 1}
+    body = json.dumps(fields).encode()
+    connections = one.server.server_state.connections
+    before = len(connections)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(address(one))
+        connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: len(connections) > before, "the request to arrive")
+        wait_for(lambda: take(connection) is not None and len(connections) == before, "the client to be cut off")
+        return len(answer_of(connection))
+
+
+def test_a_client_that_does_not_read_is_cut_off(large: dict[str, str]) -> None:
+    with serving(large, limits=Limits(write_seconds=0.2, side=512)) as one:
+        assert 0 < cut_off(one, lambda _: 0) < 8 * 512 * 512 * 3
+
+
+def test_a_client_that_reads_slowly_is_cut_off(large: dict[str, str]) -> None:
+    with serving(large, limits=Limits(write_seconds=10, answer_seconds=1, side=512)) as one:
+        assert 0 < cut_off(one, lambda connection: connection.recv(2048)) < 8 * 512 * 512 * 3
 
 
 # --- What it is watched by -------------------------------------------------------------------------------------------
@@ -536,6 +556,16 @@ def test_what_is_not_finished_in_time_is_handed_back() -> None:
         thread.join()
         assert answers[0].status_code == 503
         assert message(answers[0])
+
+
+def test_an_end_that_fails_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("The disk is gone.")
+
+    with serving() as one:
+        monkeypatch.setattr(one.models, "close", fail)
+        one.server.stop()
+        wait_for(lambda: one.server.should_exit, "the end", 10)
 
 
 def test_a_server_forgets_its_requests(served: Served) -> None:

@@ -5,13 +5,14 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from .drawing import Drawing, encoded_png, encoded_text
+from .drawing import Drawing, off_loop, png_bytes, png_text
 from .limits import CLIENT_LEFT, ApiError
 
 # Proxies close connections on which nothing is said for a minute.
@@ -49,9 +50,11 @@ async def whole_answer(request: Request, drawing: Drawing, as_png: bool, count: 
     count(len(images))
     asked = drawing.job.request
     if as_png:
-        return Response(await encoded_png(images[0]), media_type="image/png", headers={"X-Seed": str(asked.seed)})
-    data = [{"b64_json": text} for text in await asyncio.gather(*map(encoded_text, images))]
-    return Json({"created": int(time.time()), "data": data, **_facts(images[0]), "seed": asked.seed})
+        png = await off_loop(partial(png_bytes, images[0]))
+        return Response(png, media_type="image/png", headers={"X-Seed": str(asked.seed)})
+    texts = await asyncio.gather(*(off_loop(partial(png_text, image)) for image in images))
+    content = {"created": int(time.time()), "data": [{"b64_json": text} for text in texts], **_facts(images[0])}
+    return await off_loop(partial(Json, content | {"seed": asked.seed}))
 
 
 async def _unless_left(request: Request, wanted: Awaitable[Any]) -> Any:
@@ -96,14 +99,14 @@ class EventStream(StreamingResponse):
                 self._facts["status"] = CLIENT_LEFT
             await self._held.aclose()
 
-    async def _events(self, drawing: Drawing, partial_images: int, count: Counter) -> AsyncIterator[str]:
+    async def _events(self, drawing: Drawing, partial_images: int, count: Counter) -> AsyncIterator[bytes]:
         shown: dict[int, int] = {}
         try:
             while True:
                 try:
                     event = await drawing.next(_SILENCE_SECONDS)
                 except asyncio.TimeoutError:
-                    yield ": still at work\n\n"
+                    yield b": still at work\n\n"
                     continue
                 if event is None:
                     break
@@ -113,16 +116,20 @@ class EventStream(StreamingResponse):
                 if event.kind == "image":
                     count(1)
                     told |= {"usage": _USAGE, "seed": drawing.job.request.seed + event.index}
-                    yield _event("image_generation.completed", told | {"b64_json": await encoded_text(event.image)})
+                    yield await off_loop(partial(_image_event, "completed", told, event.image))
                 elif number < partial_images:
                     shown[event.index] = number + 1
                     told |= {"partial_image_index": number, "step": event.step}
-                    yield _event("image_generation.partial_image", told | {"b64_json": await encoded_text(event.image)})
+                    yield await off_loop(partial(_image_event, "partial_image", told, event.image))
         except ApiError as error:
             self._facts["status"] = error.status
             yield _event("error", error.content)
         self._over = True
 
 
-def _event(kind: str, fields: dict[str, Any]) -> str:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n"
+def _image_event(kind: str, fields: dict[str, Any], image: np.ndarray) -> bytes:
+    return _event(f"image_generation.{kind}", fields | {"b64_json": png_text(image)})
+
+
+def _event(kind: str, fields: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()

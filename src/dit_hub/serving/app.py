@@ -40,7 +40,7 @@ def create_app(
         batches.count = metrics.count_images
     app.state.models, app.state.limits = models, limits or Limits()
     app.state.metrics, app.state.service, app.state.batches = metrics, service, batches
-    app.add_middleware(Guard, service=service, metrics=metrics, api_key=api_key)
+    app.add_middleware(Guard, service=service, metrics=metrics, limits=app.state.limits, api_key=api_key)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     _add_routes(app)

@@ -6,11 +6,11 @@ import contextlib
 import io
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,8 @@ from .requests import Event, ImageRequest, Job, Listener, QueueFullError
 
 # Encoding keeps the processor from the engine; two threads are enough for what clients can take.
 _ENCODERS = ThreadPoolExecutor(2, thread_name_prefix="png")
+
+Made = TypeVar("Made")
 
 # An engine tells of a request's end within so many seconds of its deadline.
 _GRACE_SECONDS = 5.0
@@ -33,18 +35,14 @@ def png_bytes(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _png_text(image: np.ndarray) -> str:
+def png_text(image: np.ndarray) -> str:
+    """The PNG in base64."""
     return base64.b64encode(png_bytes(image)).decode()
 
 
-async def encoded_png(image: np.ndarray) -> bytes:
-    """As `png_bytes`, off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, png_bytes, image)
-
-
-async def encoded_text(image: np.ndarray) -> str:
-    """The PNG in base64, off the event loop."""
-    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, _png_text, image)
+async def off_loop(make: Callable[[], Made]) -> Made:
+    """What a function makes, on a thread beside the event loop, which large answers would hold up."""
+    return await asyncio.get_running_loop().run_in_executor(_ENCODERS, make)
 
 
 class Drawing:

@@ -18,7 +18,8 @@ class Limits:
         body_bytes: of a request's body.
         body_seconds: until a request's headers, and then its body, have arrived.
         write_seconds: a client that takes less than 64 KiB of its answer in that time is cut off.
-        connections: open at once.
+        answer_seconds: a client that has not taken what an answer holds in memory in that time is cut off.
+        connections: open at once; above that all but probes are refused with status 503.
         batch_bytes: of a batch's file.
         batches: that are not finished.
     """
@@ -31,6 +32,7 @@ class Limits:
     body_bytes: int = 2**16
     body_seconds: float = 10.0
     write_seconds: float = 30.0
+    answer_seconds: float = 600.0
     connections: int = 2048
     batch_bytes: int = 2**26
     batches: int = 16

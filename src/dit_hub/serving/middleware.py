@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from .limits import CLIENT_LEFT, ApiError, retry_later
+from .limits import CLIENT_LEFT, ApiError, Limits, retry_later
 from .logs import log
 from .metrics import Metrics
 
@@ -22,10 +22,11 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 @dataclass
 class Service:
-    """Whether a server is shutting down, and how many requests are at work."""
+    """Whether a server is shutting down, how many requests are at work, and how many connections are open."""
 
     closing: bool = False
     active: int = 0
+    connections: int = 0
 
 
 class Guard:
@@ -35,11 +36,12 @@ class Guard:
         app: the other one.
         service: counted here.
         metrics: counted here.
+        limits: of which it looks after the number of connections.
         api_key: asked of everyone but probes; None for nobody.
     """
 
-    def __init__(self, app: Any, service: Service, metrics: Metrics, api_key: str | None = None):
-        self.app, self.service, self.metrics = app, service, metrics
+    def __init__(self, app: Any, service: Service, metrics: Metrics, limits: Limits, api_key: str | None = None):
+        self.app, self.service, self.metrics, self._limits = app, service, metrics, limits
         self._expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -85,6 +87,10 @@ class Guard:
         if self._expected is not None and path not in _PROBES and not hmac.compare_digest(given, self._expected):
             raise ApiError(401, "This server wants its key: Authorization: Bearer KEY.", code="invalid_api_key",
                            headers={"WWW-Authenticate": "Bearer"})  # fmt: skip
+        if self.service.connections > self._limits.connections and path not in _ALWAYS:
+            error = retry_later(503, "Too many connections are open; try again.", 1, "too_many_connections")
+            error.headers["Connection"] = "close"
+            raise error
         if self.service.closing and path not in _ALWAYS:
             raise retry_later(503, "The server is shutting down; try again.", 1, "shutting_down")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .limits import Limits
+from .logs import log
 from .middleware import Service
 from .models import Models
 
@@ -25,6 +27,10 @@ _TAKEN_BYTES = 2**16
 
 # Clients and proxies keep connections for later requests; uvicorn's 5 seconds are less than most of them expect.
 _IDLE_SECONDS = 75
+
+# `Guard` refuses all but probes where more connections are open than there may be; uvicorn refuses probes too, where so
+# many times as many are.
+_CONNECTIONS = 2
 
 # What is cut off at the end still gets its answer within so many seconds.
 _LAST_SECONDS = 3.0
@@ -36,14 +42,15 @@ class _Protocol(H11Protocol):
     h11 bounds the size of a request's head, too.
     """
 
-    def __init__(self, *args: Any, limits: Limits, **options: Any):
+    def __init__(self, *args: Any, limits: Limits, service: Service, **options: Any):
         super().__init__(*args, **options)
-        self._limits = limits
+        self._limits, self._service = limits, service
         self._head: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._service.connections += 1
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
@@ -52,12 +59,14 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._service.connections -= 1
         self._head = _stopped(self._head)
         self._writing = _stopped(self._writing)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_writing(self.transport.get_write_buffer_size() + _TAKEN_BYTES)
+        end = self.loop.time() + self._limits.answer_seconds
+        self._watch_writing(self.transport.get_write_buffer_size() + _TAKEN_BYTES, end)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -70,12 +79,13 @@ class _Protocol(H11Protocol):
         elif self._head is None:
             self._head = self.loop.call_later(self._limits.body_seconds, self.transport.abort)
 
-    def _watch_writing(self, before: int) -> None:
-        left = self.transport.get_write_buffer_size()
-        if left > before - _TAKEN_BYTES:
+    def _watch_writing(self, before: int, end: float) -> None:
+        left, seconds = self.transport.get_write_buffer_size(), end - self.loop.time()
+        if left > before - _TAKEN_BYTES or seconds <= 0:
             self.transport.abort()
         else:
-            self._writing = self.loop.call_later(self._limits.write_seconds, self._watch_writing, left)
+            seconds = min(seconds, self._limits.write_seconds)
+            self._writing = self.loop.call_later(seconds, self._watch_writing, left, end)
 
 
 def _stopped(timer: asyncio.TimerHandle | None) -> None:
@@ -125,8 +135,12 @@ class _Server(uvicorn.Server):
         self._finishing = asyncio.ensure_future(self._end())
 
     async def _end(self) -> None:
-        await self._finish()
-        self.should_exit = True
+        try:
+            await self._finish()
+        except Exception as error:
+            log("the end failed", logging.ERROR, error)
+        finally:
+            self.should_exit = True
 
 
 def make_server(app: FastAPI, shutdown_seconds: float = 30.0) -> _Server:
@@ -150,13 +164,13 @@ def make_server(app: FastAPI, shutdown_seconds: float = 30.0) -> _Server:
 
     config = uvicorn.Config(
         app,
-        http=partial(_Protocol, limits=limits),  # pyright: ignore[reportArgumentType]
+        http=partial(_Protocol, limits=limits, service=service),  # pyright: ignore[reportArgumentType]
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=_IDLE_SECONDS,
-        limit_concurrency=limits.connections,
+        limit_concurrency=_CONNECTIONS * limits.connections,
         timeout_graceful_shutdown=round(_LAST_SECONDS),
         backlog=limits.connections,
     )
