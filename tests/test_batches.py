@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dit_hub.serving.limits import Limits
+from dit_hub.serving.batches import Batches
+from dit_hub.serving.limits import ApiError, Limits
 
 from .served import TOY, Served, quiet_pipeline, serving, started, wait_for
 
@@ -100,6 +101,37 @@ def test_a_bad_line_fails_alone(served: Served) -> None:
     assert pngs == ["000000.png", "000007.0.png", "000007.1.png", "000007.2.png"]
 
 
+def test_a_shard_has_64_images_however_n_is_spelt(served: Served) -> None:
+    lines = [b'{"prompt": "0", "user": "' + b"x" * 3000 + b'", "num_inference_steps": 1, "n": 10}'] * 10
+    lines += [b'{"prompt": "0", "num_inference_steps": 1, "\\u006e": 10}'] * 10
+    batch = finished(served.client, post(served.client, b"\n".join(lines)))
+    assert (batch["shards"], batch["request_counts"]["completed"]) == (4, 20)
+    for shard in served.client.get(f"/v1/batches/{batch['id']}/results").json()["data"]:
+        with tarfile.open(fileobj=io.BytesIO(served.client.get(shard["url"]).content)) as archive:
+            assert sum(name.endswith(".png") for name in archive.getnames()) <= 64
+
+
+def test_batches_leave_room_in_the_queue(tmp_path: Path) -> None:
+    with serving(batch_folder=tmp_path, limits=Limits(waiting=8), max_batch=2) as one:
+        batch = post(one.client, jsonl(quick(100, num_inference_steps=100)))
+        wait_for(lambda: one.running() > 0, "the batch to begin")
+        assert one.draw(prompt="0", n=4, num_inference_steps=1).status_code == 200
+        assert one.running() <= 2
+        one.client.post(f"/v1/batches/{batch['id']}/cancel")
+
+
+def test_batches_that_arrive_at_once_are_counted(served: Served) -> None:
+    batches: Batches = served.app.state.batches
+    uploads = [batches.begin_upload() for _ in range(17)]
+    for upload in uploads:
+        upload.requests.write_bytes(jsonl(quick(100, num_inference_steps=250)))
+    for upload in uploads[:16]:
+        batches.add(upload)
+    with pytest.raises(ApiError, match="16 batches are not finished"):
+        batches.add(uploads[16])
+    assert len(list(batches._folder.glob("*batch_*"))) == 16
+
+
 def test_interactive_requests_come_first(served: Served) -> None:
     batch = post(served.client, jsonl(quick(2000, num_inference_steps=50)))
     wait_for(lambda: served.running() > 0, "the batch to begin")
@@ -166,12 +198,32 @@ def test_a_folder_is_one_servers(tmp_path: Path) -> None:
         pass
 
 
-def test_a_damaged_batch_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["{", "[]", '{"created": Infinity, "shards": [1]}', "[" * 100_000], ids=len)
+def test_a_damaged_batch_has_failed_and_the_others_go_on(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving(batch_folder=tmp_path) as one:
-        batch = finished(one.client, post(one.client, jsonl(quick(1))))
-    (tmp_path / batch["id"] / "batch.json").write_text("{")
-    with pytest.raises(ValueError, match=f"{batch['id']} is no sound batch"), serving(batch_folder=tmp_path):
-        pass
+        damaged, sound = (finished(one.client, post(one.client, jsonl(quick(1)))) for _ in range(2))
+    (tmp_path / damaged["id"] / "batch.json").write_text(damage)
+    (tmp_path / f"batch_{'0' * 32}").touch()
+    with serving(batch_folder=tmp_path) as one:
+        found = {each["id"]: each for each in one.client.get("/v1/batches").json()["data"]}
+        assert {name: each["status"] for name, each in found.items()} == {
+            damaged["id"]: "failed", sound["id"]: "completed"
+        }  # fmt: skip
+        assert found[damaged["id"]]["error"] == "The batch's files are damaged; the server's log says how."
+        assert any(getattr(record, "fields", {}).get("batch") == damaged["id"] for record in caplog.records)
+        assert len(members(one.client, damaged)) == 2
+        finished(one.client, post(one.client, jsonl(quick(1))))
+        assert one.client.delete(f"/v1/batches/{damaged['id']}").status_code == 200
+
+
+def test_requests_that_are_missing_pause_a_batch(tmp_path: Path) -> None:
+    with serving(batch_folder=tmp_path) as one:
+        batch = post(one.client, jsonl(quick(200, num_inference_steps=100)))
+    (tmp_path / batch["id"] / "requests.jsonl").write_bytes(jsonl(quick(3)))
+    with serving(batch_folder=tmp_path) as one:
+        assert "are missing" in finished(one.client, batch, "paused")["error"]
 
 
 # --- Restarts --------------------------------------------------------------------------------------------------------

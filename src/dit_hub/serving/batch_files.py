@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import shutil
 import tarfile
@@ -13,6 +14,9 @@ from typing import Any, NamedTuple
 
 from ..files import sync
 from ..sharing import Worker
+from .bodies import parse_json
+from .limits import ApiError, Limits
+from .logs import log
 
 # Images of a shard: few enough to hold in memory, and to draw again after the process was killed.
 _SHARD_IMAGES = 64
@@ -144,19 +148,19 @@ def begin_upload(folder: Path) -> Upload:
     return Upload(place)
 
 
-def finish_upload(upload: Upload, most_images: int, now: int) -> Batch:
+def finish_upload(upload: Upload, limits: Limits, now: int) -> Batch:
     """The batch of requests that have arrived; on the disk when this returns.
 
     Args:
         upload: with all requests.
-        most_images: of a request.
+        limits: of the server.
         now: seconds since 1970.
 
     Raises:
         ValueError: there is no request in it.
         OSError: the disk is full.
     """
-    shards = list(_shards(upload.requests, most_images))
+    shards = list(_shards(upload.requests, limits))
     if not shards:
         raise ValueError("The body holds no requests; it must have one JSON object on each line.")
     facts = {"created": now, "shards": shards}
@@ -170,12 +174,15 @@ def finish_upload(upload: Upload, most_images: int, now: int) -> Batch:
 
 
 def find_batches(folder: Path) -> list[Batch]:
-    """The batches in a folder, the oldest first; what was still arriving when its server ended is removed."""
+    """The batches in a folder, the oldest first; what was still arriving when its server ended is removed.
+
+    One that is damaged has failed; its shards, if there are any, can still be fetched.
+    """
     found = []
     for path in folder.iterdir():
         if path.name.endswith(_UPLOAD) and _ID.fullmatch(path.name[1 : -len(_UPLOAD)]):
             shutil.rmtree(path, ignore_errors=True)
-        elif _ID.fullmatch(path.name):
+        elif _ID.fullmatch(path.name) and path.is_dir():
             found.append(_read_batch(path))
     return sorted(found, key=lambda batch: (batch.created, batch.id))
 
@@ -186,8 +193,10 @@ def _read_batch(folder: Path) -> Batch:
         batch = Batch(folder, int(facts["created"]), [int(size) for size in facts["shards"]])
         for name, path in batch.shard_files().items():
             batch.finished[int(name[:6])] = _count(path)
-    except (OSError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
-        raise ValueError(f"{folder} is no sound batch ({error}); move it away.") from None
+    except Exception as error:  # whatever is in its files
+        log("batch damaged", logging.ERROR, batch=folder.name, reason=f"{type(error).__name__}: {error}")
+        said = "The batch's files are damaged; the server's log says how."
+        return Batch(folder, int(folder.stat().st_mtime), [], status="failed", error=said)
     if len(batch.finished) == len(batch.shards):
         batch.status = "completed"
     elif not (folder / _REQUESTS).exists():
@@ -203,17 +212,28 @@ def _lines(path: Path) -> Iterator[str]:
                 yield stripped
 
 
-def _shards(requests: Path, most_images: int) -> Iterator[int]:
-    """The numbers of lines that come into one shard each."""
+def _shards(requests: Path, limits: Limits) -> Iterator[int]:
+    """The numbers of lines that come into one shard each; only a line that has more images itself exceeds the usual."""
     lines = images = 0
     for text in _lines(requests):
-        found = re.search(r'"n"\s*:\s*(\d{1,4})', text[:2000])  # an estimate is enough
-        lines, images = lines + 1, images + min(int(found[1]) if found else 1, most_images)
-        if images >= _SHARD_IMAGES:
+        more = _images(text, limits)
+        if images + more > _SHARD_IMAGES and lines:
             yield lines
             lines = images = 0
+        lines, images = lines + 1, images + more
     if lines:
         yield lines
+
+
+def _images(text: str, limits: Limits) -> int:
+    """The number of images of a line; one that is wrong counts as one."""
+    if len(text) > limits.body_bytes:
+        return 1
+    try:
+        number = parse_json(text).get("n")
+    except ApiError:
+        return 1
+    return number if isinstance(number, int) and 1 <= number <= limits.images_at_once else 1
 
 
 def _tar(results: Mapping[int, Result]) -> bytes:

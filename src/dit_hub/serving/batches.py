@@ -24,6 +24,9 @@ from .requests import Event, ImageRequest, Job, QueueFullError
 # Interactive requests come before all batches.
 _PRIORITY = -8
 
+# Images of batches that the engine has at a time, at most.
+_IN_FLIGHT = 64
+
 # Between two looks at what a batch waits for: a model that is loaded, room in the queue.
 _SECONDS = 0.2
 
@@ -56,17 +59,17 @@ class Batches:
         folder: created if missing. Batches that are not finished there are resumed.
         models: that draw.
         limits: of the server.
-        in_flight: images of batches that the engine has at a time.
 
     Raises:
-        ValueError: another server works there, or a batch there is damaged.
+        ValueError: another server works there.
         OSError: the folder cannot be written to.
 
     `count` is called, if set, with the name of a model and a number of images that it has drawn.
     """
 
-    def __init__(self, folder: Path, models: Models, limits: Limits, in_flight: int = 64):
-        self._folder, self._models, self._limits, self._in_flight = folder, models, limits, in_flight
+    def __init__(self, folder: Path, models: Models, limits: Limits):
+        self._folder, self._models, self._limits = folder, models, limits
+        self._in_flight = max(1, min(_IN_FLIGHT, limits.waiting // 4))  # they wait in the queue of interactive requests
         self._changed, self._stopping = threading.Condition(), False
         self._batches: dict[str, Batch] = {}
         self._current: Batch | None = None
@@ -103,9 +106,14 @@ class Batches:
         return begin_upload(self._folder)
 
     def add(self, upload: Upload) -> Batch:
-        """Accept a batch that has arrived; see `finish_upload`."""
-        batch = finish_upload(upload, self._limits.images, int(time.time()))
+        """Accept a batch that has arrived; see `finish_upload` and `check_room`."""
+        batch = finish_upload(upload, self._limits, int(time.time()))
         with self._changed:
+            try:
+                self.check_room()  # for others may have arrived meanwhile
+            except ApiError:
+                batch.remove()
+                raise
             self._batches[batch.id] = batch
             self._changed.notify_all()
         return batch
@@ -185,6 +193,8 @@ class Batches:
                 batch.status, batch.error = "paused", problem
             elif batch.status == "in_progress" and len(batch.finished) == len(batch.shards):
                 batch.status = "completed"
+            elif batch.status == "in_progress" and not self._stopping:
+                batch.status, batch.error = "paused", "Lines of the batch's file of requests are missing."
         if not self._stopping:
             log("batch", batch=batch.id, status=batch.status, reason=batch.error)
 
