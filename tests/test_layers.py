@@ -149,6 +149,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "from dit_hub import DiTConfig; assert DiTConfig().hidden_size == 1152",
         "from dit_hub import DiTTransformer; assert DiTTransformer.__name__ == 'DiTTransformer'",
         "from dit_hub import DiTPipeline; assert DiTPipeline.__module__.startswith('dit_hub')",
+        "from dit_hub.serving.engine import Engine; import transformers, dit_hub; "
+        "assert transformers.AutoModel._model_mapping[dit_hub.DiTConfig] is dit_hub.DiTTransformer",
     ],
 )
 def test_every_public_name_can_be_the_first(script: str) -> None:

@@ -78,15 +78,20 @@ def _is_our_pipeline(index: Any) -> bool:
 
 
 _AUTO_CLASSES, _ADAPTERS = "transformers.models.auto.modeling_auto", "diffusers.loaders.peft"
+_ECOSYSTEM = "dit_hub.ecosystem"
 
 
 def _register_model(_: ModuleType) -> None:
     """Import our model, which registers itself with transformers' auto classes.
 
-    It is built on diffusers' adapters, whose own import may be what imports the auto classes; then it comes after both.
+    It is built on diffusers' adapters and on our `ecosystem`, whose own imports may be what imports the auto classes;
+    then it comes after all of them.
     """
-    adapters = sys.modules.get(_ADAPTERS)
-    if _AUTO_CLASSES in sys.modules and (adapters is None or hasattr(adapters, "PeftAdapterMixin")):
+    adapters, ecosystem = sys.modules.get(_ADAPTERS), sys.modules.get(_ECOSYSTEM)
+    are_whole = (adapters is None or hasattr(adapters, "PeftAdapterMixin")) and (
+        ecosystem is None or hasattr(ecosystem, "takes_precomputed")
+    )
+    if _AUTO_CLASSES in sys.modules and are_whole:
         importlib.import_module("dit_hub.modeling_dit")
 
 
@@ -96,6 +101,7 @@ _AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.pipelines.pipeline_utils": _redirect_our_pipelines,
     _AUTO_CLASSES: _register_model,
     _ADAPTERS: _register_model,
+    _ECOSYSTEM: _register_model,
 }
 
 
