@@ -1,8 +1,9 @@
 """Latency of servers against the rate of requests (`make bench-serving`): one at a time, batches of requests, ours.
 
 Requests arrive by a Poisson process whatever the server does (open loop), over HTTP on this machine, each with 10, 20,
-50 or 100 steps. Every contender gets the same arrivals; they take turns, each in a process of its own that idles while
-the others work. Rates are shares of what the runtime draws offline, in full batches.
+50 or 100 steps, or with any number between (`--any-steps`). Every contender gets the same arrivals; they take turns,
+each in a process of its own that idles while the others work. The runtime has one thread, so that the other core is for
+HTTP and the client. Rates are shares of what it draws offline, in full batches.
 
     python benchmarks/serving.py --model toy --runtime onnxruntime --out docs/serving-toy
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def make_folder(model: str, runtime: str, folder: Path) -> Path:
     return folder / runtime
 
 
-def offline(folder: Path, batch: int, rounds: int) -> float:
+def offline(folder: Path, batch: int, rounds: int, steps: Sequence[int]) -> float:
     """Images of the mixed steps per second, drawn in full batches of one number of steps: the most that there is."""
     script = f"""
 import time, torch, json
@@ -78,7 +80,8 @@ for _ in range({rounds}):
 print(json.dumps(sorted(times)[{rounds} // 2]))
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return batch * len(STEPS) / json.loads(result.stdout.splitlines()[-1])
+    drawn = batch * len(STEPS) * statistics.mean(STEPS) / statistics.mean(steps)
+    return drawn / json.loads(result.stdout.splitlines()[-1])
 
 
 def servers(folder: Path, batch: int) -> dict[str, list[str]]:
@@ -105,12 +108,12 @@ def servers(folder: Path, batch: int) -> dict[str, list[str]]:
     return {**found, "dit-hub serve": [*serve, "--max-steps", "100", "--max-waiting", "4096"]}
 
 
-def arrivals(rate: float, count: int, seed: int) -> list[tuple[float, dict[str, Any]]]:
+def arrivals(rate: float, count: int, seed: int, steps: Sequence[int]) -> list[tuple[float, dict[str, Any]]]:
     """Times and requests."""
     chance, now, requests = random.Random(seed), 0.0, []
     for number in range(count):
         now += chance.expovariate(rate) if rate else 0.0
-        body = {"prompt": str(number % 4), "seed": number, "num_inference_steps": chance.choice(STEPS),
+        body = {"prompt": str(number % 4), "seed": number, "num_inference_steps": chance.choice(steps),
                 "guidance_scale": 1.0}  # fmt: skip
         requests.append((now, body))
     return requests
@@ -157,7 +160,8 @@ def wait_for(port: int, process: subprocess.Popen) -> None:
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Results by contender and share of the offline throughput; 0 stands for saturation."""
     batch, shares, most, deadline = arguments.batch, arguments.shares, arguments.most, arguments.deadline
-    capacity = offline(folder, batch, rounds=3 if arguments.model == "toy" else 1)
+    mixture = range(10, 101) if arguments.any_steps else STEPS
+    capacity = offline(folder, batch, rounds=3 if arguments.model == "toy" else 1, steps=mixture)
     results: dict[str, Any] = {"images_per_second_offline": capacity, "deadline": deadline, "contenders": {}}
     processes: dict[str, tuple[int, subprocess.Popen]] = {}
     try:
@@ -170,11 +174,13 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             processes[name] = port, process
             wait_for(port, process)
             results["contenders"][name] = {}
-        for steps in STEPS * 2:  # the first request of a number of steps measures its solver
+        for steps in (
+            mixture if arguments.any_steps else STEPS * 2
+        ):  # the first request of a number of steps measures its solver
             asyncio.run(load_all(processes, steps))
         for share in [*shares, 0.0]:
             count = min(most, max(20, int(share * capacity * arguments.seconds))) if share else min(most, BURST)
-            requests = arrivals(share * capacity, count, seed=int(share * 100))
+            requests = arrivals(share * capacity, count, int(share * 100), mixture)
             for name, (port, _) in processes.items():
                 latencies, took = asyncio.run(load(port, requests))
                 told = sorted(latencies[int(WARM_UP * count) if share else 0 :])
@@ -238,13 +244,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="of arrivals at each rate")
     parser.add_argument("--most", type=int, default=600, help="requests at each rate")
     parser.add_argument("--deadline", type=float, default=2.0, help="seconds, of which the share in time is told")
+    parser.add_argument("--any-steps", action="store_true", help="from 10 to 100, not four numbers of them")
     parser.add_argument("--only", nargs="+", help="contenders, of those in the table")
     parser.add_argument("--out", type=Path, help="PNG and JSON are written beside this name")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    title = (
-        f"{arguments.model} on {arguments.runtime}, steps of {', '.join(map(str, STEPS))}, batches of {arguments.batch}"
-    )
+    steps = "10 to 100" if arguments.any_steps else ", ".join(map(str, STEPS))
+    title = f"{arguments.model} on {arguments.runtime}, steps of {steps}, batches of {arguments.batch}"
     with tempfile.TemporaryDirectory() as folder:
         served = make_folder(arguments.model, arguments.runtime, Path(folder))
         results = measure(served, arguments)
