@@ -88,12 +88,12 @@ bench: .venv/.installed  ## Print the speed tables of benchmarks/README.md for t
 bench-checkpoints: .venv/.installed  ## Convert and load an XL/2 checkpoint beside a plain copy (11 GB of disk, 3 minutes).
 	$(BIN)/python benchmarks/checkpoints.py
 
-bench-serving: .venv/.installed  ## Latency against load of `dit-hub serve` and other servers (15 minutes).
+bench-serving: .venv/.installed  ## Latency against load of `dit-hub serve` and other servers (20 minutes).
 	@test -d build/litserve || $(BIN)/python -m pip install --quiet --no-deps --target build/litserve litserve==0.2.19 pyzmq
-	PYTHONPATH=build/litserve $(BIN)/python benchmarks/serving.py --model toy --runtime onnxruntime --out docs/serving-toy
-	PYTHONPATH=build/litserve $(BIN)/python benchmarks/serving.py --model toy --runtime pytorch
-	$(BIN)/python benchmarks/serving.py --model S/2 --runtime onnxruntime --shares 0.5 0.7 --seconds 90
-	$(BIN)/python benchmarks/serving.py --model S/2 --runtime pytorch --shares 0.7 --seconds 90
+	$(BIN)/python benchmarks/serving.py --any-steps --shares 0.2 0.35 0.5 0.7 --seconds 10 --out docs/serving-toy
+	PYTHONPATH=build/litserve $(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py --any-steps --runtime pytorch
+	$(BIN)/python benchmarks/serving.py --any-steps --model S/2 --batch 4 --shares 0.7 --most 40 --deadline 20
 
 bench-gpu: .venv/.installed  ## Latency of XL/2 on an NVIDIA GPU: eager, compiled and TensorRT.
 	$(BIN)/python benchmarks/gpu.py

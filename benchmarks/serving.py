@@ -221,6 +221,7 @@ def show(title: str, results: dict[str, Any]) -> None:
 def plot(path: Path, title: str, results: dict[str, Any]) -> None:
     """Latency against the rate."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, key, label in zip(figure.subplots(1, 2), ("mean", "p99"), ("mean", "99th percentile"), strict=True):
@@ -229,6 +230,8 @@ def plot(path: Path, title: str, results: dict[str, Any]) -> None:
             rates = [float(share) * results["images_per_second_offline"] for share in shares]
             axes.plot(rates, [rows[share][key] for share in shares], marker="o", label=name)
         axes.set(xlabel="requests per second", ylabel=f"latency, {label} (s)", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
