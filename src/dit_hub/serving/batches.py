@@ -183,7 +183,7 @@ class Batches:
             problem = str(error)
         except OSError as error:
             reason = getattr(error.__cause__ or error, "strerror", None) or type(error).__name__
-            problem = f"The results could not be written ({reason}); put that right, such as by making room, and resume the batch."
+            problem = f"The results could not be written ({reason}); make room or put it right, and resume the batch."
         except Exception as error:
             log("batch failed", logging.ERROR, error, batch=batch.id)
             problem = "The batch has failed; the server's log says how."
