@@ -6,15 +6,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import whole_number
+from .decoding import Decoding, Problem, next_batch
 from .pace import Pace
 from .passes import Passes, Row, batch_sizes_of
 from .plans import Plan, Planner
@@ -22,9 +22,6 @@ from .requests import Event, ImageRequest, Job, Listener, Observer, Pass, QueueF
 
 # Memory of all images in flight, decoded or not. One of 256x256 takes 33 kB in the latents of Stable Diffusion.
 STATE_BYTES = 512 * 2**20
-
-# Images of the model's own size that the decoder sees at a time: its activations for one of 256x256 take 240 MB.
-_DECODED = 8
 
 # Previews that may wait for the decoder; the oldest go, since newer ones say more.
 _MOST_PREVIEWS = 64
@@ -89,8 +86,7 @@ class Engine:
                 component.eval()
         self._plan = Planner(pipeline)
         self._passes = Passes(transformer, self._device, sizes)
-        # Of its own, so that a GPU decodes beside the next passes.
-        self._decoder_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._decoder = Decoding(pipeline, self._device)
         self._lock = threading.RLock()
         self._waiting: list[tuple[tuple[float, int, int], Row]] = []  # a heap
         self._running: list[Row] = []  # by their order
@@ -301,15 +297,13 @@ class Engine:
         self._end(rows[0].job, "failed", RuntimeError(f"The model failed: {problem.text}"))
         return problem.of_memory or problem.of_request
 
-    def _attempt(self, rows: list[Row]) -> "_Problem | None":
-        """What went wrong, as words: an exception holds what its frames hold, which may be a GPU's memory."""
+    def _attempt(self, rows: list[Row]) -> Problem | None:
         try:
             self._passes(rows)
         except Exception as error:
             if len(rows) == 1:
                 _log.exception("A pass failed.")
-            memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            return _Problem(_first_line(error), memory, isinstance(error, ValueError))
+            return Problem.of(error)
         return None
 
     def _leave(self, rows: list[Row]) -> None:
@@ -330,8 +324,8 @@ class Engine:
     def decode(self) -> bool:
         """Decode the images that are ready, a batch at a time, or else previews; False where there are neither."""
         with self._lock:
-            batch = _of_one_shape(self._undecoded)
-            previews = [] if batch else _of_one_shape(self._previews)
+            batch = next_batch(self._undecoded)
+            previews = [] if batch else next_batch(self._previews)
             self._decoding = len(batch)
         if previews:
             self._show(previews)
@@ -358,35 +352,20 @@ class Engine:
         else:
             self._end(batch[0][0].job, "failed", RuntimeError(f"The decoder failed: {problem.text}"))
 
-    def _attempt_to_decode(self, batch: list[tuple[Row, Tensor]]) -> "_Problem | None":
+    def _attempt_to_decode(self, batch: list[tuple[Row, Tensor]]) -> Problem | None:
         try:
-            with self._beside_passes([row for row, _ in batch], [sample for _, sample in batch]):
-                finite = torch.stack([sample for _, sample in batch]).isfinite().flatten(1).all(1).tolist()
-                sound = [entry for entry, is_finite in zip(batch, finite, strict=True) if is_finite]
-                images = self._outputs(sound)
+            outputs = self._decoder.outputs([row for row, _ in batch], [sample for _, sample in batch])
         except Exception as error:
             if len(batch) == 1:
                 _log.exception("Decoding failed.")
-            return _Problem(_first_line(error), isinstance(error, (torch.OutOfMemoryError, MemoryError)), False)
-        for (row, _), is_finite in zip(batch, finite, strict=True):
-            if not is_finite:
+            return Problem.of(error)
+        for (row, _), output in zip(batch, outputs, strict=True):
+            if output is None:
                 text = "The image came out as numbers that are not finite; are the model's weights sound?"
                 self._end(row.job, "failed", RuntimeError(text))
-        for (row, _), image in zip(sound, images, strict=True):
-            self._hand_over(row, image)
+            else:
+                self._hand_over(row, output)
         return None
-
-    @contextmanager
-    def _beside_passes(self, rows: list[Row], samples: list[Tensor]) -> Iterator[None]:
-        """On a GPU, compute on the decoder's stream, after the passes that made the samples."""
-        if self._decoder_stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._decoder_stream):
-            for row, sample in zip(rows, samples, strict=True):
-                self._decoder_stream.wait_event(row.ready)
-                sample.record_stream(self._decoder_stream)
-            yield
 
     def _hand_over(self, row: Row, image: np.ndarray) -> None:
         job = row.job
@@ -403,44 +382,14 @@ class Engine:
     def _show(self, previews: list[tuple[Row, Any]]) -> None:
         shown = [(row, state) for row, state in previews if not row.job.is_over]
         try:
-            estimates = [estimate for _, (_, estimate) in shown]
-            with self._beside_passes([row for row, _ in shown], estimates):
-                images = self._images(estimates) if shown else ()
+            images = self._decoder.previews([row for row, _ in shown], [estimate for _, (_, estimate) in shown])
         except Exception:
             _log.exception("Previews could not be decoded.")
             return
         for (row, (step, _)), image in zip(shown, images, strict=True):
-            self._tell(row.job, Event("preview", row.index, step, image))
-
-    def _outputs(self, batch: list[tuple[Row, Tensor]]) -> list[np.ndarray]:
-        """What each request wants of its sample."""
-        decoded = [sample for row, sample in batch if row.plan.request.output_type == "image"]
-        images = iter(self._images(decoded) if decoded else ())
-        return [
-            next(images) if row.plan.request.output_type == "image" else sample.cpu().numpy() for row, sample in batch
-        ]
-
-    def _images(self, samples: list[Tensor]) -> np.ndarray:
-        """(C, H, W) each -> (N, height, width, 1 or 3) uint8, rounded as a pipeline's PIL images are."""
-        return (self.pipeline.decode(torch.stack(samples), "np") * 255).round().astype(np.uint8)
-
-
-class _Problem(NamedTuple):
-    """Why a pass or a decoding failed: in words, and whether for want of memory or by what was asked for."""
-
-    text: str
-    of_memory: bool
-    of_request: bool
-
-
-def _of_one_shape(ready: deque[tuple[Row, Any]]) -> list[tuple[Row, Any]]:
-    """As many entries from the left as the decoder sees at a time, whose images have one shape; the others stay."""
-    batch: list[tuple[Row, Any]] = []
-    while ready and (not batch or ready[0][0].plan.shape == batch[0][0].plan.shape):
-        if (len(batch) + 1) * ready[0][0].plan.weight > _DECODED and batch:
-            break
-        batch.append(ready.popleft())
-    return batch
+            with self._lock:
+                if not row.job.is_over:
+                    self._tell(row.job, Event("preview", row.index, step, image))
 
 
 def _check_steps(pipeline: Any) -> None:
@@ -455,7 +404,3 @@ def _check_steps(pipeline: Any) -> None:
     if getattr(pipeline, "_all_hooks", None):
         raise ValueError("Model offloading moves the denoiser away whenever something is decoded, which is beside its "
                          "passes here; serve the model without it.")  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
