@@ -90,6 +90,7 @@ bench-checkpoints: .venv/.installed  ## Convert and load an XL/2 checkpoint besi
 
 bench-serving: .venv/.installed  ## Latency against load of `dit-hub serve` and other servers (20 minutes).
 	@test -d build/litserve || $(BIN)/python -m pip install --quiet --no-deps --target build/litserve litserve==0.2.19 pyzmq
+	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/serving.py --any-steps --shares 0.2 0.35 0.5 0.7 --seconds 10 --out docs/serving-toy
 	PYTHONPATH=build/litserve $(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/serving.py --any-steps --runtime pytorch
