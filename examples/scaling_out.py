@@ -4,7 +4,7 @@ python examples/scaling_out.py [--figure scaling-out.png]
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,31 +66,34 @@ def ways(config: DiTConfig, machine: Machine, gpus: int = 8) -> Iterator[str]:
     return table(*rows)
 
 
+def by_size(
+    heading: list[str], found: Callable[[DiTConfig, int], list[tuple[Plan, Cost]]], model: str
+) -> Iterator[str]:
+    """What two choices on 8 and on 64 GPUs take, by size."""
+    rows = [["pixels", *(f"{count} GPUs{said}" for count in (8, 64) for said in heading)]]
+    for size in SIZES:
+        pairs = [pair for count in (8, 64) for pair in found(config_of(model, size), count)]
+        rows.append([str(size), *(f"{seconds(one.latency)}, {alone(plan)}" for plan, one in pairs)])
+    return table(*rows)
+
+
 def patches(model: str) -> Iterator[str]:
     """What is gained by pipelines of patches, which are not exact."""
-    rows = [["pixels", "8 GPUs, exact", "8 GPUs, patches", "64 GPUs, exact", "64 GPUs, patches"]]
-    for size in SIZES:
-        row = [str(size)]
-        for count in (8, 64):
-            found = recommend(config_of(model, size), count, is_exact=False)
-            for is_exact in (True, False):
-                plan, one = next(entry for entry in found if entry[0].is_exact == is_exact)
-                row.append(f"{seconds(one.latency)}, {alone(plan)}")
-        rows.append(row)
-    return table(*rows)
+
+    def found(config: DiTConfig, count: int) -> list[tuple[Plan, Cost]]:
+        every = recommend(config, count, is_exact=False)
+        return [next(entry for entry in every if entry[0].is_exact == is_exact) for is_exact in (True, False)]
+
+    return by_size([", exact", ", patches"], found, model)
 
 
 def overlapped(model: str) -> Iterator[str]:
     """The bound of what is gained by hiding all transfers behind computing, as PipeDiT sets out to do."""
-    rows = [["pixels", "8 GPUs", "8 GPUs, transfers hidden", "64 GPUs", "64 GPUs, transfers hidden"]]
-    for size in SIZES:
-        row = [str(size)]
-        for count in (8, 64):
-            for machine in (H100, replace(H100, overlap=1.0)):
-                plan, one = recommend(config_of(model, size), count, machine)[0]
-                row.append(f"{seconds(one.latency)}, {alone(plan)}")
-        rows.append(row)
-    return table(*rows)
+
+    def found(config: DiTConfig, count: int) -> list[tuple[Plan, Cost]]:
+        return [recommend(config, count, machine)[0] for machine in (H100, replace(H100, overlap=1.0))]
+
+    return by_size(["", ", transfers hidden"], found, model)
 
 
 def draw(file: Path) -> None:

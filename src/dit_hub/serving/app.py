@@ -96,9 +96,8 @@ async def generate(request: Request) -> Response:
     name = state.models.names[0] if body.model is None else body.model
     async with AsyncExitStack() as held:
         model: Loaded = held.enter_context(state.models.lease(name))
-        steps = model.usual_steps(body.scheduler) if body.num_inference_steps is None else body.num_inference_steps
-        asked = body.to_request(limits, model.id2label, steps, model.size, limits.seconds)
-        facts |= {"model": name, "images": asked.n, "steps": steps}
+        asked = body.to_request(limits, model, limits.seconds)
+        facts |= {"model": name, "images": asked.n, "steps": asked.num_inference_steps}
         work = await held.enter_async_context(drawing(model, asked))
         count = partial(state.metrics.count_images, name)
         if body.stream:

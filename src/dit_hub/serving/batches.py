@@ -273,9 +273,7 @@ class _Run:
         if body.seed is None:
             digest = hashlib.sha256(f"{self._batch.id}/{line.number}".encode()).digest()
             body.seed = int.from_bytes(digest[:4], "big") // 2
-        steps = model.usual_steps(body.scheduler) if body.num_inference_steps is None else body.num_inference_steps
-        asked = body.to_request(self._limits, model.id2label, steps, model.size, None)
-        return replace(asked, priority=_PRIORITY)
+        return replace(body.to_request(self._limits, model, None), priority=_PRIORITY)
 
     def _hear(self, line: Line, event: Event, count: Counter | None) -> None:
         """Take what the engine says of a line."""

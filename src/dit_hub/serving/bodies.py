@@ -17,6 +17,7 @@ from ..labels import parse_labels
 from ..schedulers import SCHEDULERS
 from ..tables import published
 from .limits import CLIENT_LEFT, ApiError, Limits
+from .models import Loaded
 from .requests import ImageRequest
 
 # Seeds of an image and of those after it, as torch's generators take them.
@@ -128,31 +129,28 @@ class ImageBody(BaseModel):
             return parse_labels([self.prompt], id2label)[0] if self.prompt.strip() else None
         return self.prompt
 
-    def to_request(self, limits: Limits, id2label: dict[int, str], usual_steps: int, size: tuple[int, int],
-                   deadline: float | None) -> ImageRequest:  # fmt: skip
+    def to_request(self, limits: Limits, model: Loaded, deadline: float | None) -> ImageRequest:
         """The request for the engine.
 
         Args:
             limits: of the server, which `parse_images` has compared as far as it could.
-            id2label: the model's names of classes.
-            usual_steps: of a run with this scheduler that names none.
-            size: height and width of the model's images.
+            model: for which it is.
             deadline: in seconds.
 
         Raises:
             ApiError: a limit that only the model tells.
             ValueError: there is no such class.
         """
-        height, width = size
+        height, width = model.size
         if self.size not in (None, "auto"):
             width, height = map(int, self.size.split("x"))
-            most = 2 * max(size) if limits.side is None else limits.side
+            most = 2 * max(model.size) if limits.side is None else limits.side
             check_limit("A side of size", max(width, height), most, "size")
-        steps = usual_steps if self.num_inference_steps is None else self.num_inference_steps
+        steps = model.usual_steps(self.scheduler) if self.num_inference_steps is None else self.num_inference_steps
         check_limit("num_inference_steps", steps, limits.steps)
         start, end = self.guidance_interval or (0.0, 1.0)
         return ImageRequest(
-            label=self.label(id2label),
+            label=self.label(model.id2label),
             n=self.n or 1,
             seed=secrets.randbelow(2**31) if self.seed is None else self.seed,
             num_inference_steps=steps,

@@ -95,7 +95,7 @@ class Planner:
     def __init__(self, pipeline: Any):
         self.pipeline, self.config = pipeline, pipeline.transformer.config
         self._own = without_foreign_variance(pipeline.scheduler)
-        self._solvers: OrderedDict[tuple, Solver] = OrderedDict()
+        self._solvers: OrderedDict[tuple, tuple[Solver, int]] = OrderedDict()
         self._lock = threading.Lock()
         try:
             self._solver(ImageRequest())
@@ -147,23 +147,24 @@ class Planner:
         return self.config.in_channels, height, width
 
     def _solver(self, request: ImageRequest) -> tuple[Solver, int]:
-        scheduler = self._own
-        if request.scheduler is not None:
-            if not isinstance(request.scheduler, str):
-                raise ValueError(f"scheduler must be a name, not {shown(request.scheduler)}.")
-            scheduler = without_foreign_variance(switch_scheduler(self._own, request.scheduler))
-        steps = request.num_inference_steps
-        steps = default_steps(scheduler) if steps is None else whole_number("num_inference_steps", steps, 1)
-        key = request.scheduler, steps, checked_eta(scheduler, request.eta)
+        name, steps = request.scheduler, request.num_inference_steps
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"scheduler must be a name, not {shown(name)}.")
+        if steps is not None:
+            steps = whole_number("num_inference_steps", steps, 1)
+        key = name, steps, real_number("eta", request.eta, 0, 1)
         with self._lock:
             if key in self._solvers:
                 self._solvers.move_to_end(key)
-                return self._solvers[key], steps
+                return self._solvers[key]
+        scheduler = self._own if name is None else without_foreign_variance(switch_scheduler(self._own, name))
+        checked_eta(scheduler, request.eta)
+        steps = default_steps(scheduler) if steps is None else steps
         latent = self.pipeline.vae is not None or not self.config.draws_pixels
         check_scheduler(scheduler, self.config, self.pipeline.scheduler, latent)
         solver = _measured(scheduler, steps, request.eta)
         with self._lock:
-            self._solvers[key] = solver
+            self._solvers[key] = solver, steps
             if len(self._solvers) > _MOST_SOLVERS:
                 self._solvers.popitem(last=False)
         return solver, steps
